@@ -1,0 +1,1 @@
+"""Lightning callbacks; imported as ``talklora_pl.callbacks``."""

@@ -1,0 +1,8 @@
+"""The one exception for a user's mistake: the command line prints its message without a traceback and exits with 2."""
+
+
+class UserError(Exception):
+    """A mistake in a config, a data row, an adapter file, a checkpoint or a name.
+
+    The message names the place and the remedy.
+    """
