@@ -1,0 +1,20 @@
+"""The adapter core: a frozen layer plus a mixture of low-rank experts."""
+
+from talklora_pl.adapter.config import AdapterConfig, PlainLoRA
+from talklora_pl.adapter.host import adapter_set, disable_adapter, remove_adapter, set_adapter
+from talklora_pl.adapter.inject import Adapter, inject
+from talklora_pl.routing import Routing, RoutingCollector, RoutingRecord
+
+__all__ = [
+    "Adapter",
+    "AdapterConfig",
+    "PlainLoRA",
+    "Routing",
+    "RoutingCollector",
+    "RoutingRecord",
+    "adapter_set",
+    "disable_adapter",
+    "inject",
+    "remove_adapter",
+    "set_adapter",
+]

@@ -1,0 +1,172 @@
+"""Options of an adapter: five parts by name, the layers they go to, and their size."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass, field, fields
+from typing import Any, Literal
+
+from talklora_pl import registry
+from talklora_pl.balance import Balance
+from talklora_pl.communication import Communication
+from talklora_pl.communication.silent import NoCommunication
+from talklora_pl.communication.talking import Talking
+from talklora_pl.errors import UserError
+from talklora_pl.experts import Experts
+from talklora_pl.experts.lora import LoRA
+from talklora_pl.experts.shared_b import SharedB
+from talklora_pl.routers import Router
+from talklora_pl.routers.softmax import Softmax, Uniform
+
+
+@dataclass
+class PlainLoRA:
+    """Ordinary LoRA on further layers, beside the mixture (GraphLoRA and MixLoRA have it on the attention).
+
+    Attributes:
+        targets: as in :class:`AdapterConfig`.
+        rank: r.
+        alpha: scale is alpha / r.
+    """
+
+    targets: list[str] | str
+    rank: int = 8
+    alpha: float = 16.0
+
+
+@dataclass
+class AdapterConfig:
+    """A mixture of low-rank experts on some layers of a frozen model. The defaults are TalkLoRA's.
+
+    Attributes:
+        targets: leaf names (``[q_proj, up_proj]``), a regular expression that matches whole module names, or ``all-linear``.
+        exclude: leaf names or a regular expression of modules to leave alone.
+        layers: decoder layers to adapt: ``0-15``, ``4-``, ``0,2,5-7`` or a list of numbers; all by default.
+        num_experts: experts per layer, before allocation.
+        expert_rank: R, rank of one expert.
+        rank: total rank of a layer, instead of expert_rank: R = rank / num_experts.
+        alpha: the output of the experts is scaled by alpha / reference rank; the reference is the total rank for experts
+            that split it and the expert's rank for others. By default equal to the reference (scale 1).
+        dropout_input, dropout_routing, dropout_output: on the experts' input, the routing weights, the experts' output.
+        compat: ``published`` sets TalkLoRA's published dropouts, 0.05 in all three places.
+        experts_see_talk: experts use what they heard instead of their own features.
+        experts, communication, router, balance: the parts, by registry name.
+        plain: ordinary LoRA on further layers.
+        dtype: of the trained tensors.
+    """
+
+    targets: list[str] | str = field(default_factory=lambda: ["q_proj", "k_proj", "v_proj", "up_proj", "down_proj"])
+    exclude: list[str] | str = field(default_factory=list)
+    layers: list[int] | str | None = None
+    num_experts: int = 4
+    expert_rank: int | None = None
+    rank: int | None = None
+    alpha: float | None = None
+    dropout_input: float = 0.05
+    dropout_routing: float = 0.0
+    dropout_output: float = 0.0
+    compat: Literal["none", "published"] = "none"
+    experts_see_talk: bool = False
+    experts: Experts = field(default_factory=SharedB)
+    communication: Communication = field(default_factory=Talking)
+    router: Router = field(default_factory=lambda: Softmax(scores="features"))
+    balance: list[Balance] = field(default_factory=list)
+    plain: PlainLoRA | None = None
+    dtype: Literal["float32", "float64", "bfloat16"] = "float32"
+
+    def __post_init__(self) -> None:
+        if self.compat == "published":
+            self.dropout_input = self.dropout_routing = self.dropout_output = 0.05
+
+    def problems(self) -> list[str]:
+        """What is wrong with the options, one sentence each; empty if nothing."""
+        out = []
+        if self.num_experts < 1:
+            out.append(f"num_experts must be at least 1, got {self.num_experts}")
+        if (self.rank is None) == (self.expert_rank is None):
+            out.append("give either rank (total) or expert_rank (of one expert)")
+        elif self.rank is not None and self.num_experts >= 1 and (self.rank < 1 or self.rank % self.num_experts):
+            out.append(
+                f"rank {self.rank} is not divisible by num_experts {self.num_experts}; use a multiple, or expert_rank"
+            )
+        elif self.expert_rank is not None and self.expert_rank < 1:
+            out.append(f"expert_rank must be at least 1, got {self.expert_rank}")
+        for key in ("dropout_input", "dropout_routing", "dropout_output"):
+            if not 0 <= getattr(self, key) < 1:
+                out.append(f"{key} must be in [0, 1), got {getattr(self, key)}")
+        if self.plain is not None and self.plain.rank < 1:
+            out.append(f"plain.rank must be at least 1, got {self.plain.rank}")
+        return out
+
+    def validate(self) -> None:
+        """Raises: UserError that lists every problem of the options."""
+        if problems := self.problems():
+            raise UserError("adapter: " + "; ".join(problems) + ".")
+
+    def rank_per_expert(self) -> int:
+        """R."""
+        return self.expert_rank if self.expert_rank is not None else (self.rank or 0) // self.num_experts
+
+    def scale(self) -> float:
+        """s = alpha / reference rank. Does not depend on the allocated number of experts."""
+        reference = self.rank_per_expert() * (self.num_experts if self.experts.splits_rank else 1)
+        return 1.0 if self.alpha is None else self.alpha / reference
+
+    def plain_config(self) -> AdapterConfig | None:
+        """The plain LoRA beside the mixture as a configuration of its own: one expert, nothing to decide."""
+        if self.plain is None:
+            return None
+        return AdapterConfig(
+            targets=self.plain.targets,
+            layers=self.layers,
+            num_experts=1,
+            expert_rank=self.plain.rank,
+            alpha=self.plain.alpha,
+            dropout_input=self.dropout_input,
+            experts=LoRA(),
+            communication=NoCommunication(),
+            router=Uniform(),
+            dtype=self.dtype,
+        )
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain data for JSON: registry names and options only."""
+        out: dict[str, Any] = {}
+        for f in fields(self):
+            value = getattr(self, f.name)
+            if isinstance(value, registry.Component):
+                value = registry.to_dict(value)
+            elif isinstance(value, PlainLoRA):
+                value = asdict(value)
+            elif f.name == "balance":
+                value = [registry.to_dict(b) for b in value]
+            out[f.name] = value
+        return out
+
+    @classmethod
+    def from_dict(cls, data: dict[str, Any]) -> AdapterConfig:
+        """Inverse of :meth:`to_dict`; imports nothing.
+
+        Raises:
+            UserError: an unknown key, component or option.
+        """
+        data = dict(data)
+        known = {f.name for f in fields(cls)}
+        for key in data:
+            if key not in known:
+                raise UserError(f"adapter has no option {key!r}.{registry.did_you_mean(key, known)}")
+        for key, family in FAMILIES.items():
+            if key in data:
+                data[key] = registry.from_dict(family, data[key])
+        if "balance" in data:
+            data["balance"] = [registry.from_dict(Balance, b) for b in data["balance"]]
+        if data.get("plain") is not None:
+            try:
+                data["plain"] = PlainLoRA(**data["plain"])
+            except TypeError as e:
+                raise UserError(f"adapter.plain: {e}") from None
+        config = cls(**data)
+        config.validate()
+        return config
+
+
+FAMILIES: dict[str, type[registry.Component]] = {"experts": Experts, "communication": Communication, "router": Router}

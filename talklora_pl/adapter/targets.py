@@ -1,0 +1,118 @@
+"""Which layers of a model are adapted."""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+
+from torch import nn
+from transformers.pytorch_utils import Conv1D
+
+from talklora_pl.errors import UserError
+from talklora_pl.registry import did_you_mean
+
+
+def widths(module: nn.Module) -> tuple[int, int]:
+    """(in, out) of a Linear or of GPT-2's Conv1D, whose weight is stored the other way round."""
+    if isinstance(module, Conv1D):
+        return module.weight.shape[0], module.weight.shape[1]
+    return module.in_features, module.out_features  # type: ignore[return-value]
+
+
+def is_linear(module: nn.Module) -> bool:
+    """A Linear (quantised ones included, which subclass it) or a Conv1D."""
+    return isinstance(module, (nn.Linear, Conv1D))
+
+
+def layer_index(name: str) -> int | None:
+    """Number of the decoder layer in a module name: its first numeric part."""
+    return next((int(part) for part in name.split(".") if part.isdigit()), None)
+
+
+def parse_layers(layers: list[int] | str | None) -> list[range] | None:
+    """Ranges behind ``0-15``, ``4-``, ``0,2,5-7`` or a list of numbers; None means all."""
+    if layers is None:
+        return None
+    if not isinstance(layers, str):
+        return [range(i, i + 1) for i in layers]
+    out = []
+    for part in layers.split(","):
+        match = re.fullmatch(r"\s*(\d+)\s*(?:(-)\s*(\d*)\s*)?", part)
+        if match is None:
+            raise UserError(f"layers: cannot read {part!r} in {layers!r}; write for example 0-15, 4- or 0,2,5-7.")
+        first, dash, last = match.groups()
+        out.append(range(int(first), (int(last) if last else 10**9) + 1 if dash else int(first) + 1))
+    return out
+
+
+def _matches(name: str, pattern: list[str] | str) -> bool:
+    if isinstance(pattern, str):
+        return re.fullmatch(pattern, name) is not None
+    return any(name == p or name.endswith("." + p) for p in pattern)
+
+
+def _check_regex(key: str, pattern: list[str] | str) -> None:
+    if isinstance(pattern, str):
+        try:
+            re.compile(pattern)
+        except re.error as e:
+            raise UserError(f"{key}: {pattern!r} is not a regular expression: {e}.") from None
+
+
+def output_heads(model: nn.Module) -> set[int]:
+    """ids of modules that ``all-linear`` leaves out: the vocabulary projection and heads outside of the layers."""
+    head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
+    return {id(head)} if head is not None else set()
+
+
+def find_targets(
+    model: nn.Module,
+    targets: list[str] | str,
+    exclude: list[str] | str = (),
+    layers: list[int] | str | None = None,  # type: ignore[assignment]
+) -> dict[str, nn.Module]:
+    """The modules to adapt, by full name, in model order.
+
+    Args:
+        targets: leaf names, a regular expression over whole names, or ``all-linear``: every Linear of the numbered layers.
+        exclude: leaf names or a regular expression.
+        layers: decoder layers, see :func:`parse_layers`.
+
+    Raises:
+        UserError: a name or the whole selection matches nothing; lists near misses.
+    """
+    ranges = parse_layers(layers)
+    _check_regex("targets", targets)
+    _check_regex("exclude", exclude)
+    everything = targets == "all-linear"
+    heads = output_heads(model)
+    linears = {n: m for n, m in model.named_modules() if is_linear(m) and not n.startswith("talklora.")}
+    found: dict[str, nn.Module] = {}
+    for name, module in linears.items():
+        index = layer_index(name)
+        wanted = (index is not None and id(module) not in heads) if everything else _matches(name, targets)
+        if not wanted or _matches(name, exclude):
+            continue
+        if ranges is not None and (index is None or not any(index in r for r in ranges)):
+            continue
+        found[name] = module
+    leaves = Counter(n.rsplit(".", 1)[-1] for n in linears)
+    overview = ", ".join(f"{leaf} ({count})" for leaf, count in leaves.items())
+    if not everything and not isinstance(targets, str):
+        for target in targets:
+            if not any(_matches(n, [target]) for n in linears):
+                other = [n for n, m in model.named_modules() if _matches(n, [target]) and n]
+                why = (
+                    f"{other[0]!r} is a {type(model.get_submodule(other[0])).__name__}, and only Linear and Conv1D layers can be targets here."
+                    if other
+                    else f"No layer of this {type(model).__name__} is called {target!r}."
+                )
+                raise UserError(
+                    f"targets: {why}{did_you_mean(target, leaves)} Linear layers by leaf name (count): {overview}."
+                )
+    if not found:
+        raise UserError(
+            f"targets {targets!r} with exclude {exclude!r} and layers {layers!r} match nothing in this {type(model).__name__}. "
+            f"Linear layers by leaf name (count): {overview}."
+        )
+    return found

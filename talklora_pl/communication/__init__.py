@@ -1,0 +1,53 @@
+"""What experts tell each other before anyone decides: one file per module.
+
+T tokens, D input width, E experts, F features per expert before, G after communication.
+"""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+
+from torch import Tensor, nn
+
+from talklora_pl.spec import LayerSpec
+from talklora_pl.registry import Component, import_siblings
+
+
+class CommunicationModule(nn.Module):
+    """Communication of one layer.
+
+    Attributes:
+        features: G, width of what it returns per expert. Equal to the F it was built with unless it says otherwise.
+    """
+
+    features: int
+
+    def __init__(self, features: int) -> None:
+        super().__init__()
+        self.features = features
+
+    def forward(self, m_TEF: Tensor, x_TD: Tensor) -> Tensor:
+        """What every expert has heard, m_TEG. Tokens never influence each other.
+
+        Args:
+            m_TEF: what every expert says.
+            x_TD: the layer's input, for modules whose graph has a node for the token.
+        """
+        raise NotImplementedError
+
+    def matrix(self) -> Tensor | None:
+        """Who listens to whom, (E, E) with listeners in rows, for pictures; None where there is no such matrix."""
+        return None
+
+
+class Communication(Component):
+    """Family of communication modules."""
+
+    family = "communication"
+
+    @abstractmethod
+    def build(self, layer: LayerSpec, features: int) -> CommunicationModule:
+        """The module of one layer whose experts say ``features`` numbers each."""
+
+
+import_siblings(__name__)

@@ -1,0 +1,27 @@
+"""No communication: the control of every comparison."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from talklora_pl.spec import LayerSpec
+from talklora_pl.communication import Communication, CommunicationModule
+from talklora_pl.registry import register
+
+
+class Silence(CommunicationModule):
+    """m'_i = m_i."""
+
+    def forward(self, m_TEF: Tensor, x_TD: Tensor) -> Tensor:
+        return m_TEF
+
+
+@register("none")
+@dataclass
+class NoCommunication(Communication):
+    """Experts say nothing to each other: m'_i = m_i."""
+
+    def build(self, layer: LayerSpec, features: int) -> CommunicationModule:
+        return Silence(features)

@@ -1,0 +1,66 @@
+"""What can be added to a frozen layer: one file per kind of experts.
+
+T tokens, D input width, O output width, E experts, R rank per expert, F features per expert,
+P = rows of the down projection, Q = rows of the up projection.
+"""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from typing import ClassVar, Literal
+
+from torch import Tensor, nn
+
+from talklora_pl.spec import Bank, LayerSpec
+from talklora_pl.registry import Component, import_siblings
+
+
+class LinearExperts(nn.Module):
+    """Experts of one Linear. The layer's path is: h = x Aᵀ, features, mix, y += z B.
+
+    Attributes:
+        features: F, width of what one expert says to the others and to a router that listens to it.
+    """
+
+    features: int
+
+    def down(self) -> Tensor:
+        """A_PD, all down projections stacked."""
+        raise NotImplementedError
+
+    def split(self, h_TP: Tensor) -> Tensor:
+        """h_TP -> h_TER, the rank features of every expert."""
+        raise NotImplementedError
+
+    def say(self, h_TER: Tensor) -> Tensor:
+        """h_TER -> m_TEF, what every expert says. The features themselves unless a kind needs something else."""
+        return h_TER
+
+    def mix(self, h_TER: Tensor, w_TE: Tensor) -> Tensor:
+        """h_TER weighted in rank space -> z_TQ."""
+        raise NotImplementedError
+
+    def up(self) -> Tensor:
+        """B_QO, all up projections stacked."""
+        raise NotImplementedError
+
+
+class Experts(Component):
+    """Family of expert kinds.
+
+    Class attributes:
+        splits_rank: the experts share one rank, each has a slice of it; else each has the full rank.
+            Decides the reference of the scale alpha / rank.
+        site: what is adapted: a single ``linear`` or a whole gated feed-forward block, ``ffn``.
+    """
+
+    family = "experts"
+    splits_rank: ClassVar[bool] = False
+    site: ClassVar[Literal["linear", "ffn"]] = "linear"
+
+    @abstractmethod
+    def build(self, layer: LayerSpec, bank: Bank) -> nn.Module:
+        """The experts of one layer."""
+
+
+import_siblings(__name__)

@@ -1,0 +1,57 @@
+"""Experts with A and B of their own: full rank each (MoLA, LoRAMoE) or a slice of one rank (MoELoRA)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from torch import Tensor, nn
+
+from talklora_pl.spec import Bank, LayerSpec
+from talklora_pl.experts import Experts, LinearExperts
+from talklora_pl.registry import register
+
+
+class PrivateExperts(LinearExperts):
+    """y += sum_i w_i B_i A_i x, with A (E,R,D) Kaiming and B (E,R,O) zero."""
+
+    def __init__(self, layer: LayerSpec) -> None:
+        super().__init__()
+        E, R = layer.num_experts, layer.rank
+        self.features = R
+        self.A = layer.uniform(E, R, layer.in_features, fan_in=layer.in_features)
+        self.B = self._make_up(layer)
+
+    def _make_up(self, layer: LayerSpec) -> nn.Parameter | None:
+        return layer.zeros(layer.num_experts, layer.rank, layer.out_features)
+
+    def down(self) -> Tensor:
+        return self.A.flatten(0, 1)
+
+    def split(self, h_TP: Tensor) -> Tensor:
+        return h_TP.unflatten(-1, self.A.shape[:2])
+
+    def mix(self, h_TER: Tensor, w_TE: Tensor) -> Tensor:
+        return (h_TER * w_TE.unsqueeze(-1)).flatten(1)
+
+    def up(self) -> Tensor:
+        return self.B.flatten(0, 1)
+
+
+@register("lora")
+@dataclass
+class LoRA(Experts):
+    """n LoRA pairs of full rank each (arXiv 2402.08562 MoLA, 2312.09979 LoRAMoE; with n = 1 plain LoRA, 2106.09685)."""
+
+    def build(self, layer: LayerSpec, bank: Bank) -> nn.Module:
+        return PrivateExperts(layer)
+
+
+@register("split_lora")
+@dataclass
+class SplitLoRA(Experts):
+    """One LoRA pair whose rank is split among n experts (MoELoRA)."""
+
+    splits_rank = True
+
+    def build(self, layer: LayerSpec, bank: Bank) -> nn.Module:
+        return PrivateExperts(layer)

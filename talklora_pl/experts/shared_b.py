@@ -1,0 +1,48 @@
+"""TalkLoRA's experts: private A and a square core per layer, B shared by all layers of one kind."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from talklora_pl.spec import Bank, LayerSpec
+from talklora_pl.experts import Experts
+from talklora_pl.experts.lora import PrivateExperts
+from talklora_pl.registry import register
+
+
+class SharedBExperts(PrivateExperts):
+    """y += sum_i w_i B_i C_i A_i x, with A (E,R,D) and the core C (E,R,R) Kaiming, B (E,R,O) zero.
+
+    A layer of E experts uses the first E of its kind's B.
+    """
+
+    def __init__(self, layer: LayerSpec, bank: Bank) -> None:
+        super().__init__(layer)
+        self.core = layer.uniform(layer.num_experts, layer.rank, layer.rank, fan_in=layer.rank)
+        shape = (layer.kind_experts, layer.rank, layer.out_features)
+        # in a tuple, so that this layer does not register what the bank owns
+        self._shared = (bank.shared(layer.kind, "B", layer.zeros(*shape)),)
+
+    def _make_up(self, layer: LayerSpec) -> None:
+        return None
+
+    def mix(self, h_TER: Tensor, w_TE: Tensor) -> Tensor:
+        z_TES = torch.einsum("ter,esr->tes", h_TER, self.core)
+        return super().mix(z_TES, w_TE)
+
+    def up(self) -> Tensor:
+        return self._shared[0].B[: self.A.shape[0]].flatten(0, 1)
+
+
+@register("shared_b")
+@dataclass
+class SharedB(Experts):
+    """Split rank, square cores, B shared over layers (TalkLoRA, arXiv 2604.06291)."""
+
+    splits_rank = True
+
+    def build(self, layer: LayerSpec, bank: Bank) -> nn.Module:
+        return SharedBExperts(layer, bank)

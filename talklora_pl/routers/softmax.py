@@ -1,0 +1,68 @@
+"""Dense routers: every expert speaks."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from talklora_pl.routing import Routing
+from talklora_pl.spec import LayerSpec
+from talklora_pl.registry import register
+from talklora_pl.routers import Router, RouterModule
+from talklora_pl.routers.scores import Scores, ScoreSource
+
+
+class SoftmaxRouter(RouterModule):
+    """w = softmax(logits / temperature)."""
+
+    def __init__(self, scores: Scores, temperature: float) -> None:
+        super().__init__()
+        self.scores = scores
+        self.temperature = temperature
+
+    def forward(self, x_TD: Tensor, m_TEF: Tensor) -> Routing:
+        logits_TE = self.scores(x_TD, m_TEF) / self.temperature
+        w_TE = logits_TE.softmax(-1)
+        return Routing(w_TE, w_TE, logits_TE)
+
+
+@register("softmax")
+@dataclass
+class Softmax(Router):
+    """Dense: w = softmax(logits / temperature) (MoELoRA, HydraLoRA, LoRAMoE; on talked features TalkLoRA).
+
+    Attributes:
+        scores: what the logits come from, see :class:`~talklora_pl.routers.scores.Scores`.
+        temperature: > 0.
+    """
+
+    scores: ScoreSource = "x"
+    temperature: float = 1.0
+
+    def build(self, layer: LayerSpec, features: int) -> RouterModule:
+        return SoftmaxRouter(Scores(layer, features, self.scores), self.temperature)
+
+
+class UniformRouter(RouterModule):
+    """w_i = 1/E."""
+
+    def __init__(self, num_experts: int) -> None:
+        super().__init__()
+        self.num_experts = num_experts
+
+    def forward(self, x_TD: Tensor, m_TEF: Tensor) -> Routing:
+        w_TE = torch.full(
+            (x_TD.shape[0], self.num_experts), 1 / self.num_experts, device=m_TEF.device, dtype=m_TEF.dtype
+        )
+        return Routing(w_TE, w_TE, torch.zeros_like(w_TE))
+
+
+@register("uniform")
+@dataclass
+class Uniform(Router):
+    """No decision: w_i = 1/E for every token. With one expert this is plain LoRA."""
+
+    def build(self, layer: LayerSpec, features: int) -> RouterModule:
+        return UniformRouter(layer.num_experts)

@@ -1,0 +1,69 @@
+"""What a component may know of the place it is built for."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+
+@dataclass(frozen=True)
+class LayerSpec:
+    """One adapted layer: widths of the frozen layer, size of its mixture, and where its tensors live.
+
+    Attributes:
+        name: full module name in the base model, ``model.layers.3.self_attn.q_proj``.
+        kind: key of what layers may share: exact leaf name and shape, ``q_proj-576x576``.
+        index: number of the decoder layer, or None outside of the numbered layers.
+        in_features: D.
+        out_features: O.
+        num_experts: E, experts of this layer.
+        kind_experts: the largest E among the layers of this kind.
+        rank: R, rank of one expert.
+        hidden_features: width between the two projections of a feed-forward block; 0 for a single Linear.
+        device, dtype: of the trained tensors.
+    """
+
+    name: str
+    kind: str
+    index: int | None
+    in_features: int
+    out_features: int
+    num_experts: int
+    kind_experts: int
+    rank: int
+    hidden_features: int = 0
+    device: torch.device = torch.device("cpu")
+    dtype: torch.dtype = torch.float32
+
+    def uniform(self, *shape: int, fan_in: int) -> nn.Parameter:
+        """A trained tensor drawn from U(±1/sqrt(fan_in)): what ``kaiming_uniform_(a=sqrt 5)`` amounts to."""
+        p = nn.Parameter(torch.empty(shape, device=self.device, dtype=self.dtype))
+        return nn.Parameter(p.detach().uniform_(-(fan_in**-0.5), fan_in**-0.5))
+
+    def zeros(self, *shape: int) -> nn.Parameter:
+        """A trained tensor that starts at zero."""
+        return nn.Parameter(torch.zeros(shape, device=self.device, dtype=self.dtype))
+
+
+class Bank(nn.Module):
+    """Tensors that all layers of one kind share (TalkLoRA's B). Only the bank registers them.
+
+    So a shared tensor is once in ``parameters()`` and once in a file. Its name is ``bank.<kind>.<tensor>``.
+    """
+
+    def shared(self, kind: str, tensor: str, make: nn.Parameter) -> nn.Module:
+        """The holder whose attribute ``tensor`` is shared by all layers of ``kind``; made by the first of them."""
+        key = kind.replace(".", "_")
+        if key not in self._modules:
+            self.add_module(key, nn.Module())
+        holder = self._modules[key]
+        assert holder is not None
+        if tensor not in holder._parameters:
+            holder.register_parameter(tensor, make)
+        elif getattr(holder, tensor).shape != make.shape:
+            raise ValueError(
+                f"{kind}: shared {tensor} has shape {tuple(getattr(holder, tensor).shape)}, not {tuple(make.shape)}"
+            )
+        return holder
