@@ -34,7 +34,7 @@ class LayerSpec:
     kind_experts: int
     rank: int
     hidden_features: int = 0
-    device: torch.device = torch.device("cpu")
+    device: torch.device | None = None
     dtype: torch.dtype = torch.float32
 
     def uniform(self, *shape: int, fan_in: int) -> nn.Parameter:

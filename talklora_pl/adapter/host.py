@@ -75,12 +75,12 @@ def adapter_set(model: nn.Module) -> AdapterSet:
     return found
 
 
-def attach(module: nn.Module, switch: Switch, name: str, layer: nn.Module) -> None:
+def attach(module: Any, switch: Switch, name: str, layer: nn.Module) -> None:
     """Give one frozen module the adapter layer ``layer`` under the adapter's name."""
     if not isinstance(module, Adapted):
         module.__class__ = _adapted_class(type(module))
-        module.talklora_slot = Slot(switch)  # type: ignore[assignment]
-    module.talklora_slot.layers[name] = layer  # type: ignore[union-attr, assignment]
+        module.talklora_slot = Slot(switch)
+    module.talklora_slot.layers[name] = layer
 
 
 def detach(module: nn.Module, name: str) -> None:

@@ -12,9 +12,9 @@ from torch import nn
 from talklora_pl.adapter.config import AdapterConfig
 from talklora_pl.adapter.host import Adapted, AdapterSet, attach
 from talklora_pl.adapter.layers import AdaptedLinear
-from talklora_pl.spec import Bank, LayerSpec
 from talklora_pl.adapter.targets import find_targets, layer_index, widths
 from talklora_pl.errors import UserError
+from talklora_pl.spec import Bank, LayerSpec
 
 
 class Adapter(nn.Module):
@@ -117,7 +117,7 @@ def _build(
     for n, kind in kinds.items():
         most[kind] = max(most.get(kind, 0), experts[n])
 
-    built = {}
+    built: dict[str, tuple[nn.Module, nn.Module]] = {}
     for n, module in modules.items():
         if n in adapter.experts_per_layer:
             raise UserError(f"{n!r} is a target twice; targets of plain LoRA and of the mixture must differ.")

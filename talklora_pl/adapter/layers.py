@@ -12,9 +12,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from talklora_pl.adapter.fused import add_up, frozen_and_down
+from talklora_pl.errors import UserError
 from talklora_pl.routing import record
 from talklora_pl.spec import Bank, LayerSpec
-from talklora_pl.errors import UserError
 
 if TYPE_CHECKING:
     from talklora_pl.adapter.config import AdapterConfig
@@ -36,8 +36,8 @@ class AdaptedLinear(nn.Module):
         self.experts_see_talk = config.experts_see_talk
         # experts first, so that methods that differ only in later parts start from the same A
         self.experts: Any = config.experts.build(layer, bank)
-        self.communication = config.communication.build(layer, self.experts.features)
-        self.router = config.router.build(layer, self.communication.features)
+        self.communication: Any = config.communication.build(layer, self.experts.features)
+        self.router: Any = config.router.build(layer, self.communication.features)
         if self.experts_see_talk and self.communication.features != layer.rank:
             raise UserError(
                 f"experts_see_talk: experts of rank {layer.rank} cannot use the {self.communication.features} features "

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections import Counter
+from typing import Any
 
 from torch import nn
 from transformers.pytorch_utils import Conv1D
@@ -61,15 +62,16 @@ def _check_regex(key: str, pattern: list[str] | str) -> None:
 
 def output_heads(model: nn.Module) -> set[int]:
     """ids of modules that ``all-linear`` leaves out: the vocabulary projection and heads outside of the layers."""
-    head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
+    get: Any = getattr(model, "get_output_embeddings", None)
+    head = get() if get is not None else None
     return {id(head)} if head is not None else set()
 
 
 def find_targets(
     model: nn.Module,
     targets: list[str] | str,
-    exclude: list[str] | str = (),
-    layers: list[int] | str | None = None,  # type: ignore[assignment]
+    exclude: list[str] | str = "",
+    layers: list[int] | str | None = None,
 ) -> dict[str, nn.Module]:
     """The modules to adapt, by full name, in model order.
 

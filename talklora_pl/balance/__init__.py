@@ -11,8 +11,8 @@ from dataclasses import dataclass
 
 from torch import Tensor, nn
 
-from talklora_pl.routing import RoutingRecord
 from talklora_pl.registry import Component, import_siblings
+from talklora_pl.routing import RoutingRecord
 
 
 class BalanceLoss(nn.Module):

@@ -9,8 +9,8 @@ from abc import abstractmethod
 
 from torch import Tensor, nn
 
-from talklora_pl.spec import LayerSpec
 from talklora_pl.registry import Component, import_siblings
+from talklora_pl.spec import LayerSpec
 
 
 class CommunicationModule(nn.Module):

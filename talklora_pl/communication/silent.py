@@ -6,9 +6,9 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from talklora_pl.spec import LayerSpec
 from talklora_pl.communication import Communication, CommunicationModule
 from talklora_pl.registry import register
+from talklora_pl.spec import LayerSpec
 
 
 class Silence(CommunicationModule):

@@ -8,9 +8,9 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from talklora_pl.spec import LayerSpec
 from talklora_pl.communication import Communication, CommunicationModule
 from talklora_pl.registry import register
+from talklora_pl.spec import LayerSpec
 
 
 class TalkingModule(CommunicationModule):

@@ -11,8 +11,8 @@ from typing import ClassVar, Literal
 
 from torch import Tensor, nn
 
-from talklora_pl.spec import Bank, LayerSpec
 from talklora_pl.registry import Component, import_siblings
+from talklora_pl.spec import Bank, LayerSpec
 
 
 class LinearExperts(nn.Module):

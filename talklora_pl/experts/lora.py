@@ -6,23 +6,18 @@ from dataclasses import dataclass
 
 from torch import Tensor, nn
 
-from talklora_pl.spec import Bank, LayerSpec
 from talklora_pl.experts import Experts, LinearExperts
 from talklora_pl.registry import register
+from talklora_pl.spec import Bank, LayerSpec
 
 
-class PrivateExperts(LinearExperts):
-    """y += sum_i w_i B_i A_i x, with A (E,R,D) Kaiming and B (E,R,O) zero."""
+class PrivateA(LinearExperts):
+    """Experts with an A of their own, (E,R,D) Kaiming."""
 
     def __init__(self, layer: LayerSpec) -> None:
         super().__init__()
-        E, R = layer.num_experts, layer.rank
-        self.features = R
-        self.A = layer.uniform(E, R, layer.in_features, fan_in=layer.in_features)
-        self.B = self._make_up(layer)
-
-    def _make_up(self, layer: LayerSpec) -> nn.Parameter | None:
-        return layer.zeros(layer.num_experts, layer.rank, layer.out_features)
+        self.features = layer.rank
+        self.A = layer.uniform(layer.num_experts, layer.rank, layer.in_features, fan_in=layer.in_features)
 
     def down(self) -> Tensor:
         return self.A.flatten(0, 1)
@@ -32,6 +27,14 @@ class PrivateExperts(LinearExperts):
 
     def mix(self, h_TER: Tensor, w_TE: Tensor) -> Tensor:
         return (h_TER * w_TE.unsqueeze(-1)).flatten(1)
+
+
+class PrivateExperts(PrivateA):
+    """y += sum_i w_i B_i A_i x, with B (E,R,O) zero."""
+
+    def __init__(self, layer: LayerSpec) -> None:
+        super().__init__(layer)
+        self.B = layer.zeros(layer.num_experts, layer.rank, layer.out_features)
 
     def up(self) -> Tensor:
         return self.B.flatten(0, 1)

@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from talklora_pl.spec import Bank, LayerSpec
 from talklora_pl.experts import Experts
-from talklora_pl.experts.lora import PrivateExperts
+from talklora_pl.experts.lora import PrivateA
 from talklora_pl.registry import register
+from talklora_pl.spec import Bank, LayerSpec
 
 
-class SharedBExperts(PrivateExperts):
+class SharedBExperts(PrivateA):
     """y += sum_i w_i B_i C_i A_i x, with A (E,R,D) and the core C (E,R,R) Kaiming, B (E,R,O) zero.
 
     A layer of E experts uses the first E of its kind's B.
@@ -24,10 +25,7 @@ class SharedBExperts(PrivateExperts):
         self.core = layer.uniform(layer.num_experts, layer.rank, layer.rank, fan_in=layer.rank)
         shape = (layer.kind_experts, layer.rank, layer.out_features)
         # in a tuple, so that this layer does not register what the bank owns
-        self._shared = (bank.shared(layer.kind, "B", layer.zeros(*shape)),)
-
-    def _make_up(self, layer: LayerSpec) -> None:
-        return None
+        self._shared: tuple[Any, ...] = (bank.shared(layer.kind, "B", layer.zeros(*shape)),)
 
     def mix(self, h_TER: Tensor, w_TE: Tensor) -> Tensor:
         z_TES = torch.einsum("ter,esr->tes", h_TER, self.core)

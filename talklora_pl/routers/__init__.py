@@ -9,9 +9,9 @@ from abc import abstractmethod
 
 from torch import Tensor, nn
 
+from talklora_pl.registry import Component, import_siblings
 from talklora_pl.routing import Routing
 from talklora_pl.spec import LayerSpec
-from talklora_pl.registry import Component, import_siblings
 
 
 class RouterModule(nn.Module):

@@ -7,11 +7,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from talklora_pl.routing import Routing
-from talklora_pl.spec import LayerSpec
 from talklora_pl.registry import register
 from talklora_pl.routers import Router, RouterModule
 from talklora_pl.routers.scores import Scores, ScoreSource
+from talklora_pl.routing import Routing
+from talklora_pl.spec import LayerSpec
 
 
 class SoftmaxRouter(RouterModule):
