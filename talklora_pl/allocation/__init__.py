@@ -1,9 +1,9 @@
 """Allocation rules: how many experts does each layer get?
 
-A rule looks at the target layers of a model, and at the frozen weights if it wants, and answers with one number per target
-module. One new file in this folder with one registered class is one new rule.
+A rule looks at the target layers of a model, and at the frozen weights if it wants, and answers with one number per
+target module. One new file in this folder with one registered class is one new rule.
 
-Published baselines are *shapes* over the depth (MoLA) or follow the spectra of the pretrained weights (AlphaLoRA).
+Published rules are *shapes* over the depth (MoLA) or follow the spectra of the pretrained weights (AlphaLoRA).
 """
 
 from __future__ import annotations
@@ -18,14 +18,17 @@ from talklora_pl.registry import Component, import_siblings
 
 @dataclass(frozen=True)
 class LayerTargets:
-    """What a rule may know of one decoder layer."""
+    """What a rule may know of one decoder layer.
+
+    Attributes:
+        index: number of the decoder layer, from 0.
+        modules: full names of the modules that get experts, in model order.
+        all_modules: full names of every Linear of the layer: the published layer metric is a mean over all of them.
+    """
 
     index: int
-    """Number of the decoder layer, from 0."""
     modules: tuple[str, ...]
-    """Full names of the Linears that get experts, in model order."""
     all_modules: tuple[str, ...]
-    """Full names of every Linear of the layer: the published layer metric is a mean over all of them."""
 
 
 class Allocation(Component):
@@ -53,11 +56,11 @@ class Allocation(Component):
 
 
 def top_k_of(num_experts: int, top_k: int = 2) -> int:
-    """Experts per token of a layer with ``num_experts``: ``min(K, 2)`` if there are several, else 1 (AlphaLoRA's script).
+    """K of a layer with ``num_experts`` where ``top_k`` is configured: never more than there are.
 
-    With MoLA's K = 2 this is the published ``K_l = 2 if n_l > 1 else 1``.
+    With the published K = 2 this is AlphaLoRA's ``K_l = 2 if n_l > 1 else 1``.
     """
-    return min(top_k, 2) if num_experts > 1 else 1
+    return min(top_k, num_experts)
 
 
 def per_layer(layers: Sequence[LayerTargets], counts: Sequence[int]) -> dict[str, int]:

@@ -20,16 +20,17 @@ def apportion(
 ) -> list[int]:
     """Share out ``budget`` experts in proportion to s_l = alpha_l ** beta, at least one each.
 
-    Default: largest remainder. With pool = all and b = budget: shares q_l = b s_l / Σ_pool s; whoever has q_l < 1 gets 1 and
-    leaves the pool with it, until nobody does; then ⌊q_l⌋ each, and the rest one by one to the largest fractions, the lower
-    index first on a tie.
+    Default: largest remainder. With pool = all and b = budget: shares q_l = b s_l / Σ_pool s; whoever has q_l < 1 gets
+    1 and leaves the pool with it, until nobody does; then ⌊q_l⌋ each, and the rest one by one to the largest fractions,
+    the lower index first on a tie.
 
-    ``official``: the released rule. n_l = round(budget s_l / Σ s), then until the sum is right +1 at argmin(s_l - n_l) or -1 at
-    argmax(s_l - n_l): it compares unnormalised scores with the wrong sign, and may leave a layer without experts.
+    ``official``: the released rule. n_l = round(budget s_l / Σ s), then until the sum is right +1 at argmin(s_l - n_l)
+    or -1 at argmax(s_l - n_l): it compares unnormalised scores with the wrong sign, and may leave a layer without
+    experts.
 
     Raises:
-        UserError: budget smaller than the number of layers; an exponent that is not a positive number; a layer left without
-            experts by the official rule.
+        UserError: budget smaller than the number of layers; an exponent that is not a positive number; a layer left
+            without experts by the official rule.
     """
     if budget < len(alphas):
         raise UserError(
@@ -90,19 +91,23 @@ def _official(scores: Sequence[float], budget: int) -> list[int]:
 @register("alpha")
 @dataclass
 class Alpha(Allocation):
-    """Spectral allocation (AlphaLoRA): experts in proportion to alpha ** beta of the frozen weights."""
+    """Experts in proportion to alpha ** beta, alpha the power-law exponent of the frozen weights (AlphaLoRA).
+
+    Attributes:
+        budget: experts summed over layers (published: 160 for 32 layers); by default num_experts x layers. Each target
+            module of a layer gets the layer's number.
+        beta: how strongly the exponent counts; 0 is uniform.
+        estimator: where the tail starts: ``peak`` as published (noisy), ``median`` (stable), ``hill`` (textbook).
+        granularity: one number per ``layer`` from the mean over all its Linears (published), or one per target
+            ``module`` from its own exponent, with the same total.
+        compat: ``official`` for the released rounding repair, wrong signs included.
+    """
 
     budget: int | None = None
-    """Experts summed over layers (published: 160 for 32); default num_experts x layers. With one target type this is the number
-    of experts of the model; with M target modules per layer there are M times as many."""
     beta: float = 2.5
-    """How strongly the exponent counts; 0 is uniform."""
     estimator: Literal["peak", "median", "hill"] = "peak"
-    """Where the tail starts: as published (noisy), at the median (stable), or the textbook upper half."""
     granularity: Literal["layer", "module"] = "layer"
-    """One number per layer from the mean over all its Linears (published), or one per target module from its own exponent."""
     compat: Literal["official"] | None = None
-    """``official``: the released rounding repair, wrong signs included."""
 
     def __post_init__(self) -> None:
         if self.budget is not None and self.budget < 1:

@@ -1,7 +1,7 @@
 """Exponents of many matrices with a progress bar, remembered on disk: eigenvalues of a 7B model take an hour on a CPU.
 
-One JSON file per checkpoint, named by the digest of the headers, sizes and modification times of its weight files. It holds all
-three estimators, so that the options of a rule need no key of their own.
+One JSON file per checkpoint, named by the digest of the headers, sizes and modification times of its weight files. It
+holds all three estimators, so that the options of a rule need no key of their own.
 """
 
 from __future__ import annotations

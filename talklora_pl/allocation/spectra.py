@@ -1,11 +1,12 @@
 r"""Power-law exponent of the eigenvalue tail of WᵀW: the quality metric behind AlphaLoRA.
 
-Legend: W weight [m, n]; N = min(m, n); λ_1 ≤ ... ≤ λ_N eigenvalues of the smaller Gram matrix, the squared singular values.
+Legend: W weight [m, n]; N = min(m, n); λ_1 ≤ ... ≤ λ_N eigenvalues of the smaller Gram matrix, that is the squared
+singular values.
 A tail that starts at λ_i and holds M = N - i + 1 values has the maximum-likelihood (Hill) exponent
 
     α_i = 1 + M / Σ_{j≥i} ln(λ_j / λ_i)
 
-and the three estimators differ in where the tail starts. Functions take any leading batch dimensions: λ [..., N] -> α [...].
+and the three estimators differ in where the tail starts. They take any leading batch dimensions: λ [..., N] -> α [...].
 A smaller α means a heavier tail, which the method reads as a better trained layer.
 """
 
@@ -29,9 +30,9 @@ _PAIRS = 1 << 20  # (start, value) pairs of the peak search held at a time: 8 MB
 def eigenvalues(weight: Tensor, device: torch.device | str | None = None) -> Tensor:
     """Squared singular values of ``weight`` [m, n], ascending, float64 [N].
 
-    By the smaller Gram matrix in float64, summed over blocks of ``weight``, which is never copied as a whole. On a CPU this is
-    1.5 to 11 times faster than singular values in float32 or float64 and closer to the latter than float32 is (docs/allocation.md);
-    in float32 the Gram matrix would lose the small eigenvalues.
+    By the smaller Gram matrix in float64, summed over blocks of ``weight``, which is never copied as a whole. This is
+    faster than singular values in float32 and closer to those in float64 (docs/allocation.md); in float32 the Gram
+    matrix would lose the small eigenvalues.
     """
     if weight.shape[0] < weight.shape[1]:
         weight = weight.T
@@ -86,9 +87,9 @@ def hill(eigenvalues_N: Tensor) -> Tensor:
 def peak(eigenvalues_N: Tensor) -> Tensor:
     """Tail that fits best among the starts near the peak of the spectrum: the estimator of the released AlphaLoRA code.
 
-    Peak: left edge of the fullest of 100 equal bins of log10 λ. Candidates: log10(0.95 peak) ≤ λ_i ≤ 1.5 peak, i < N (the lower
-    bound compares a logarithm with a raw eigenvalue, a slip of the released code which is kept, since it is what produced the
-    published numbers). Chosen: the smallest Kolmogorov-Smirnov distance
+    Peak: left edge of the fullest of 100 equal bins of log10 λ. Candidates: log10(0.95 peak) ≤ λ_i ≤ 1.5 peak, i < N
+    (the lower bound compares a logarithm with a raw eigenvalue, a slip of the released code which is kept, since it is
+    what produced the published numbers). Chosen: the smallest Kolmogorov-Smirnov distance
 
         D_i = max_{k=0..M-1} |1 - (λ_{i+k}/λ_i)^{1-α_i} - k/M|
 
@@ -131,7 +132,11 @@ ESTIMATORS: dict[str, Callable[[Tensor], Tensor]] = {"peak": peak, "median": med
 
 @dataclass(frozen=True)
 class Exponents:
-    """The three exponents of one matrix; the eigenvalues cost nearly all of the time, so all are always taken."""
+    """The three exponents of one matrix; the eigenvalues cost nearly all of the time, so all are always taken.
+
+    Attributes:
+        eigenvalues: how many are not zero.
+    """
 
     peak: float
     median: float
@@ -139,7 +144,6 @@ class Exponents:
     rows: int
     columns: int
     eigenvalues: int
-    """How many were non-zero."""
 
 
 def exponents_of(weight: Tensor, device: torch.device | str | None = None) -> Exponents:

@@ -34,13 +34,14 @@ class WeightSource(ABC):
 
     @cached_property
     def exponents(self) -> dict[str, Any]:
-        """What this process has computed of them already, by module (filled by :mod:`~talklora_pl.allocation.cache`)."""
+        """What this process has computed of them, by module (see :mod:`~talklora_pl.allocation.cache`)."""
         return {}
 
     @abstractmethod
     def matrix(self, module: str) -> Tensor:
         """Weight [rows, columns] in its stored dtype. Read it only, and drop it before asking for the next."""
 
+    @abstractmethod
     def check(self, modules: Iterable[str]) -> None:
         """Raise what :meth:`matrix` would raise for any of these, before long work starts."""
 
@@ -95,7 +96,7 @@ class SafetensorsWeights(WeightSource):
         self.fingerprint = digest.hexdigest()
 
     def _find(self, module: str) -> _Place:
-        """A file may know a module under a longer or shorter prefix than the model (``model.layers.0`` and ``layers.0``)."""
+        """A file may know a module by a longer or shorter name than the model (``model.layers.0`` and ``layers.0``)."""
         key = module + ".weight"
         if key not in self._places:
             longer = [name for name in self._places if name.endswith("." + key)]
@@ -193,6 +194,6 @@ def _place(file: Path, name: str, info: dict[str, Any], data_start: int, file_si
     numbers = 1
     for side in shape:
         numbers *= side
-    if start < 0 or dtype in _BYTES and end - start != numbers * _BYTES[dtype]:
+    if start < 0 or (dtype in _BYTES and end - start != numbers * _BYTES[dtype]):
         raise UserError(f"{file}: the header entry of {name!r} contradicts itself.")
     return _Place(file, dtype, shape, data_start + start, end - start)

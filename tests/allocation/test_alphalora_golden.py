@@ -1,8 +1,6 @@
 """Exponents and counts of the released code. Another folder of the same structure: GOLDEN_DIR."""
 
 import json
-import os
-from pathlib import Path
 
 import pytest
 import torch
@@ -14,19 +12,21 @@ from talklora_pl.allocation.rules import Published
 from talklora_pl.allocation.spectra import eigenvalues, exponents_of, hill, median, peak
 from talklora_pl.allocation.weights import SafetensorsWeights
 from talklora_pl.errors import UserError
+from tests.golden import GOLDEN_DIR
 
-GOLDEN = Path(os.environ.get("GOLDEN_DIR") or Path(__file__).parents[2] / "../shared/golden")
-pytestmark = pytest.mark.skipif(not (GOLDEN / "alphalora.json").is_file(), reason=f"no golden numbers in {GOLDEN}")
+pytestmark = pytest.mark.skipif(
+    not (GOLDEN_DIR / "alphalora.json").is_file(), reason=f"no golden numbers in {GOLDEN_DIR.name}/ (set GOLDEN_DIR)"
+)
 
 
 @pytest.fixture(scope="module")
 def golden():
-    return json.loads((GOLDEN / "alphalora.json").read_text())
+    return json.loads((GOLDEN_DIR / "alphalora.json").read_text())
 
 
 @pytest.fixture(scope="module")
 def matrices():
-    return load_file(GOLDEN / "alphalora.safetensors")
+    return load_file(GOLDEN_DIR / "alphalora.safetensors")
 
 
 def test_exponents(golden, matrices):
