@@ -38,19 +38,20 @@ class AdapterConfig:
     """A mixture of low-rank experts on some layers of a frozen model. The defaults are TalkLoRA's.
 
     Attributes:
-        targets: leaf names (``[q_proj, up_proj]``), a regular expression that matches whole module names, or ``all-linear``.
+        targets: leaf names (``[q_proj, up_proj]``), a regular expression over whole module names, or ``all-linear``.
         exclude: leaf names or a regular expression of modules to leave alone.
         layers: decoder layers to adapt: ``0-15``, ``4-``, ``0,2,5-7`` or a list of numbers; all by default.
         num_experts: experts per layer, before allocation.
         expert_rank: R, rank of one expert.
         rank: total rank of a layer, instead of expert_rank: R = rank / num_experts.
-        alpha: the output of the experts is scaled by alpha / reference rank; the reference is the total rank for experts
-            that split it and the expert's rank for others. By default equal to the reference (scale 1).
-        dropout_input, dropout_routing, dropout_output: on the experts' input, the routing weights, the experts' output.
+        alpha: the experts' output is scaled by alpha / reference rank; the reference is the total rank for experts that
+            split it and the expert's rank for others. By default equal to the reference (scale 1).
+        dropout_input, dropout_routing, dropout_output: on the experts' input, the routing weights, the output.
         compat: ``published`` sets TalkLoRA's published dropouts, 0.05 in all three places.
         experts_see_talk: experts use what they heard instead of their own features.
         experts, communication, router, balance: the parts, by registry name.
         plain: ordinary LoRA on further layers.
+        also_train: modules of the base that are trained and saved along, by leaf or full name (a new head).
         dtype: of the trained tensors.
     """
 
@@ -71,6 +72,7 @@ class AdapterConfig:
     router: Router = field(default_factory=lambda: Softmax(scores="features"))
     balance: list[Balance] = field(default_factory=list)
     plain: PlainLoRA | None = None
+    also_train: list[str] = field(default_factory=list)
     dtype: Literal["float32", "float64", "bfloat16"] = "float32"
 
     def __post_init__(self) -> None:

@@ -7,7 +7,6 @@ own (``model.talklora.<adapter>``).
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -25,7 +24,7 @@ class Switch:
 
 
 class Slot:
-    """The adapters of one frozen layer, by adapter name. Not a module: the adapters are registered in their own tree."""
+    """The adapters of one frozen layer by adapter name. No module: adapters are registered in their own tree."""
 
     def __init__(self, switch: Switch) -> None:
         self.switch = switch
@@ -50,9 +49,14 @@ class Adapted:
         return super().forward(*args, **kwargs)  # type: ignore[misc]
 
 
-@functools.cache
-def _adapted_class(cls: type[nn.Module]) -> type[nn.Module]:
-    return type(f"Adapted{cls.__name__}", (Adapted, cls), {"frozen_class": cls, "__module__": cls.__module__})
+_classes: dict[type, type] = {}
+
+
+def _adapted_class(cls: type) -> type:
+    if cls not in _classes:
+        names = {"frozen_class": cls, "__module__": cls.__module__}
+        _classes[cls] = type(f"Adapted{cls.__name__}", (Adapted, cls), names)
+    return _classes[cls]
 
 
 class AdapterSet(nn.ModuleDict):

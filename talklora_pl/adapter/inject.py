@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from talklora_pl import registry
 from talklora_pl.adapter.config import AdapterConfig
 from talklora_pl.adapter.host import Adapted, AdapterSet, attach
 from talklora_pl.adapter.layers import AdaptedLinear
@@ -81,6 +82,10 @@ def inject(
     for part in (config, config.plain_config()):
         if part is not None:
             built.update(_build(model, part, adapter, allocation if part is config else None, device))
+    for also in config.also_train:
+        if not any(f".{also}." in f".{n}" for n, _ in model.named_parameters()):
+            children = [n for n, _ in model.named_children()]
+            raise UserError(f"also_train: this model has no module {also!r}.{registry.did_you_mean(also, children)}")
     for loss in config.balance:
         if not adapter.routed_layers():
             raise UserError(
@@ -91,8 +96,9 @@ def inject(
         adapter.balance[loss.name] = loss.build(adapter.routed_layers())
 
     # nothing of the model was touched before this line, so that an error above leaves it as it was
-    for p in model.parameters():
-        p.requires_grad_(False)
+    for n, p in model.named_parameters():
+        if not n.startswith("talklora."):
+            p.requires_grad_(any(f".{a}." in f".{n}" for a in config.also_train))
     if not isinstance(adapters, AdapterSet):
         adapters = AdapterSet()
         model.add_module("talklora", adapters)

@@ -76,7 +76,7 @@ def find_targets(
     """The modules to adapt, by full name, in model order.
 
     Args:
-        targets: leaf names, a regular expression over whole names, or ``all-linear``: every Linear of the numbered layers.
+        targets: leaf names, a regular expression over whole names, or ``all-linear`` (of the numbered layers).
         exclude: leaf names or a regular expression.
         layers: decoder layers, see :func:`parse_layers`.
 
@@ -100,21 +100,20 @@ def find_targets(
         found[name] = module
     leaves = Counter(n.rsplit(".", 1)[-1] for n in linears)
     overview = ", ".join(f"{leaf} ({count})" for leaf, count in leaves.items())
+    kind = type(model).__name__
     if not everything and not isinstance(targets, str):
         for target in targets:
-            if not any(_matches(n, [target]) for n in linears):
-                other = [n for n, m in model.named_modules() if _matches(n, [target]) and n]
-                why = (
-                    f"{other[0]!r} is a {type(model.get_submodule(other[0])).__name__}, and only Linear and Conv1D layers can be targets here."
-                    if other
-                    else f"No layer of this {type(model).__name__} is called {target!r}."
-                )
-                raise UserError(
-                    f"targets: {why}{did_you_mean(target, leaves)} Linear layers by leaf name (count): {overview}."
-                )
+            if any(_matches(n, [target]) for n in linears):
+                continue
+            other = next((m for n, m in model.named_modules() if n and _matches(n, [target])), None)
+            if other is None:
+                why = f"No layer of this {kind} is called {target!r}."
+            else:
+                why = f"{target!r} is a {type(other).__name__}; only Linear and Conv1D layers can be targets here."
+            raise UserError(f"targets: {why}{did_you_mean(target, leaves)} Linear layers (count): {overview}.")
     if not found:
         raise UserError(
-            f"targets {targets!r} with exclude {exclude!r} and layers {layers!r} match nothing in this {type(model).__name__}. "
-            f"Linear layers by leaf name (count): {overview}."
+            f"targets {targets!r} with exclude {exclude!r} and layers {layers!r} match nothing in this {kind}. "
+            f"Linear layers (count): {overview}."
         )
     return found

@@ -7,7 +7,7 @@ P = rows of the down projection, Q = rows of the up projection.
 from __future__ import annotations
 
 from abc import abstractmethod
-from typing import ClassVar, Literal
+from typing import Any, ClassVar, Literal
 
 from torch import Tensor, nn
 
@@ -59,8 +59,8 @@ class Experts(Component):
     site: ClassVar[Literal["linear", "ffn"]] = "linear"
 
     @abstractmethod
-    def build(self, layer: LayerSpec, bank: Bank) -> nn.Module:
-        """The experts of one layer."""
+    def build(self, layer: LayerSpec, bank: Bank) -> Any:
+        """The experts of one layer: :class:`LinearExperts` for a ``linear`` site."""
 
 
 import_siblings(__name__)

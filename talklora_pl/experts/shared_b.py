@@ -32,7 +32,8 @@ class SharedBExperts(PrivateA):
         return super().mix(z_TES, w_TE)
 
     def up(self) -> Tensor:
-        return self._shared[0].B[: self.A.shape[0]].flatten(0, 1)
+        # on a model spread over devices, B lives on one of them
+        return self._shared[0].B[: self.A.shape[0]].flatten(0, 1).to(self.A.device)
 
 
 @register("shared_b")

@@ -1,0 +1,146 @@
+"""LightningCLI with our defaults: registry names in place of class paths, shipped configs by name, plugins."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Any
+
+import jsonargparse._typehints as typehints
+import yaml
+from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
+from lightning.pytorch.loggers import TensorBoardLogger
+
+import talklora_pl
+from talklora_pl import callbacks, registry
+from talklora_pl.data import TextData
+from talklora_pl.errors import UserError
+from talklora_pl.module import FineTuner
+
+# --- registry names in place of class paths
+
+_resolve = typehints.resolve_class_path_by_name
+
+
+def _resolve_name(family: Any, name: str) -> str:
+    """Class path of a registered name; the one hook that jsonargparse lacks."""
+    if isinstance(family, type) and issubclass(family, registry.Component) and "." not in name:
+        if any(name == c.__name__ for c in family._members.values()):
+            return _resolve(family, name)
+        cls = registry.get(family, name)
+        return f"{cls.__module__}.{cls.__qualname__}"
+    return _resolve(family, name)
+
+
+typehints.resolve_class_path_by_name = _resolve_name
+
+
+# --- configs by name
+
+def shipped_configs() -> Path:
+    """The folder of the configs that come with the package."""
+    for root in talklora_pl.__path__:
+        if (Path(root) / "configs").is_dir():
+            return Path(root) / "configs"
+    raise UserError("The configs folder of talklora_pl is missing from this installation.")
+
+
+def find_config(name: str) -> str:
+    """Path of a config: a file, or the name of a shipped one such as ``method/talklora``.
+
+    Raises:
+        UserError: neither.
+    """
+    folder = shipped_configs()
+    for path in (Path(name), folder / name, folder / f"{name}.yaml"):
+        if path.is_file():
+            return str(path)
+    known = [str(p.relative_to(folder).with_suffix("")) for p in folder.rglob("*.yaml")]
+    raise UserError(f"--config: there is no file {name!r} and no shipped config of that name.{registry.did_you_mean(name, known)}")
+
+
+def _expand(argv: list[str]) -> list[str]:
+    """Replace config names by their paths."""
+    out = []
+    for before, arg in zip(["", *argv], argv, strict=False):
+        if before in ("--config", "-c"):
+            arg = find_config(arg)
+        elif arg.startswith("--config="):
+            arg = "--config=" + find_config(arg.removeprefix("--config="))
+        out.append(arg)
+    return out
+
+
+def _plugins(argv: list[str]) -> list[str]:
+    """Plugins named by configs and options, found before anything is parsed."""
+    found: list[Any] = []
+    for before, arg in zip(["", *argv], argv, strict=False):
+        if before in ("--config", "-c") or arg.startswith("--config="):
+            path = arg.removeprefix("--config=")
+            try:
+                data = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+            except (yaml.YAMLError, UnicodeDecodeError) as e:
+                raise UserError(f"{path} is not readable as YAML: {' '.join(str(e).split())}") from None
+            if data is not None and not isinstance(data, dict):
+                raise UserError(f"{path}: a config is a mapping of options, this is a {type(data).__name__}.")
+            found.append((data or {}).get("plugins") or [])
+        elif before in ("--plugins", "--plugins+") or arg.startswith(("--plugins=", "--plugins+=")):
+            found.append(yaml.safe_load(arg.split("=", 1)[-1]))
+    return [p for entry in found for p in (entry if isinstance(entry, list) else [entry])]
+
+
+class Parser(LightningArgumentParser):
+    """One line per mistake, and the nearest options where one is unknown."""
+
+    def error(self, message: str, ex: Exception | None = None) -> Any:
+        if isinstance(ex, UserError):
+            message = str(ex)
+        raise UserError(" ".join(message.split()))
+
+
+class CLI(LightningCLI):
+    """fit, validate, test and predict for :class:`FineTuner` and :class:`TextData`."""
+
+    def __init__(self, verb: str, argv: list[str]) -> None:
+        # only the parser that is asked for is built
+        verbs = LightningCLI.subcommands()
+        self.subcommands = lambda: {verb: verbs[verb]}  # type: ignore[method-assign]
+        super().__init__(
+            FineTuner,
+            TextData,
+            args=[verb, *argv],
+            parser_class=Parser,
+            seed_everything_default=42,
+            save_config_kwargs={"overwrite": True},
+            auto_configure_optimizers=False,
+            load_from_checkpoint_support=False,
+            trainer_defaults={"use_distributed_sampler": False, "log_every_n_steps": 10},
+        )
+
+    def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
+        parser.add_argument("--plugins", type=list[str], default=[], help="modules or .py files with your own components")
+        parser.link_arguments("model.base", "data.base")
+        parser.add_lightning_class_args(callbacks.Checkpoint, "checkpoint")
+        parser.add_lightning_class_args(callbacks.LoadBalance, "load_balance")
+
+    def _parse_ckpt_path(self) -> None:
+        """What the user typed wins: nothing is taken from a checkpoint's hyperparameters."""
+
+    def instantiate_trainer(self, **kwargs: Any) -> Any:
+        config = self._get(self.config_init, "trainer")
+        if config.get("logger") in (None, True):
+            root = config.get("default_root_dir") or "runs"
+            kwargs["logger"] = TensorBoardLogger(root, name="")
+        return super().instantiate_trainer(**kwargs)
+
+
+def run(verb: str, argv: list[str]) -> None:
+    """Parse ``argv`` and run one of Lightning's verbs."""
+    argv = _expand(argv)
+    registry.import_plugins(_plugins(argv))
+    # Lightning warns where its args parameter and a non-empty sys.argv meet
+    program, sys.argv = sys.argv, sys.argv[:1]
+    try:
+        CLI(verb, argv)
+    finally:
+        sys.argv = program

@@ -1,0 +1,230 @@
+"""The LightningModule: a frozen base model, an adapter, balance losses and an optimiser.
+
+B batch, S sequence, V vocabulary, N positions that carry loss.
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass, replace
+from typing import Any
+
+import lightning as L
+import torch
+import torch.nn.functional as F
+from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
+from torch import Tensor, nn
+
+from talklora_pl.adapter import Adapter, AdapterConfig, inject
+from talklora_pl.adapter.io import FORMAT_VERSION, base_info, state_tensors
+from talklora_pl.base import BaseModel, load_base
+from talklora_pl.errors import UserError
+from talklora_pl.routing import RoutingCollector, RoutingRecord
+
+
+@dataclass
+class ParamGroup:
+    """Settings of the trained tensors whose name matches.
+
+    Attributes:
+        match: regular expression, searched in names such as ``layers.model.layers.0.self_attn.q_proj.router.weight``.
+        lr: learning rate; the optimiser's by default.
+        weight_decay: the optimiser's by default.
+    """
+
+    match: str
+    lr: float | None = None
+    weight_decay: float | None = None
+
+
+class FineTuner(L.LightningModule):
+    """Fine-tunes a frozen Hugging Face model through an adapter.
+
+    Args:
+        base: which pretrained model.
+        adapter: which mixture of experts.
+        optimizer: of the trained tensors.
+        lr_scheduler: stepped every optimiser step.
+        param_groups: other learning rates or weight decays for some tensors; the first that matches counts.
+        gradient_checkpointing: recompute decoder layers in the backward pass (never reentrant).
+        compile: compile the model with ``torch.compile``.
+    """
+
+    def __init__(
+        self,
+        base: BaseModel,
+        adapter: AdapterConfig,
+        optimizer: OptimizerCallable = lambda p: torch.optim.AdamW(p, lr=3e-4, weight_decay=0.01),
+        lr_scheduler: LRSchedulerCallable | None = None,
+        param_groups: list[ParamGroup] | None = None,
+        gradient_checkpointing: bool = False,
+        compile: bool = False,
+    ) -> None:
+        super().__init__()
+        self.base = base
+        self.adapter_config = adapter
+        self.optimizer = optimizer
+        self.lr_scheduler = lr_scheduler
+        self.param_groups = param_groups or []
+        self.gradient_checkpointing = gradient_checkpointing
+        self.compile_model = compile
+        # experts by module name; a callback may decide them before the adapter is built
+        self.allocation: dict[str, int] | None = None
+        self.model: Any = None
+        # routing of the newest training micro-step, for callbacks
+        self.routing: list[RoutingRecord] = []
+        # checkpoints hold what is trained; on_load_checkpoint checks that all of it is there
+        self.strict_loading = False
+
+    # --- building
+
+    def configure_model(self) -> None:
+        """Load the base, freeze it and inject the adapter. Called again, it does nothing."""
+        if self.model is not None:
+            return
+        self.adapter_config.validate()
+        self.model = load_base(self.base)
+        self.inject()
+        self.model.train()
+
+    def inject(self) -> None:
+        """Give the loaded base its adapter."""
+        config = self.adapter_config
+        if self.base.task == "sequence_classification":
+            # the head is new, so it is trained along: everything outside of the encoder that has parameters
+            heads = [
+                n for n, m in self.model.named_children() if n != self.model.base_model_prefix and any(m.parameters())
+            ]
+            config = replace(config, also_train=sorted({*config.also_train, *heads}))
+        inject(self.model, config, allocation=self.allocation)
+        if self.gradient_checkpointing:
+            self.model.activation_checkpointing_enable()
+        if self.compile_model:
+            self.model.compile()
+
+    @property
+    def adapter(self) -> Adapter:
+        """The adapter that is trained."""
+        return self.model.talklora["default"]
+
+    def trained(self) -> dict[str, nn.Parameter]:
+        """Trained tensors by name, without the prefix that all of them have."""
+        named = ((n.removeprefix("model.talklora.default."), p) for n, p in self.named_parameters() if p.requires_grad)
+        return dict(named)
+
+    def configure_optimizers(self) -> Any:
+        groups: list[dict[str, Any]] = [{"params": []} for _ in range(len(self.param_groups) + 1)]
+        for group, options in zip(groups[1:], self.param_groups, strict=True):
+            group |= {k: v for k, v in (("lr", options.lr), ("weight_decay", options.weight_decay)) if v is not None}
+        for name, p in self.trained().items():
+            hit = next((i for i, g in enumerate(self.param_groups, 1) if re.search(g.match, name)), 0)
+            groups[hit]["params"].append(p)
+        for group, options in zip(groups[1:], self.param_groups, strict=True):
+            if not group["params"]:
+                raise UserError(
+                    f"model.param_groups: {options.match!r} matches no trained tensor. Their names look like "
+                    f"{', '.join(list(self.trained())[:3])}."
+                )
+        optimizer = self.optimizer([g for g in groups if g["params"]])
+        if self.lr_scheduler is None:
+            return optimizer
+        scheduler = self.lr_scheduler(optimizer)
+        if getattr(scheduler, "total_steps", 0) is None:
+            setattr(scheduler, "total_steps", int(self.trainer.estimated_stepping_batches))  # noqa: B010
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
+
+    # --- training
+
+    def forward(self, **inputs: Any) -> Any:
+        return self.model(**inputs)
+
+    def token_logits(self, batch: dict[str, Any]) -> tuple[Tensor, Tensor, Tensor]:
+        """Logits at the positions whose next token carries loss.
+
+        The vocabulary projection sees gathered, contiguous rows only: on a CPU a strided slice of bf16 rows is two
+        orders of magnitude slower, and everywhere the rest of the (B,S,V) logits is not needed.
+
+        Returns:
+            logits_NV, the tokens to predict (N,), and the batch row of each (N,).
+        """
+        targets_BS = F.pad(batch["labels"][:, 1:], (0, 1), value=-100)
+        keep_BS = targets_BS != -100
+        head = self.model.get_output_embeddings()
+        hook = head.register_forward_pre_hook(lambda _, args: (args[0][keep_BS].unsqueeze(0), *args[1:]))
+        try:
+            logits_1NV = self.model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).logits
+        finally:
+            hook.remove()
+        return logits_1NV.squeeze(0), targets_BS[keep_BS], keep_BS.nonzero()[:, 0]
+
+    def summed_loss(self, batch: dict[str, Any]) -> tuple[Tensor, int]:
+        """Sum of the task loss over what carries it, and how much that is: (scalar, tokens or rows)."""
+        if self.base.task == "sequence_classification":
+            logits_BC = self.model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).logits
+            return F.cross_entropy(logits_BC.float(), batch["labels"], reduction="sum"), len(batch["labels"])
+        logits_NV, targets_N, _ = self.token_logits(batch)
+        return F.cross_entropy(logits_NV.float(), targets_N, reduction="sum"), len(targets_N)
+
+    def training_step(self, batch: dict[str, Any], batch_idx: int) -> Tensor:
+        """Task loss over all tokens of the optimiser step, plus balance losses averaged over its micro-steps."""
+        with RoutingCollector(batch["attention_mask"]) as collector:
+            loss_sum, tokens = self.summed_loss(batch)
+        self.routing = collector.records
+        # Lightning divides by the accumulation and DDP by the ranks: undo both, then divide by all tokens of the step
+        accumulate = self.trainer.accumulate_grad_batches
+        step_tokens = batch.get("step_tokens") or self._tokens_of_all_ranks(tokens) * accumulate
+        task = loss_sum * (self.trainer.world_size * accumulate / step_tokens)
+        self.log("train_loss", loss_sum.detach() / max(tokens, 1), prog_bar=True, batch_size=max(tokens, 1))
+        return task + self.balance_loss() * (accumulate / batch.get("micro_steps", accumulate))
+
+    def balance_loss(self) -> Tensor:
+        """Weighted sum of the balance losses of the newest micro-step, each logged by name."""
+        records = [r for r in self.routing if r.routing.weights_TE.shape[1] > 1]
+        total = torch.zeros((), device=self.device)
+        for options in self.adapter.config.balance:
+            value = self.adapter.balance[options.name](records)
+            self.log(f"balance/{options.name}", value.detach(), batch_size=1)
+            total = total + options.weight * value
+        return total
+
+    def _tokens_of_all_ranks(self, tokens: int) -> int:
+        """For data modules that do not say how many tokens an optimiser step has."""
+        if self.trainer.world_size == 1:
+            return tokens
+        return int(self.trainer.strategy.reduce(torch.tensor(tokens, device=self.device), reduce_op="sum"))
+
+    def on_train_batch_end(self, *args: Any) -> None:
+        self.routing = []
+
+    # --- evaluation
+
+    def validation_step(self, batch: dict[str, Any], batch_idx: int) -> None:
+        loss_sum, tokens = self.summed_loss(batch)
+        self.log("val_loss", loss_sum / max(tokens, 1), batch_size=max(tokens, 1), sync_dist=True, prog_bar=True)
+
+    # --- checkpoints
+
+    def describe(self) -> dict[str, Any]:
+        """What a checkpoint remembers of the run's method: plain data."""
+        return {
+            "format_version": FORMAT_VERSION,
+            "base": {**base_info(self.model), "name_or_path": self.base.path, "revision": self.base.revision},
+            "adapter": self.adapter.config.to_dict(),
+            "experts_per_layer": self.adapter.experts_per_layer,
+        }
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Keep trained tensors and the adapter's buffers; the base is not ours to store."""
+        keep = {f"model.{k}" for k in state_tensors(self.model)}
+        checkpoint["state_dict"] = {k: v for k, v in checkpoint["state_dict"].items() if k in keep}
+        checkpoint["talklora"] = self.describe()
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Raises: UserError if a trained tensor is missing or has another shape."""
+        have = checkpoint["state_dict"]
+        for key, value in state_tensors(self.model).items():
+            if f"model.{key}" not in have:
+                raise UserError(f"The checkpoint lacks {key!r}; it was written by a run with another method or base.")
+            if have[f"model.{key}"].shape != value.shape:
+                got, want = list(have[f"model.{key}"].shape), list(value.shape)
+                raise UserError(f"The checkpoint's {key!r} has shape {got}, this run needs {want}.")
