@@ -1,0 +1,65 @@
+"""How a prompt is written as text: by the name of a format, or by a template of one's own.
+
+A template is any text with ``{prompt}`` (and, if wanted, ``{input}``). The answer follows it, after one space where the
+template does not end in white space. What comes after the last place holder is the *response marker*: truncation keeps it.
+"""
+
+from __future__ import annotations
+
+import re
+from typing import NamedTuple
+
+from talklora_pl.data.rows import Example
+from talklora_pl.errors import UserError
+from talklora_pl.registry import did_you_mean
+
+# format -> (template, template where there is an input)
+TEMPLATES: dict[str, tuple[str, str | None]] = {
+    # prompt and completion exactly as they are
+    "plain": ("{prompt}", None),
+    # what a small model can learn: the answer itself, not its number
+    "cloze": ("Question: {prompt}\nAnswer:", "Question: {prompt}\n{input}\nAnswer:"),
+    # LLM-Adapters (Hu et al. 2023), after Stanford Alpaca; the two spaces are theirs
+    "alpaca": (
+        "Below is an instruction that describes a task. Write a response that appropriately completes the request.  \n\n"
+        "### Instruction:\n{prompt}\n\n### Response:\n",
+        "Below is an instruction that describes a task, paired with an input that provides further context. "
+        "Write a response that appropriately completes the request.  \n\n"
+        "### Instruction:\n{prompt}\n\n### Input:\n{input}\n\n### Response:\n",
+    ),
+}
+NAMES = (*TEMPLATES, "chat")
+DEFAULT = {"instruction": "alpaca", "completion": "plain", "chat": "chat", "choice": "cloze", "classification": "plain"}
+
+
+class Text(NamedTuple):
+    """A written prompt, its answers as they follow it, and the end of it that must not be cut off."""
+
+    prompt: str
+    answers: list[str]
+    marker: str
+
+
+def check_format(name: str, kind: str) -> None:
+    """Raise UserError unless `name` is a format (or a template) that can write such rows."""
+    if name not in NAMES and "{prompt}" not in name:
+        raise UserError(
+            f"unknown format {name!r}.{did_you_mean(name, NAMES)} A template of your own must contain {{prompt}}."
+        )
+    if kind == "chat" and name != "chat":
+        raise UserError(f"chat rows need format: chat, not {name!r}")
+    if kind == "classification" and name == "chat":
+        raise UserError("format: chat cannot write classification rows; use plain or a template with {prompt}")
+
+
+def write(example: Example, name: str) -> Text:
+    """Write a prompt and its answers in a format (other than `chat`, which the tokenizer's template writes)."""
+    template, with_input = TEMPLATES.get(name, (name, None))
+    template = (with_input or template) if example.input else template
+    values = {"prompt": example.prompt, "input": example.input}
+    if example.input and "{input}" not in template:
+        values["prompt"] += "\n" + example.input
+    prompt = re.sub(r"\{(prompt|input)\}", lambda match: values[match[1]], template)
+    marker = re.split(r"\{(?:prompt|input)\}", template)[-1]
+    space = " " if name != "plain" and not template[-1].isspace() else ""
+    return Text(prompt, [space + answer for answer in example.answers], marker)

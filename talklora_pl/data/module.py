@@ -1,0 +1,252 @@
+"""``TextData``: the data sets of a run, from files to batches."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+import lightning as L
+import numpy as np
+from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
+from torch.utils.data import DataLoader
+
+from talklora_pl.base import BaseModel, load_config, load_tokenizer, pad_id
+from talklora_pl.data.batches import Batches
+from talklora_pl.data.prepare import Prepared, prepare
+from talklora_pl.data.sampler import EvalBatches, Position, TrainBatches
+from talklora_pl.data.source import Source
+from talklora_pl.data.tokens import Tokenize
+from talklora_pl.errors import UserError
+
+if TYPE_CHECKING:
+    import datasets
+
+
+class TextData(L.LightningDataModule):
+    """Text to fine-tune on: files or hub data sets, each a task, tokenised once and cached.
+
+    Args:
+        train: one path, or a list of paths and sources.
+        val: validation data; None: split off from `train`.
+        test: data to score at the end.
+        predict: data to answer (it needs no answers of its own); None: `test`.
+        rows: what a row is, where a source does not say: `instruction`, `completion`, `chat`, `choice` or `classification`. None: by format.
+        format: how it is written, where a source does not say: `plain`, `cloze`, `alpaca`, `chat`, or a template with
+            `{prompt}`. None: by rows.
+        columns: field -> column, where a source does not say.
+        labels: names of the classes, or a JSON file with a list of them, if labels are names.
+        val_size: what is split off from `train`: a share (below 1) or a number of rows; 0: nothing.
+        seed: of the split and of the order of the rows.
+        batch_size: rows of a micro-batch of one process.
+        eval_batch_size: rows (choices) of an evaluation batch of one process.
+        max_length: tokens of a sequence; a longer prompt loses its first tokens (BOS and response marker stay).
+        length_grouped: batches of similar lengths.
+        eos_token: for a tokenizer without one.
+        on_bad_row: stop at rows that are wrong, or leave them out and list them in `bad_row_report`.
+        bad_row_report: JSON Lines file for them.
+        num_workers: processes that make batches.
+        cache_dir: for the tokenised rows; None: the user's cache folder.
+        base: whose tokenizer; None: that of the model that is trained.
+    """
+
+    def __init__(
+        self,
+        train: str | list[str | Source] | None = None,
+        val: str | list[str | Source] | None = None,
+        test: str | list[str | Source] | None = None,
+        predict: str | list[str | Source] | None = None,
+        rows: str | None = None,
+        format: str | None = None,
+        columns: dict[str, str | list[str]] | None = None,
+        labels: list[str] | str | None = None,
+        val_size: float = 0.05,
+        seed: int = 0,
+        batch_size: int = 8,
+        eval_batch_size: int = 64,
+        max_length: int = 512,
+        length_grouped: bool = True,
+        eos_token: str | None = None,
+        on_bad_row: Literal["error", "skip"] = "error",
+        bad_row_report: str = "bad_rows.jsonl",
+        num_workers: int = 0,
+        cache_dir: str | None = None,
+        base: BaseModel | None = None,
+    ) -> None:
+        super().__init__()
+        defaults = Source("", rows=rows, format=format, columns=columns or {})
+        self.sources = {
+            name: [_source(entry, defaults) for entry in ([given] if isinstance(given, str) else given or [])]
+            for name, given in {"train": train, "val": val, "test": test, "predict": predict}.items()
+        }
+        self.labels, self.val_size, self.seed = labels, val_size, seed
+        self.batch_size, self.eval_batch_size, self.max_length = batch_size, eval_batch_size, max_length
+        self.length_grouped, self.eos_token, self.on_bad_row = length_grouped, eos_token, on_bad_row
+        self.bad_row_report, self.num_workers, self.cache_dir = bad_row_report, num_workers, cache_dir
+        self.base = base
+        self.tables: dict[str, datasets.Dataset] = {}
+
+    # -- preparation ------------------------------------------------------------------------------------------------
+
+    def prepare_data(self) -> None:
+        """Check, tokenise and cache, once per machine and before the model is loaded.
+
+        Raises:
+            UserError: all problems of all files in one message.
+        """
+        stage = self.trainer.state.fn if self.trainer is not None else None
+        self._report(self._prepare(str(stage.value) if stage else "fit"))
+
+    def setup(self, stage: str) -> None:
+        """Open what :meth:`prepare_data` has left in the cache.
+
+        Args:
+            stage: fit, validate, test or predict.
+        """
+        import datasets
+
+        done = self._prepare(stage)
+        tables = {name: datasets.concatenate_datasets([p.table for p in parts]) for name, parts in done.items() if parts}
+        if "train" in tables and "val" not in tables:
+            tables["train"], tables["val"] = self._split(tables["train"])
+        self.tables |= tables
+
+    def _prepare(self, stage: str) -> dict[str, list[Prepared]]:
+        base = self._base()
+        self.classify = base.task == "sequence_classification"
+        config, tokenizer = load_config(base), load_tokenizer(base)
+        context = getattr(config, "max_position_embeddings", None)
+        if context is not None and self.max_length > context:
+            raise UserError(f"data.max_length: {self.max_length} is more than the model's context of {context} tokens.")
+        classes = self._classes()
+        num_classes = config.num_labels if self.classify else None
+        if classes and self.classify and len(classes) != num_classes:
+            raise UserError(f"data.labels: {len(classes)} classes, but the model has {num_classes} (model.base.num_labels).")
+        self.pad_id = pad_id(tokenizer)
+        tokenize = Tokenize(tokenizer, self.max_length, self.eos_token, self.classify)
+        given = self.sources
+        wanted = {
+            "fit": {"train": given["train"], "val": given["val"]},
+            "validate": {"val": given["val"]} if given["val"] else {"train": given["train"]},
+            "test": {"test": given["test"]},
+            "predict": {"predict": given["predict"] or given["test"]},
+        }[stage]
+        first = next(iter(wanted))
+        if not wanted[first]:
+            raise UserError(f"data.{first}: there is nothing to {stage}. Name at least one file or data set.")
+        entries = [(name, source) for name, sources in wanted.items() for source in sources]
+        done = prepare(
+            [source for _, source in entries],
+            tokenize,
+            gold=stage != "predict",
+            classes=classes,
+            num_classes=num_classes,
+            on_bad_row=self.on_bad_row,
+            cache=Path(self.cache_dir) if self.cache_dir else None,
+        )
+        return {name: [p for (n, _), p in zip(entries, done) if n == name] for name in wanted}
+
+    def _base(self) -> BaseModel:
+        base = self.base or getattr(getattr(self.trainer, "lightning_module", None), "base", None)
+        if base is None:
+            raise UserError("data.base: which model's tokenizer? Without a Trainer, give TextData(base=BaseModel(...)).")
+        return base
+
+    def _classes(self) -> list[str] | None:
+        if not isinstance(self.labels, str):
+            return self.labels
+        try:
+            names = json.loads(Path(self.labels).expanduser().read_text("utf-8"))
+        except (OSError, ValueError) as e:
+            raise UserError(f"data.labels: {self.labels!r} is not a readable JSON file: {e}") from e
+        if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
+            raise UserError(f"data.labels: {self.labels!r} must hold a list of names.")
+        return names
+
+    def _split(self, table: datasets.Dataset) -> tuple[datasets.Dataset, datasets.Dataset]:
+        count = round(self.val_size * len(table)) if self.val_size < 1 else int(self.val_size)
+        if count >= len(table):
+            raise UserError(f"data.val_size: {count} rows for validation leave none of {len(table)} to train on.")
+        order = np.random.default_rng(self.seed).permutation(len(table))
+        return table.select(np.sort(order[count:])), table.select(np.sort(order[:count]))
+
+    def _report(self, done: dict[str, list[Prepared]]) -> None:
+        for name, parts in done.items():
+            for part in parts:
+                tasks = sorted(set(part.table["task"]))
+                cut = f", {part.cut_rows} prompts cut by {part.cut_tokens} tokens in all" if part.cut_rows else ""
+                rank_zero_info(f"data.{name}: {', '.join(tasks)}: {len(part.table)} rows{cut}")
+        bad = [row for parts in done.values() for part in parts for row in part.bad]
+        if bad:
+            report = Path(self.bad_row_report)
+            report.parent.mkdir(parents=True, exist_ok=True)
+            entries = [{"file": b.file, "place": b.where, "column": b.column, "problem": b.problem} for b in bad]
+            report.write_text("".join(json.dumps(entry, ensure_ascii=False) + "\n" for entry in entries), "utf-8")
+            rank_zero_warn(f"{len(bad)} bad rows were left out; they are listed in {report}. The first: {bad[0]}")
+
+    # -- loaders ----------------------------------------------------------------------------------------------------
+
+    def train_dataloader(self) -> DataLoader[dict[str, Any]]:
+        if self.trainer is not None and self.trainer.overfit_batches:
+            raise UserError("trainer.overfit_batches would replace the order of the batches; use a source's limit instead.")
+        table = self.tables["train"]
+        lengths, loss_tokens = (np.array(table[column]) for column in ("length", "loss_tokens"))
+        batches = TrainBatches(
+            lengths, loss_tokens, self.batch_size, self.seed, self.length_grouped, *self._rank(), self._position
+        )
+        return self._loader(Batches(table, self.pad_id, training=True, classify=self.classify), batches)
+
+    def val_dataloader(self) -> DataLoader[dict[str, Any]] | list[Any]:
+        return self._eval_loader("val") if len(self.tables["val"]) else []
+
+    def test_dataloader(self) -> DataLoader[dict[str, Any]]:
+        return self._eval_loader("test")
+
+    def predict_dataloader(self) -> DataLoader[dict[str, Any]]:
+        return self._eval_loader("predict")
+
+    def _eval_loader(self, name: str) -> DataLoader[dict[str, Any]]:
+        table = self.tables[name]
+        rows = np.array([len(choices) for choices in table["input_ids"]])
+        batches = EvalBatches(np.array(table["length"]), rows, self.eval_batch_size, *self._rank())
+        return self._loader(Batches(table, self.pad_id, training=False, classify=self.classify), batches)
+
+    def _loader(self, data: Batches, batches: TrainBatches | EvalBatches) -> DataLoader[dict[str, Any]]:
+        # batch_size=None: a batch is one item; so Lightning keeps this sampler in every stage
+        return DataLoader(
+            data, batch_size=None, sampler=batches, num_workers=self.num_workers, collate_fn=_as_it_is  # type: ignore[arg-type]
+        )
+
+    def _rank(self) -> tuple[int, int]:
+        strategy = getattr(self.trainer, "strategy", None)
+        kwargs = getattr(strategy, "distributed_sampler_kwargs", None) or {"rank": 0, "num_replicas": 1}
+        return kwargs["rank"], kwargs["num_replicas"]
+
+    def _position(self) -> Position:
+        """From the progress counters of the trainer, which every checkpoint holds."""
+        if self.trainer is None:
+            return Position()
+        loop = self.trainer.fit_loop
+        return Position(
+            loop.epoch_progress.current.processed,
+            loop.epoch_loop.batch_progress.current.processed,
+            self.trainer.accumulate_grad_batches,
+            loop.max_batches,
+        )
+
+
+def _source(entry: str | Source, defaults: Source) -> Source:
+    source = Source(entry) if isinstance(entry, str) else entry
+    return replace(
+        source,
+        rows=source.rows or defaults.rows,
+        format=source.format or defaults.format,
+        columns=source.columns or defaults.columns,
+    )
+
+
+def _as_it_is(batch: Any) -> Any:
+    return batch
+
+
