@@ -20,7 +20,11 @@ class Checkpoint(ModelCheckpoint):
     """
 
     def __init__(
-        self, monitor: str = "val_loss", mode: str = "min", every_n_train_steps: int | None = None, dirpath: str | None = None
+        self,
+        monitor: str = "val_loss",
+        mode: str = "min",
+        every_n_train_steps: int | None = None,
+        dirpath: str | None = None,
     ) -> None:
         super().__init__(
             dirpath=dirpath,

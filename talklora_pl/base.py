@@ -203,7 +203,9 @@ def _explain(base: BaseModel, load: Callable[[], T]) -> T:
     except SafetensorError as e:
         raise UserError(f"model.base.path: the weights in {base.path!r} are damaged or cut short: {e}") from e
     except ImportError as e:
-        raise UserError(f"model.base.path: {base.path!r} needs a package that is not installed: {_first_line(e)}") from e
+        raise UserError(
+            f"model.base.path: {base.path!r} needs a package that is not installed: {_first_line(e)}"
+        ) from e
     except (OSError, ValueError, KeyError) as e:
         raise UserError(
             f"model.base.path: {base.path!r} cannot be loaded for task {base.task}: {_first_line(e)} "

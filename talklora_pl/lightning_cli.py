@@ -37,6 +37,7 @@ typehints.resolve_class_path_by_name = _resolve_name
 
 # --- configs by name
 
+
 def shipped_configs() -> Path:
     """The folder of the configs that come with the package."""
     for root in talklora_pl.__path__:
@@ -56,7 +57,9 @@ def find_config(name: str) -> str:
         if path.is_file():
             return str(path)
     known = [str(p.relative_to(folder).with_suffix("")) for p in folder.rglob("*.yaml")]
-    raise UserError(f"--config: there is no file {name!r} and no shipped config of that name.{registry.did_you_mean(name, known)}")
+    raise UserError(
+        f"--config: there is no file {name!r} and no shipped config of that name.{registry.did_you_mean(name, known)}"
+    )
 
 
 def _expand(argv: list[str]) -> list[str]:
@@ -118,7 +121,9 @@ class CLI(LightningCLI):
         )
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
-        parser.add_argument("--plugins", type=list[str], default=[], help="modules or .py files with your own components")
+        parser.add_argument(
+            "--plugins", type=list[str], default=[], help="modules or .py files with your own components"
+        )
         parser.link_arguments("model.base", "data.base")
         parser.add_lightning_class_args(callbacks.Checkpoint, "checkpoint")
         parser.add_lightning_class_args(callbacks.LoadBalance, "load_balance")
