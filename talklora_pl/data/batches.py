@@ -1,7 +1,7 @@
 """From prepared rows to padded tensors.
 
-Shape letters: B rows of the batch, S tokens of the longest of them, Q questions. Rows are padded on the right; the attention
-mask alone says what is real.
+Shape letters: B rows of the batch, S tokens of the longest of them, Q questions. Rows are padded on the right; the
+attention mask alone says what is real.
 """
 
 from __future__ import annotations
@@ -35,9 +35,9 @@ class Batches(torch.utils.data.Dataset[dict[str, Any]]):
     Training: `input_ids`, `attention_mask`, `labels` (B, S) (not shifted, -100: no loss), `id`, `task` (lists),
     `step_tokens`, `micro_steps` (see Batch). The rows are questions with their right answers.
 
-    Evaluation: one row per choice of every question; `group` (B,) is the row's question and `choice` (B,) its number there;
-    per question: `answer` (Q,) the right choice or -1, `prompt_length` (Q,) tokens before the answer, `real` (Q,) false for
-    fillers, and the lists `id`, `task`, `answers` (texts of all choices).
+    Evaluation: one row per choice of every question; `group` (B,) is the row's question and `choice` (B,) its
+    number there; per question: `answer` (Q,) the right choice or -1, `prompt_length` (Q,) tokens before the answer, `real`
+    (Q,) false for fillers, and the lists `id`, `task`, `answers` (texts of all choices).
 
     Classification (both): `labels` (B,) are classes, -100 where unknown; a group is a row, the classes are its choices.
     """
@@ -46,7 +46,7 @@ class Batches(torch.utils.data.Dataset[dict[str, Any]]):
         self.table, self.pad_id, self.training, self.classify = table, pad_id, training, classify
 
     def __getitem__(self, batch: Batch) -> dict[str, Any]:
-        rows = self.table[batch.rows]
+        rows: dict[str, Any] = self.table[batch.rows]
         answer = torch.tensor(rows["label"])
         names = {"id": rows["id"], "task": rows["task"]}
         per_question = names | {
@@ -58,8 +58,8 @@ class Batches(torch.utils.data.Dataset[dict[str, Any]]):
         step = {"step_tokens": batch.step_tokens, "micro_steps": batch.micro_steps}
         if self.classify:
             ids = [choices[0] for choices in rows["input_ids"]]
-            labels = answer.where(answer >= 0 if not batch.filler else answer < answer, torch.tensor(NO_LOSS))
-            return masked(ids, self.pad_id) | {"labels": labels} | (names | step if self.training else per_question)
+            classes = torch.full_like(answer, NO_LOSS) if batch.filler else answer.where(answer >= 0, NO_LOSS)
+            return masked(ids, self.pad_id) | {"labels": classes} | (names | step if self.training else per_question)
         if self.training:
             ids = [choices[right] for choices, right in zip(rows["input_ids"], rows["label"])]
             labels = [choices[right] for choices, right in zip(rows["labels"], rows["label"])]

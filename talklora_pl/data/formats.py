@@ -1,7 +1,8 @@
 """How a prompt is written as text: by the name of a format, or by a template of one's own.
 
 A template is any text with ``{prompt}`` (and, if wanted, ``{input}``). The answer follows it, after one space where the
-template does not end in white space. What comes after the last place holder is the *response marker*: truncation keeps it.
+template does not end in white space. What comes after the last place holder is the *response marker*: truncation keeps
+it.
 """
 
 from __future__ import annotations
@@ -21,7 +22,8 @@ TEMPLATES: dict[str, tuple[str, str | None]] = {
     "cloze": ("Question: {prompt}\nAnswer:", "Question: {prompt}\n{input}\nAnswer:"),
     # LLM-Adapters (Hu et al. 2023), after Stanford Alpaca; the two spaces are theirs
     "alpaca": (
-        "Below is an instruction that describes a task. Write a response that appropriately completes the request.  \n\n"
+        "Below is an instruction that describes a task. "
+        "Write a response that appropriately completes the request.  \n\n"
         "### Instruction:\n{prompt}\n\n### Response:\n",
         "Below is an instruction that describes a task, paired with an input that provides further context. "
         "Write a response that appropriately completes the request.  \n\n"

@@ -32,7 +32,8 @@ class TextData(L.LightningDataModule):
         val: validation data; None: split off from `train`.
         test: data to score at the end.
         predict: data to answer (it needs no answers of its own); None: `test`.
-        rows: what a row is, where a source does not say: `instruction`, `completion`, `chat`, `choice` or `classification`. None: by format.
+        rows: what a row is, where a source does not say: `instruction`, `completion`, `chat`, `choice` or
+            `classification`. None: by format.
         format: how it is written, where a source does not say: `plain`, `cloze`, `alpaca`, `chat`, or a template with
             `{prompt}`. None: by rows.
         columns: field -> column, where a source does not say.
@@ -107,7 +108,9 @@ class TextData(L.LightningDataModule):
         import datasets
 
         done = self._prepare(stage)
-        tables = {name: datasets.concatenate_datasets([p.table for p in parts]) for name, parts in done.items() if parts}
+        tables = {
+            name: datasets.concatenate_datasets([p.table for p in parts]) for name, parts in done.items() if parts
+        }
         if "train" in tables and "val" not in tables:
             tables["train"], tables["val"] = self._split(tables["train"])
         self.tables |= tables
@@ -122,7 +125,9 @@ class TextData(L.LightningDataModule):
         classes = self._classes()
         num_classes = config.num_labels if self.classify else None
         if classes and self.classify and len(classes) != num_classes:
-            raise UserError(f"data.labels: {len(classes)} classes, but the model has {num_classes} (model.base.num_labels).")
+            raise UserError(
+                f"data.labels: {len(classes)} classes, but the model has {num_classes} (model.base.num_labels)."
+            )
         self.pad_id = pad_id(tokenizer)
         tokenize = Tokenize(tokenizer, self.max_length, self.eos_token, self.classify)
         given = self.sources
@@ -150,7 +155,9 @@ class TextData(L.LightningDataModule):
     def _base(self) -> BaseModel:
         base = self.base or getattr(getattr(self.trainer, "lightning_module", None), "base", None)
         if base is None:
-            raise UserError("data.base: which model's tokenizer? Without a Trainer, give TextData(base=BaseModel(...)).")
+            raise UserError(
+                "data.base: which model's tokenizer? Without a Trainer, give TextData(base=BaseModel(...))."
+            )
         return base
 
     def _classes(self) -> list[str] | None:
@@ -188,8 +195,10 @@ class TextData(L.LightningDataModule):
     # -- loaders ----------------------------------------------------------------------------------------------------
 
     def train_dataloader(self) -> DataLoader[dict[str, Any]]:
-        if self.trainer is not None and self.trainer.overfit_batches:
-            raise UserError("trainer.overfit_batches would replace the order of the batches; use a source's limit instead.")
+        if getattr(self.trainer, "overfit_batches", 0):
+            raise UserError(
+                "trainer.overfit_batches would replace the order of the batches; use a source's limit instead."
+            )
         table = self.tables["train"]
         lengths, loss_tokens = (np.array(table[column]) for column in ("length", "loss_tokens"))
         batches = TrainBatches(
@@ -215,7 +224,11 @@ class TextData(L.LightningDataModule):
     def _loader(self, data: Batches, batches: TrainBatches | EvalBatches) -> DataLoader[dict[str, Any]]:
         # batch_size=None: a batch is one item; so Lightning keeps this sampler in every stage
         return DataLoader(
-            data, batch_size=None, sampler=batches, num_workers=self.num_workers, collate_fn=_as_it_is  # type: ignore[arg-type]
+            data,
+            batch_size=None,
+            sampler=batches,
+            num_workers=self.num_workers,
+            collate_fn=_as_it_is,  # type: ignore[arg-type]
         )
 
     def _rank(self) -> tuple[int, int]:
@@ -229,8 +242,8 @@ class TextData(L.LightningDataModule):
             return Position()
         loop = self.trainer.fit_loop
         return Position(
-            loop.epoch_progress.current.processed,
-            loop.epoch_loop.batch_progress.current.processed,
+            loop.epoch_progress.current.processed,  # type: ignore[attr-defined]
+            loop.epoch_loop.batch_progress.current.processed,  # type: ignore[attr-defined]
             self.trainer.accumulate_grad_batches,
             loop.max_batches,
         )
@@ -248,5 +261,3 @@ def _source(entry: str | Source, defaults: Source) -> Source:
 
 def _as_it_is(batch: Any) -> Any:
     return batch
-
-

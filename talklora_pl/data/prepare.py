@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from talklora_pl.cache import cached_folder
 from talklora_pl.data.formats import DEFAULT, check_format
-from talklora_pl.data.rows import Example, RowReader, check_kind
+from talklora_pl.data.rows import RowReader, check_kind
 from talklora_pl.data.source import BadRow, Reader, Source
 from talklora_pl.data.tokens import NO_LOSS, Tokenize
 from talklora_pl.errors import UserError

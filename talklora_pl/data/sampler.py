@@ -23,7 +23,8 @@ class Batch:
 
     Attributes:
         rows: indices of the data set.
-        step_tokens: labels with loss in the whole optimiser step, over all ranks and micro-batches (for classification: rows).
+        step_tokens: labels with loss in the whole optimiser step, over all ranks and micro-batches (classification:
+            rows).
         micro_steps: micro-batches of that step.
         filler: the rows are there only so that every rank has a batch; they must not count.
     """
@@ -36,7 +37,7 @@ class Batch:
 
 @dataclass(frozen=True)
 class Position:
-    """Where training is: the epoch, the micro-batch in it, micro-batches per step, micro-batches until the epoch is cut short."""
+    """Where training is: epoch, micro-batch in it, micro-batches per step, micro-batches until it is cut short."""
 
     epoch: int = 0
     batch: int = 0

@@ -23,7 +23,8 @@ class Source:
     """One data set of one task.
 
     Attributes:
-        path: a file (by its ending: .jsonl, .json, .csv, .tsv, .parquet; ``$VARIABLES`` and ``~`` are expanded) or a hub name.
+        path: a file (by its ending: .jsonl, .json, .csv, .tsv, .parquet; ``$VARIABLES`` and ``~`` are expanded), or a
+            folder or hub name that ``datasets.load_dataset`` takes.
         task: name under which its scores and its routing appear. None: the file's name.
         rows: what a row is, see :mod:`talklora_pl.data.rows`. None: the data module's ``rows``.
         format: how a row is written as text, see :mod:`talklora_pl.data.formats`. None: the data module's ``format``.

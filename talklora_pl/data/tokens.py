@@ -53,7 +53,7 @@ class Tokenize:
         classify: bool = False,
     ) -> None:
         self.tokenizer, self.max_length, self.classify = tokenizer, max_length, classify
-        self.eos = tokenizer.eos_token_id if eos_token is None else tokenizer.convert_tokens_to_ids(eos_token)
+        self.eos: Any = tokenizer.eos_token_id if eos_token is None else tokenizer.convert_tokens_to_ids(eos_token)
         if not classify and (self.eos is None or (eos_token and self.eos == tokenizer.unk_token_id)):
             raise UserError(
                 "data.eos_token: the tokenizer has no "
@@ -89,8 +89,7 @@ class Tokenize:
         return list(self.tokenizer(text, add_special_tokens=False, verbose=False).input_ids) if text else []
 
     def _continue(self, before: str, before_ids: list[int], text: str) -> list[int]:
-        """Tokens of a text that follows another. The first text keeps the tokens that it has alone: those the model sees
-        when it is asked."""
+        """Tokens of a text after another, which keeps the tokens it has alone: those seen when the model is asked."""
         both = self._ids(before + text)
         n = len(before_ids)
         return both[n:] if both[:n] == before_ids else self._ids(text)
@@ -99,9 +98,7 @@ class Tokenize:
         ids = list(self.tokenizer(text, verbose=False).input_ids)
         cut = max(0, len(ids) - self.max_length)
         if cut:
-            special = self.tokenizer.num_special_tokens_to_add()
-            kept = self.tokenizer.decode(self._ids(text)[: self.max_length - special])
-            ids = list(self.tokenizer(kept, verbose=False).input_ids)[: self.max_length]
+            ids = list(self.tokenizer(text, truncation=True, max_length=self.max_length).input_ids)
         return Tokens([ids], cut=cut)
 
     def _answers(self, prompt: str, answers: list[str], marker: str, add_bos: bool = False) -> Tokens:
@@ -122,7 +119,7 @@ class Tokenize:
         if not answer:
             raise BadRow("the tokenizer makes no token of an answer, so there is nothing to learn")
         end = answer.index(self.eos) + 1 if self.eos in answer else len(answer)
-        return answer[:end] if end < len(answer) or answer[-1] == self.eos else [*answer, self.eos], answer[end:]
+        return (answer[:end] if self.eos in answer else [*answer, self.eos]), answer[end:]
 
     def _overflow(self, length: int, cuttable: int, marker: str) -> int:
         """How many of the cuttable tokens have to go."""
@@ -137,7 +134,8 @@ class Tokenize:
     def _chat(self, messages: list[dict[str, str]]) -> Tokens:
         ids: list[int] = []
         labels: list[int] = []
-        text, rest = "", []  # written so far; what the template put after the last answer's end
+        text = ""  # written so far
+        rest: list[int] = []  # what the template put after the end of the last answer
         for i in [i for i, message in enumerate(messages) if message["role"] == "assistant"]:
             opened, closed = self._render(messages[:i], open=True), self._render(messages[: i + 1])
             ids, labels = ids + rest, labels + [NO_LOSS] * len(rest)
@@ -163,13 +161,17 @@ class Tokenize:
         if not messages:
             return ""
         try:
-            return self.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=open)
+            return self.tokenizer.apply_chat_template(  # type: ignore[return-value]
+                messages, tokenize=False, add_generation_prompt=open
+            )
         except Exception as e:  # a template is a program; many raise for an order of roles that they do not know
             raise BadRow(f"the chat template refuses these messages: {e}") from e
 
     def _after(self, before: str, text: str) -> str:
         if not text.startswith(before):
-            raise BadRow("the chat template rewrites earlier turns, so its answers cannot be found; give one turn a row")
+            raise BadRow(
+                "the chat template rewrites earlier turns, so its answers cannot be found; give one turn a row"
+            )
         return text[len(before) :]
 
 
@@ -177,5 +179,10 @@ def _identity(tokenizer: PreTrainedTokenizerBase) -> str:
     """Digest of what decides the tokens of a text."""
     backend: Any = getattr(tokenizer, "backend_tokenizer", None)
     state = backend.to_str() if backend is not None else str(sorted(tokenizer.get_vocab().items()))
-    specials = [type(tokenizer).__name__, tokenizer.chat_template, tokenizer.special_tokens_map, tokenizer("a").input_ids]
+    specials = [
+        type(tokenizer).__name__,
+        tokenizer.chat_template,
+        tokenizer.special_tokens_map,
+        tokenizer("a").input_ids,
+    ]
     return hashlib.sha256((state + str(specials)).encode()).hexdigest()

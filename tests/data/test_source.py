@@ -1,0 +1,211 @@
+"""Files and rows: every shape of data, and every mistake named by file, place and column."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from talklora_pl.data.formats import check_format
+from talklora_pl.data.prepare import settle
+from talklora_pl.data.rows import Example, RowReader
+from talklora_pl.data.source import BadRow, Reader, Source
+from talklora_pl.errors import UserError
+
+ROWS = [{"prompt": "über", "completion": "a"}, {"prompt": "q", "completion": "b"}]
+
+
+def read(path: str | Path, **options: Any) -> list[dict[str, Any] | BadRow]:
+    return [row for _, row in Reader(Source(str(path), **options))]
+
+
+def test_all_file_types_hold_the_same(tmp_path: Path) -> None:
+    import datasets
+
+    (tmp_path / "a.jsonl").write_text("\n".join(map(json.dumps, ROWS)) + "\n\n")
+    (tmp_path / "bom.jsonl").write_text("\ufeff" + "\r\n".join(map(json.dumps, ROWS)), encoding="utf-8")
+    (tmp_path / "a.json").write_text(json.dumps(ROWS))
+    (tmp_path / "wrapped.json").write_text(json.dumps({"version": 1, "data": ROWS}))
+    (tmp_path / "a.csv").write_text('prompt,completion\n"über",a\nq,b\n', encoding="utf-8")
+    (tmp_path / "a.tsv").write_text("prompt\tcompletion\nüber\ta\nq\tb\n", encoding="utf-8")
+    datasets.Dataset.from_list(ROWS).to_parquet(str(tmp_path / "a.parquet"))
+    for file in tmp_path.iterdir():
+        assert read(file) == ROWS, file.name
+
+
+def test_a_folder_loads_like_a_hub_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HF_HOME", str(tmp_path / "hf"))
+    folder = tmp_path / "set"
+    folder.mkdir()
+    (folder / "train.jsonl").write_text("\n".join(map(json.dumps, ROWS)))
+    (folder / "test.jsonl").write_text(json.dumps(ROWS[1]))
+    assert read(folder) == ROWS
+    assert read(folder, split="test") == ROWS[1:]
+    with pytest.raises(UserError, match="split: nope"):
+        read(folder, split="nope")
+
+
+def test_variables_in_paths(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "a.json").write_text(json.dumps(ROWS))
+    monkeypatch.setenv("SOME_DIR", str(tmp_path))
+    assert read("$SOME_DIR/a.json") == ROWS
+    with pytest.raises(UserError, match=r"\$NO_SUCH_DIR/a.json: the environment variable"):
+        read("$NO_SUCH_DIR/a.json")
+
+
+@pytest.mark.parametrize(
+    "name, content, message",
+    [
+        ("a.json", b'[{"prompt": "x"},\n {"prompt": }]', r"a.json, line 2, character 13: broken JSON"),
+        ("a.json", b'{"prompt": "x"}\n{"prompt": "y"}', r"must end in .jsonl"),
+        ("a.json", b'"text"', r"expected a list of objects"),
+        ("a.json", b'["\xff"]', r"a.json, line 1: invalid UTF-8"),
+        ("a.csv", b"prompt,completion\nx,y\n\xff,z\n", r"a.csv, line 3: invalid UTF-8"),
+        ("a.parquet", b"PAR1 this is not parquet", r"a.parquet: not a readable Parquet file"),
+        ("a.txt", b"text", r"unknown file type '.txt'. Known: .jsonl"),
+    ],
+)
+def test_files_that_cannot_be_read(tmp_path: Path, name: str, content: bytes, message: str) -> None:
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(UserError, match=message):
+        read(tmp_path / name)
+
+
+def test_a_file_that_is_not_there() -> None:
+    with pytest.raises(UserError, match=r"no/such/rows.jsonl: there is no such file"):
+        read("no/such/rows.jsonl")
+    with pytest.raises(UserError, match=r"no such file, and it cannot be loaded as a data set of the hub"):
+        read("nobody/nothing")
+
+
+def test_lines_that_cannot_be_read_are_bad_rows(tmp_path: Path) -> None:
+    lines = [b'{"a": 1}', b'{"a": ', b"[1]", b'{"a": "\xff"}', b"", b'{"a": 2}']
+    (tmp_path / "a.jsonl").write_bytes(b"\n".join(lines))
+    got = list(Reader(Source(str(tmp_path / "a.jsonl"))))
+    assert [place for place, _ in got] == [f"line {i}" for i in (1, 2, 3, 4, 6)]
+    problems = [row.problem if isinstance(row, BadRow) else row for _, row in got]
+    assert problems[0] == {"a": 1} and problems[4] == {"a": 2}
+    assert problems[1].startswith("broken JSON")
+    assert problems[2] == "a row must be an object, got list"
+    assert problems[3] == "invalid UTF-8 at byte 8 of the line"
+
+
+def test_csv_with_a_wrong_number_of_columns(tmp_path: Path) -> None:
+    (tmp_path / "a.csv").write_text("a,b\n1,2\n3\n4,5,6\n")
+    got = list(Reader(Source(str(tmp_path / "a.csv"))))
+    assert got[0] == ("line 2", {"a": "1", "b": "2"})
+    assert [(place, row.problem) for place, row in got[1:]] == [
+        ("line 3", "2 columns expected, got another number of them"),
+        ("line 4", "2 columns expected, got another number of them"),
+    ]
+
+
+def example(kind: str, row: dict[str, Any], columns: dict[str, Any] | None = None, **options: Any) -> Example:
+    return RowReader(Source("f", rows=kind, columns=columns or {}), **options)(row)
+
+
+def test_kinds_of_rows() -> None:
+    assert example("instruction", {"instruction": "i", "input": None, "output": "o"}) == Example("i", "", [], ["o"], 0)
+    assert example("instruction", {"instruction": "i", "input": "x", "output": "o"}).input == "x"
+    assert example("completion", {"prompt": "", "completion": "o"}) == Example("", "", [], ["o"], 0)
+    messages = [{"role": "user", "content": "u"}, {"role": "assistant", "content": "a", "more": 1}]
+    assert example("chat", {"messages": messages}).messages[1] == {"role": "assistant", "content": "a"}
+    row = {"question": "q", "choices": ["x", "y"], "label": 1}
+    assert example("choice", row) == Example("q", "", [], ["x", "y"], 1)
+    assert example("classification", {"text": "t", "label": 3}, num_classes=4) == Example("t", label=3)
+    assert example("classification", {"text": "t", "label": "b"}, classes=["a", "b"]).label == 1
+
+
+def test_columns() -> None:
+    hub = {"question": "q", "choices": {"label": ["1", "2"], "text": ["x", "y"]}, "answerKey": "2"}
+    names = {"choices": "choices.text", "choice_labels": "choices.label", "label": "answerKey"}
+    assert example("choice", hub, names) == Example("q", "", [], ["x", "y"], 1)
+    wide = {"question": "q", "option1": "x", "option2": "y", "answer": "B"}
+    assert example("choice", wide, {"choices": ["option1", "option2"], "label": "answer"}).label == 1
+    cell = {"question": "q", "choices": '["x", "y"]', "label": "1"}
+    assert example("choice", cell) == Example("q", "", [], ["x", "y"], 1)
+
+
+def test_predicting_needs_no_answers() -> None:
+    assert example("completion", {"prompt": "p"}, gold=False) == Example("p")
+    assert example("choice", {"question": "q", "choices": ["x", "y"]}, gold=False).label is None
+    assert example("chat", {"messages": [{"role": "user", "content": "u"}]}, gold=False).answers == []
+    assert example("classification", {"text": "t"}, gold=False).label is None
+
+
+CHOICE = {"question": "q", "choices": ["x", "y"], "label": 1}
+
+
+@pytest.mark.parametrize(
+    "kind, row, column, problem",
+    [
+        ("completion", {"prompt": "p"}, "completion", r"is missing \(the row has 'prompt'\); map it"),
+        ("completion", {"prompt": "p", "completion": None}, "completion", "is null"),
+        ("completion", {"prompt": "p", "completion": "  "}, "completion", "is empty"),
+        ("completion", {"prompt": "p", "completion": 4}, "completion", r"must be text, got 4 \(int\)"),
+        ("completion", {"prompt": ["p"], "completion": "c"}, "prompt", "must be text"),
+        ("completion", {"prompt": "p", "completion": "\ud800"}, "completion", "surrogate"),
+        ("instruction", {"instruction": "", "output": "o"}, "instruction", "is empty"),
+        ("chat", {"messages": []}, "messages", "must be a list"),
+        ("chat", {"messages": [{"role": "user", "content": "u"}]}, "messages", "last message must be the assistant's"),
+        ("chat", {"messages": [{"role": "robot", "content": "u"}]}, "messages[0].role", "got 'robot'"),
+        ("chat", {"messages": ["hi"]}, "messages[0]", "must be an object"),
+        ("chat", {"messages": [{"role": "user"}]}, "messages[0].content", "must be text"),
+        ("choice", CHOICE | {"label": 2}, "label", "2 is out of range: there are 2 choices"),
+        ("choice", CHOICE | {"label": -1}, "label", "out of range"),
+        ("choice", CHOICE | {"label": "z"}, "label", "neither an index nor one of the choices"),
+        ("choice", CHOICE | {"label": True}, "label", "neither"),
+        ("choice", CHOICE | {"choices": "x"}, "choices", "must be a list"),
+        ("choice", CHOICE | {"choices": ["x"]}, "choices", "at least two"),
+        ("choice", CHOICE | {"choices": ["x", ""]}, "choices[1]", "is empty"),
+        ("classification", {"text": "t", "label": 9}, "label", "9 is out of range: there are 3 classes"),
+        ("classification", {"text": "t", "label": "b"}, "label", "data.labels"),
+    ],
+)
+def test_bad_rows(kind: str, row: dict[str, Any], column: str, problem: str) -> None:
+    with pytest.raises(BadRow, match=problem) as bad:
+        example(kind, row, num_classes=3)
+    assert bad.value.column == column
+
+
+def test_kind_and_format_are_decided_together() -> None:
+    def decided(classify: bool = False, **options: Any) -> tuple[str | None, str | None]:
+        source = settle(Source("f", **options), classify)
+        return source.rows, source.format
+
+    assert decided() == ("completion", "plain")
+    assert decided(format="cloze") == ("choice", "cloze")
+    assert decided(format="alpaca") == ("instruction", "alpaca")
+    assert decided(format="chat") == ("chat", "chat")
+    assert decided(rows="choice", format="chat") == ("choice", "chat")
+    assert decided(True) == ("classification", "plain")
+
+
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        ({"rows": "choise"}, "Did you mean 'choice'"),
+        ({"format": "alpacca"}, "Did you mean 'alpaca'"),
+        ({"rows": "chat", "format": "cloze"}, "chat rows need format: chat"),
+        ({"rows": "classification"}, "do not fit model.base.task: causal_lm"),
+        ({"columns": {"promt": "x"}}, "Did you mean 'prompt'"),
+    ],
+)
+def test_options_that_do_not_fit(options: dict[str, Any], message: str) -> None:
+    with pytest.raises(UserError, match=f"^f: .*{message}"):
+        settle(Source("f", **options), False)
+
+
+def test_a_template_needs_its_place() -> None:
+    check_format("Q: {prompt}", "completion")
+    with pytest.raises(UserError, match="must contain"):
+        check_format("Q: {question}", "completion")
+
+
+def test_task_names(jsonl: Callable[..., str]) -> None:
+    assert Source("a/b/my-set.train.jsonl").task_name == "my_set_train"
+    assert Source("tau/commonsense_qa").task_name == "commonsense_qa"
+    assert Source("x.csv", task="T").task_name == "T"
