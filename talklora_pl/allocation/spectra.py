@@ -24,6 +24,7 @@ from talklora_pl.errors import UserError
 MIN_EIGENVALUES = 8
 """Fewer make no tail: an upper half of four values is the least that is estimated from."""
 _BLOCK = 1024  # rows that are float64 at a time
+_STRIP = 512  # columns of the Gram matrix made at a time
 _PAIRS = 1 << 20  # (start, value) pairs of the peak search held at a time: 8 MB
 
 
@@ -36,13 +37,15 @@ def eigenvalues(weight: Tensor, device: torch.device | str | None = None) -> Ten
     """
     if weight.shape[0] < weight.shape[1]:
         weight = weight.T
-    gram_NN = torch.zeros(weight.shape[1], weight.shape[1], dtype=torch.float64, device=device)
-    for block in weight.split(_BLOCK):
-        block = block.to(device=gram_NN.device, dtype=torch.float64)
-        gram_NN.addmm_(block.T, block)
+    N = weight.shape[1]
+    gram_NN = torch.zeros(N, N, dtype=torch.float64, device=device)
+    for rows in weight.split(_BLOCK):
+        rows = rows.to(device=gram_NN.device, dtype=torch.float64)
+        for i in range(0, N, _STRIP):  # the lower triangle is enough
+            gram_NN[i:, i : i + _STRIP].addmm_(rows[:, i:].T, rows[:, i : i + _STRIP])
     if not gram_NN.diagonal().isfinite().all():
         raise UserError("the weight contains NaN or infinite values.")
-    return torch.linalg.eigvalsh(gram_NN).cpu()
+    return torch.linalg.eigvalsh(gram_NN, UPLO="L").cpu()
 
 
 def resolved(eigenvalues_N: Tensor) -> Tensor:
