@@ -6,6 +6,8 @@ from dataclasses import asdict, dataclass, field, fields
 from typing import Any, Literal
 
 from talklora_pl import registry
+from talklora_pl.allocation import Allocation
+from talklora_pl.allocation.rules import Uniform as Everywhere
 from talklora_pl.balance import Balance
 from talklora_pl.communication import Communication
 from talklora_pl.communication.silent import NoCommunication
@@ -50,6 +52,7 @@ class AdapterConfig:
         compat: ``published`` sets TalkLoRA's published dropouts, 0.05 in all three places.
         experts_see_talk: experts use what they heard instead of their own features.
         experts, communication, router, balance: the parts, by registry name.
+        allocation: the rule by which layers get their number of experts; by default num_experts each.
         plain: ordinary LoRA on further layers.
         also_train: modules of the base that are trained and saved along, by leaf or full name (a new head).
         dtype: of the trained tensors.
@@ -71,6 +74,7 @@ class AdapterConfig:
     communication: Communication = field(default_factory=Talking)
     router: Router = field(default_factory=lambda: Softmax(scores="features"))
     balance: list[Balance] = field(default_factory=list)
+    allocation: Allocation = field(default_factory=Everywhere)
     plain: PlainLoRA | None = None
     also_train: list[str] = field(default_factory=list)
     dtype: Literal["float32", "float64", "bfloat16"] = "float32"
@@ -171,4 +175,9 @@ class AdapterConfig:
         return config
 
 
-FAMILIES: dict[str, type[registry.Component]] = {"experts": Experts, "communication": Communication, "router": Router}
+FAMILIES: dict[str, type[registry.Component]] = {
+    "experts": Experts,
+    "communication": Communication,
+    "router": Router,
+    "allocation": Allocation,
+}

@@ -10,10 +10,12 @@ import torch
 from torch import nn
 
 from talklora_pl import registry
+from talklora_pl.adapter.allocation import decide
 from talklora_pl.adapter.config import AdapterConfig
 from talklora_pl.adapter.host import Adapted, AdapterSet, attach
 from talklora_pl.adapter.layers import AdaptedLinear
 from talklora_pl.adapter.targets import find_targets, layer_index, widths
+from talklora_pl.allocation.weights import ModuleWeights
 from talklora_pl.errors import UserError
 from talklora_pl.spec import Bank, LayerSpec
 
@@ -65,7 +67,7 @@ def inject(
     order of layers nor on the process, and methods that differ in one part start equal in the others.
 
     Args:
-        allocation: experts by module name, where layers differ.
+        allocation: experts by module name; by default what the configured rule decides from the model's own weights.
         device: of the trained tensors; by default that of the layer they belong to.
 
     Raises:
@@ -77,6 +79,8 @@ def inject(
         raise UserError(f"The model has an adapter {name!r} already; remove it or choose another name.")
     if not name.isidentifier() or hasattr(nn.ModuleDict, name):
         raise UserError(f"{name!r} cannot be an adapter's name; use letters, digits and underscores.")
+    if allocation is None:
+        allocation = decide(config, model, ModuleWeights(model))
     adapter = Adapter(config)
     built: dict[str, tuple[nn.Module, nn.Module]] = {}
     for part in (config, config.plain_config()):

@@ -20,6 +20,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from talklora_pl.allocation.spectra import Exponents, exponents_of
 from talklora_pl.allocation.weights import WeightSource
+from talklora_pl.cache import cache_root
 from talklora_pl.errors import UserError
 
 FORMAT = 1  # raise it when an estimator changes its numbers
@@ -29,8 +30,7 @@ def cache_file(weights: WeightSource) -> Path | None:
     """Where the exponents of these weights are kept; None: nowhere."""
     if weights.fingerprint is None:
         return None
-    base = os.environ.get("TALKLORA_CACHE") or Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache") / "talklora_pl"
-    return Path(base).expanduser() / "spectra" / f"{weights.fingerprint[:40]}.v{FORMAT}.json"
+    return cache_root() / "spectra" / f"{weights.fingerprint[:40]}.v{FORMAT}.json"
 
 
 def exponents(weights: WeightSource, modules: Iterable[str]) -> dict[str, Exponents]:

@@ -83,6 +83,7 @@ def figure(
     """Bars of experts per layer, one colour per rule, with the exponent as a line above the same layers."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
+    from matplotlib.ticker import MaxNLocator
 
     out = Figure(figsize=(max(6.0, 0.3 * len(layers) + 2), 3.6), layout="constrained")
     FigureCanvasAgg(out)
@@ -94,7 +95,7 @@ def figure(
     axis.set_xticks(range(len(layers)), [str(layer.index) for layer in layers], fontsize=7)
     axis.set_xlabel("decoder layer")
     axis.set_ylabel("experts")
-    axis.yaxis.get_major_locator().set_params(integer=True)
+    axis.yaxis.set_major_locator(MaxNLocator(integer=True))
     handles, labels = axis.get_legend_handles_labels()
     if alphas is not None:
         right = axis.twinx()
@@ -110,5 +111,3 @@ def as_config(layers: Sequence[LayerTargets], counts: Counts) -> dict[str, Any]:
     """The decision as a piece of configuration."""
     experts: Any = layer_list(layers, counts) or dict(counts)
     return {"model": {"adapter": {"allocation": {"class_path": "list", "init_args": {"experts": experts}}}}}
-
-

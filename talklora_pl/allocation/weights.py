@@ -19,6 +19,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from talklora_pl.base import resolve
 from talklora_pl.errors import UserError
 from talklora_pl.registry import did_you_mean
 
@@ -94,6 +95,24 @@ class SafetensorsWeights(WeightSource):
                 if name != "__metadata__":
                     self._places[name] = _place(file, name, info, data_start, stat.st_size)
         self.fingerprint = digest.hexdigest()
+
+    @classmethod
+    def of(cls, base: str, revision: str | None = None) -> SafetensorsWeights:
+        """Weights of a base model by hub name, folder, ``.gguf`` file or ``package:NAME/FILE``.
+
+        Raises:
+            UserError: as above, or a hub model that is neither in the local cache nor reachable.
+        """
+        path = resolve(base)
+        if not Path(path).exists():
+            from huggingface_hub import snapshot_download
+
+            wanted = ["*.safetensors", "*.safetensors.index.json", "config.json"]
+            try:
+                path = snapshot_download(path, revision=revision, allow_patterns=wanted)
+            except Exception as e:  # no network, no such name, no access: all of them are the user's to mend
+                raise UserError(f"{base!r}: the weights cannot be had from the hub: {str(e).splitlines()[0]}") from e
+        return cls(path)
 
     def _find(self, module: str) -> _Place:
         """A file may know a module by a longer or shorter name than the model (``model.layers.0`` and ``layers.0``)."""

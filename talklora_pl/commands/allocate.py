@@ -12,10 +12,10 @@ from jsonargparse import ArgumentParser
 from rich.console import Console
 
 from talklora_pl import registry
+from talklora_pl.adapter.allocation import bare_layers, layer_targets
 from talklora_pl.allocation import Allocation, LayerTargets
 from talklora_pl.allocation.alpha import Alpha
 from talklora_pl.allocation.cache import exponents
-from talklora_pl.allocation.layers import bare_layers, layer_targets
 from talklora_pl.allocation.report import Counts, as_config, figure, table
 from talklora_pl.allocation.rules import PUBLISHED, File, Groups, Published
 from talklora_pl.allocation.weights import SafetensorsWeights
@@ -78,15 +78,17 @@ def allocate(
         raise UserError(f"--targets: {targets!r} lie outside of the numbered layers; there is nothing to allocate.")
     if layers is None and (bare := bare_layers(model, decoder)):
         raise UserError(
-            f"--targets: {targets!r} match nothing in {len(bare)} decoder layers, the first is {bare[0]!r}. Choose targets "
-            "that every layer has, or say with --layers which layers are meant."
+            f"--targets: {targets!r} match nothing in {len(bare)} decoder layers, the first is {bare[0]!r}. Choose "
+            "targets that every layer has, or say with --layers which layers are meant."
         )
     weights = SafetensorsWeights.of(base, revision)
     if no_cache:
         weights.fingerprint = None
     average = num_experts if budget is None else max(1, round(budget / len(decoder)))
     decided: dict[str, Counts] = {}
-    for name in sorted(chosen, key=lambda name: isinstance(chosen[name], Alpha)):  # what is quick, and its errors, first
+    for name in sorted(
+        chosen, key=lambda name: isinstance(chosen[name], Alpha)
+    ):  # what is quick, and its errors, first
         decided[name] = chosen[name].allocate(decoder, average, weights)
     decided = {name: decided[name] for name in chosen}
 

@@ -10,9 +10,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from talklora_pl import registry
+from talklora_pl.adapter import AdapterConfig, inject
+from talklora_pl.adapter.allocation import bare_layers, decide, layer_targets
 from talklora_pl.allocation import Allocation, LayerTargets
 from talklora_pl.allocation.alpha import Alpha, apportion
-from talklora_pl.allocation.layers import decide, layer_targets
 from talklora_pl.allocation.rules import File, Groups, Listed, Published, Uniform
 from talklora_pl.allocation.weights import ModuleWeights
 from talklora_pl.errors import UserError
@@ -151,24 +152,40 @@ def test_layers_of_a_model(llama):
     assert [layer.index for layer in layer_targets(llama, "all-linear", layers="1-")] == [1]
 
 
+def test_layers_without_targets(llama):
+    del llama.model.layers[1].mlp.up_proj
+    assert bare_layers(llama, layer_targets(llama, ["up_proj"])) == ["model.layers.1"]
+    assert bare_layers(llama, layer_targets(llama, ["q_proj"])) == []
+
+
+def options(rule: Allocation, num_experts: int = 4) -> AdapterConfig:
+    return AdapterConfig(
+        targets=["q_proj", "v_proj", "up_proj"], num_experts=num_experts, expert_rank=2, allocation=rule
+    )
+
+
 def test_alpha_per_layer_and_per_module(llama):
     with torch.no_grad():  # a heavy tail in layer 0: it deserves less
         for name, p in llama.named_parameters():
             if "layers.0" in name and p.ndim == 2:
                 p.mul_(torch.logspace(0, 2, p.shape[0])[:, None])
-    options = (llama, ["q_proj", "v_proj", "up_proj"])
     weights = ModuleWeights(llama)
-    per_layer = decide(Alpha(budget=8, estimator="median"), *options, weights=weights)
+    per_layer = decide(options(Alpha(budget=8, estimator="median")), llama, weights)
     assert per_layer["model.layers.0.mlp.up_proj"] < per_layer["model.layers.1.mlp.up_proj"]
     assert sum(per_layer.values()) == 3 * 8
-    per_module = decide(Alpha(budget=8, estimator="median", granularity="module"), *options, weights=weights)
+    per_module = decide(options(Alpha(budget=8, estimator="median", granularity="module")), llama, weights)
     assert sum(per_module.values()) == 3 * 8 and len(set(per_module.values())) > 2
-    same = decide(Alpha(beta=0, estimator="median"), *options, num_experts=3, weights=weights)
+    same = decide(options(Alpha(beta=0, estimator="median"), 3), llama, weights)
     assert set(same.values()) == {3}
     with pytest.raises(UserError, match="budget of 1 experts is too small for 2 layers"):
-        decide(Alpha(budget=1), *options, weights=weights)
+        decide(options(Alpha(budget=1)), llama, weights)
+    # without a decision from outside, injection takes the rule's
+    adapter = inject(llama, options(Alpha(budget=8, estimator="median")))
+    assert adapter.experts_per_layer == per_layer
 
 
 def test_targets_outside_of_the_layers_keep_the_configured_number(llama):
-    found = decide(Listed([1, 2]), llama, ["q_proj", "lm_head"], num_experts=7)
+    config = AdapterConfig(targets=["q_proj", "lm_head"], num_experts=7, expert_rank=2, allocation=Listed([1, 2]))
+    found = decide(config, llama, ModuleWeights(llama))
     assert found == {"model.layers.0.self_attn.q_proj": 1, "model.layers.1.self_attn.q_proj": 2, "lm_head": 7}
+    assert AdapterConfig.from_dict(json.loads(json.dumps(config.to_dict()))) == config

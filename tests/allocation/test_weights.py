@@ -23,7 +23,7 @@ Q1 = "model.layers.1.self_attn.q_proj"
 @pytest.fixture
 def folder(llama, tmp_path, monkeypatch) -> Path:
     """A checkpoint in several shards, with a cache of its own."""
-    monkeypatch.setenv("TALKLORA_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     llama.save_pretrained(tmp_path / "model", max_shard_size="20KB")
     assert len(list((tmp_path / "model").glob("*.safetensors"))) > 2
     return tmp_path / "model"
@@ -145,7 +145,7 @@ def test_cache(llama, folder, monkeypatch):
 
 def test_cache_that_cannot_be_written(llama, folder, monkeypatch, tmp_path):
     (tmp_path / "file").touch()
-    monkeypatch.setenv("TALKLORA_CACHE", str(tmp_path / "file"))
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
     assert len(exponents(SafetensorsWeights(folder), linears(llama))) == 14
 
 

@@ -1,12 +1,18 @@
-"""The decoder layers of a model as allocation rules see them."""
+"""From a model and an adapter's options to the number of experts of every target."""
 
 from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 from torch import nn
 
 from talklora_pl.adapter.targets import find_targets, is_linear, output_heads
-from talklora_pl.allocation import Allocation, LayerTargets
+from talklora_pl.allocation import LayerTargets
 from talklora_pl.allocation.weights import WeightSource
+
+if TYPE_CHECKING:
+    from talklora_pl.adapter.config import AdapterConfig
 
 
 def _stem(name: str) -> str | None:
@@ -43,16 +49,22 @@ def layer_targets(
     ]
 
 
-def decide(
-    rule: Allocation,
-    model: nn.Module,
-    targets: list[str] | str,
-    exclude: list[str] | str = (),  # type: ignore[assignment]
-    layers: list[int] | str | None = None,
-    num_experts: int = 4,
-    weights: WeightSource | None = None,
-) -> dict[str, int]:
-    """Experts of every target module of ``model``; a target outside of the numbered layers keeps ``num_experts``."""
-    counts = {name: num_experts for name in find_targets(model, targets, exclude, layers)}
-    counts.update(rule.allocate(layer_targets(model, targets, exclude, layers), num_experts, weights))
-    return counts
+def bare_layers(model: nn.Module, layers: Sequence[LayerTargets]) -> list[str]:
+    """Layers with Linears but without targets, in the same stacks as ``layers``, by name (``model.layers.3``)."""
+    served = {_stem(module) for layer in layers for module in layer.modules}
+    stacks = {stem.rpartition(".")[0] for stem in served if stem}
+    stems = dict.fromkeys(_stem(name) for name, module in model.named_modules() if is_linear(module))
+    return [stem for stem in stems if stem and stem not in served and stem.rpartition(".")[0] in stacks]
+
+
+def decide(config: AdapterConfig, model: nn.Module, weights: WeightSource) -> dict[str, int]:
+    """Experts of every target of ``model``; one outside of the numbered layers keeps ``config.num_experts``.
+
+    ``model`` may be without weights (meta device), if ``weights`` come from elsewhere.
+
+    Raises:
+        UserError: targets that match nothing, or a rule that does not fit them.
+    """
+    where = (config.targets, config.exclude, config.layers)
+    counts = dict.fromkeys(find_targets(model, *where), config.num_experts)
+    return counts | config.allocation.allocate(layer_targets(model, *where), config.num_experts, weights)
