@@ -44,12 +44,12 @@ class BaseModel:
     trust_remote_code: bool = False
 
 
-def load_base(base: BaseModel, device: str | torch.device = "cpu", meta: bool = False) -> PreTrainedModel:
+def load_base(base: BaseModel, device: str | torch.device | None = None, meta: bool = False) -> PreTrainedModel:
     """The base model, frozen and in eval mode.
 
     Args:
         base: which model.
-        device: where the weights go.
+        device: where the weights go. None: main memory, with the ``auto`` options that suit a GPU if there is one.
         meta: build it from its configuration alone, on the meta device, without weights.
 
     Raises:
@@ -63,9 +63,9 @@ def load_base(base: BaseModel, device: str | torch.device = "cpu", meta: bool = 
         "causal_lm": transformers.AutoModelForCausalLM,
         "sequence_classification": transformers.AutoModelForSequenceClassification,
     }[base.task]
-    device = torch.device(device)
-    options: dict[str, Any] = {"dtype": pick_dtype(base.dtype, device), "trust_remote_code": base.trust_remote_code}
-    attention = base.attn_implementation or ("eager" if device.type == "cpu" and not meta else None)
+    runs_on = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    options: dict[str, Any] = {"dtype": pick_dtype(base.dtype, runs_on), "trust_remote_code": base.trust_remote_code}
+    attention = base.attn_implementation or ("eager" if runs_on.type == "cpu" and not meta else None)
     if attention is not None:
         options["attn_implementation"] = attention
     if meta:
@@ -73,7 +73,7 @@ def load_base(base: BaseModel, device: str | torch.device = "cpu", meta: bool = 
             model = _explain(base, lambda: auto.from_config(config, **options))
     else:
         options |= {"config": config, "revision": base.revision}
-        model = _explain(base, lambda: auto.from_pretrained(resolve(base.path), **options)).to(device)
+        model = _explain(base, lambda: auto.from_pretrained(resolve(base.path), **options)).to(device or "cpu")
     if base.task == "sequence_classification" and model.config.pad_token_id is None:
         # a decoder pools at its last token that is no pad, and finds it by this id
         model.config.pad_token_id = pad_id(load_tokenizer(base))

@@ -5,20 +5,25 @@ B batch, S sequence, V vocabulary, N positions that carry loss.
 
 from __future__ import annotations
 
+import functools
+import json
 import re
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import lightning as L
+import rich
 import torch
 import torch.nn.functional as F
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 from torch import Tensor, nn
 
-from talklora_pl.adapter import Adapter, AdapterConfig, inject
+from talklora_pl.adapter import Adapter, AdapterConfig, disable_adapter, inject
 from talklora_pl.adapter.io import FORMAT_VERSION, base_info, state_tensors
-from talklora_pl.base import BaseModel, load_base
+from talklora_pl.base import BaseModel, load_base, load_tokenizer
 from talklora_pl.errors import UserError
+from talklora_pl.evaluation import Evaluation, Scores, predictions, score_batch, table, write_json
 from talklora_pl.routing import RoutingCollector, RoutingRecord
 
 
@@ -48,6 +53,7 @@ class FineTuner(L.LightningModule):
         param_groups: other learning rates or weight decays for some tensors; the first that matches counts.
         gradient_checkpointing: recompute decoder layers in the backward pass (never reentrant).
         compile: compile the model with ``torch.compile``.
+        evaluation: how answers are scored.
     """
 
     def __init__(
@@ -59,6 +65,7 @@ class FineTuner(L.LightningModule):
         param_groups: list[ParamGroup] | None = None,
         gradient_checkpointing: bool = False,
         compile: bool = False,
+        evaluation: Evaluation = Evaluation(),  # noqa: B008 (frozen)
     ) -> None:
         super().__init__()
         self.base = base
@@ -68,6 +75,7 @@ class FineTuner(L.LightningModule):
         self.param_groups = param_groups or []
         self.gradient_checkpointing = gradient_checkpointing
         self.compile_model = compile
+        self.evaluation = evaluation
         # experts by module name; a callback may decide them before the adapter is built
         self.allocation: dict[str, int] | None = None
         self.model: Any = None
@@ -198,9 +206,84 @@ class FineTuner(L.LightningModule):
 
     # --- evaluation
 
+    @functools.cached_property
+    def tokenizer(self) -> Any:
+        """The base model's tokenizer."""
+        return load_tokenizer(self.base)
+
+    @property
+    def eos_id(self) -> int:
+        """The token that ends an answer."""
+        eos_id = getattr(getattr(self.trainer, "datamodule", None), "eos_id", None)
+        return self.tokenizer.eos_token_id if eos_id is None else eos_id
+
+    def on_validation_epoch_start(self) -> None:
+        self.scores = Scores(self._tasks()).to(self.device)
+
     def validation_step(self, batch: dict[str, Any], batch_idx: int) -> None:
-        loss_sum, tokens = self.summed_loss(batch)
-        self.log("val_loss", loss_sum / max(tokens, 1), batch_size=max(tokens, 1), sync_dist=True, prog_bar=True)
+        self.scores.update(score_batch(self, batch), self._tasks(batch))
+
+    def on_validation_epoch_end(self) -> None:
+        self._log_scores("val", self.scores.compute())
+
+    def on_test_epoch_start(self) -> None:
+        self.scores = Scores(self._tasks()).to(self.device)
+        self.base_scores = Scores(self._tasks()).to(self.device)
+
+    def test_step(self, batch: dict[str, Any], batch_idx: int) -> None:
+        self.scores.update(score_batch(self, batch, generate=True), self._tasks(batch))
+        # a classifier's head is new: without training the base has no score
+        if self.evaluation.compare_base and self.base.task != "sequence_classification":
+            with disable_adapter(self.model):
+                self.base_scores.update(score_batch(self, batch, generate=True), self._tasks(batch))
+
+    def on_test_epoch_end(self) -> None:
+        tuned, base = self.scores.compute(), self.base_scores.compute()
+        self._log_scores("test", tuned)
+        if self.trainer.is_global_zero:
+            path = self._output("test_scores.json")
+            write_json(path, tuned, base)
+            rich.print(table(tuned, base), f"Scores as JSON: {path}", sep="\n")
+
+    def on_predict_epoch_start(self) -> None:
+        self.predictions: list[dict[str, Any]] = []
+
+    def predict_step(self, batch: dict[str, Any], batch_idx: int) -> list[dict[str, Any]]:
+        records = predictions(score_batch(self, batch, generate=True), batch)
+        self.predictions += records
+        return records
+
+    def on_predict_epoch_end(self) -> None:
+        every = [self.predictions]
+        if self.trainer.world_size > 1:
+            every = [[] for _ in range(self.trainer.world_size)]
+            torch.distributed.all_gather_object(every, self.predictions)
+        if self.trainer.is_global_zero:
+            path = self._output("predictions.jsonl")
+            records = sorted((r for rank in every for r in rank), key=lambda r: r.pop("index"))
+            path.write_text("".join(json.dumps(r, ensure_ascii=False) + "\n" for r in records), encoding="utf-8")
+            rich.print(f"{len(records)} predictions: {path}")
+
+    def _tasks(self, batch: dict[str, Any] | None = None) -> list[str]:
+        """All tasks there are, or those of a batch's questions; a data module without tasks has one."""
+        tasks = getattr(getattr(self.trainer, "datamodule", None), "tasks", None)
+        if batch is None:
+            return tasks or ["all"]
+        return batch["task"] if tasks else ["all"] * len(batch.get("answer", batch["input_ids"]))
+
+    def _log_scores(self, stage: str, scores: dict[str, dict[str, float]]) -> None:
+        several = len(scores) > 2  # one task, and the mean
+        for task, values in scores.items():
+            for name in values.keys() - {"questions"}:
+                if task == "mean":
+                    self.log(f"{stage}_{name}", values[name], prog_bar=stage == "val", sync_dist=True)
+                elif several:
+                    self.log(f"{stage}_{name}/{task}", values[name], sync_dist=True)
+
+    def _output(self, name: str) -> Path:
+        folder = Path(self.trainer.log_dir or self.trainer.default_root_dir)
+        folder.mkdir(parents=True, exist_ok=True)
+        return folder / name
 
     # --- checkpoints
 

@@ -35,9 +35,9 @@ class Batches(torch.utils.data.Dataset[dict[str, Any]]):
     Training: `input_ids`, `attention_mask`, `labels` (B, S) (not shifted, -100: no loss), `id`, `task` (lists),
     `step_tokens`, `micro_steps` (see Batch). The rows are questions with their right answers.
 
-    Evaluation: one row per choice of every question; `group` (B,) is the row's question and `choice` (B,) its
-    number there; per question: `answer` (Q,) the right choice or -1, `prompt_length` (Q,) tokens before the answer, `real`
-    (Q,) false for fillers, and the lists `id`, `task`, `answers` (texts of all choices).
+    Evaluation: one row per choice of every question; `group` (B,) is the row's question, `choice` (B,) its number there.
+    Per question: `answer` (Q,) the right choice or -1, `prompt_length` (Q,) tokens before the answer, `real` (Q,) false
+    for fillers, `index` (Q,) its place in the data, and the lists `id`, `task`, `answers` (texts of the choices).
 
     Classification (both): `labels` (B,) are classes, -100 where unknown; a group is a row, the classes are its choices.
     """
@@ -50,6 +50,7 @@ class Batches(torch.utils.data.Dataset[dict[str, Any]]):
         answer = torch.tensor(rows["label"])
         names = {"id": rows["id"], "task": rows["task"]}
         per_question = names | {
+            "index": torch.tensor(batch.rows),
             "answers": rows["answers"],
             "answer": answer,
             "prompt_length": torch.tensor(rows["prompt_length"]),

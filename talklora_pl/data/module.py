@@ -88,6 +88,11 @@ class TextData(L.LightningDataModule):
         self.base = base
         self.tables: dict[str, datasets.Dataset] = {}
 
+    @property
+    def tasks(self) -> list[str]:
+        """Names of all tasks."""
+        return sorted({source.task_name for sources in self.sources.values() for source in sources})
+
     # -- preparation ------------------------------------------------------------------------------------------------
 
     def prepare_data(self) -> None:
@@ -130,6 +135,7 @@ class TextData(L.LightningDataModule):
             )
         self.pad_id = pad_id(tokenizer)
         tokenize = Tokenize(tokenizer, self.max_length, self.eos_token, self.classify)
+        self.eos_id = tokenize.eos
         given = self.sources
         wanted = {
             "fit": {"train": given["train"], "val": given["val"]},

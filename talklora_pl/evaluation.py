@@ -1,0 +1,276 @@
+"""Scores: multiple choice by ranking, classification, exact match by generation; per task and their mean.
+
+B rows, S tokens, Q questions, C choices, N positions whose token is scored, V vocabulary, T tasks.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torchmetrics import Metric
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+    from talklora_pl.module import FineTuner
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """How answers are scored.
+
+    Attributes:
+        compare_base: `test` shows the base model's own scores beside the adapter's.
+        max_new_tokens: of a generated answer (rows without choices, in `test` and `predict`); 0: generate nothing.
+        num_beams: beams of the search; 1 is greedy.
+        answer_pattern: regular expression; a generated answer is right if its first match equals the first match in the
+            right answer. None: the whole texts must be equal, white space around them aside.
+    """
+
+    compare_base: bool = True
+    max_new_tokens: int = 32
+    num_beams: int = 1
+    answer_pattern: str | None = None
+
+
+def token_nll(logits_NV: Tensor, targets_N: Tensor) -> Tensor:
+    """Negative log-likelihood of every target in float32, shape (N,); in pieces, since float32 logits are large."""
+    pieces = zip(logits_NV.split(1024), targets_N.split(1024), strict=True)
+    losses = [F.cross_entropy(logits.float(), targets, reduction="none") for logits, targets in pieces]
+    return torch.cat(losses) if losses else logits_NV.new_zeros(0, dtype=torch.float32)
+
+
+def row_nll(nll_N: Tensor, row_N: Tensor, rows: int) -> tuple[Tensor, Tensor]:
+    """Sums over the tokens of each row and how many these are, both (B,)."""
+    sum_B = nll_N.new_zeros(rows).index_add_(0, row_N, nll_N)
+    return sum_B, nll_N.new_zeros(rows).index_add_(0, row_N, torch.ones_like(nll_N))
+
+
+def choice_scores(nll_B: Tensor, tokens_B: Tensor, group_B: Tensor, choice_B: Tensor) -> Tensor:
+    """Mean log-likelihood per token of every choice, (Q, C); minus infinity where a question has fewer choices.
+
+    The mean (not the sum) makes long answers comparable with short ones.
+    """
+    questions, choices = int(group_B.max()) + 1, int(choice_B.max()) + 1
+    scores_QC = nll_B.new_full((questions, choices), -math.inf)
+    scores_QC[group_B, choice_B] = -nll_B / tokens_B.clamp(min=1)
+    return scores_QC
+
+
+def exact_match(output: str, gold: str, pattern: str | None = None) -> bool:
+    """Whether a generated text is the right answer, see :class:`Evaluation`. A text without a match is wrong."""
+    if pattern is None:
+        return output.strip() == gold.strip()
+    found, wanted = re.search(pattern, output), re.search(pattern, gold)
+    return found is not None and wanted is not None and found[0] == wanted[0]
+
+
+@dataclass
+class Scored:
+    """What one evaluation batch gave, per question.
+
+    Attributes:
+        nll_Q, tokens_Q: summed negative log-likelihood of the right answer and its tokens; 0 where it is unknown.
+        scores_QC: of the choices (or classes); a question with one answer has one.
+        texts: generated answers; None where choices were ranked, or nothing was generated.
+        ranked_Q, generated_Q: by which of the two a question is judged; neither, where its answer is unknown.
+        right_Q: whether it was answered rightly.
+    """
+
+    nll_Q: Tensor
+    tokens_Q: Tensor
+    scores_QC: Tensor
+    ranked_Q: Tensor
+    generated_Q: Tensor
+    right_Q: Tensor
+    texts: list[str | None] = field(default_factory=list)
+
+
+@torch.no_grad()
+def score_batch(tuner: FineTuner, batch: dict[str, Any], generate: bool = False) -> Scored:
+    """Score an evaluation batch of :class:`~talklora_pl.data.batches.Batches`.
+
+    Args:
+        tuner: the model as it is now, adapter on or off.
+        batch: one row per choice; without `group` every row is a question of its own.
+        generate: also answer the questions that have no choices.
+    """
+    if tuner.base.task == "sequence_classification":
+        return _score_classes(tuner, batch)
+    rows = len(batch["input_ids"])
+    group_B = batch.get("group", torch.arange(rows, device=batch["input_ids"].device))
+    choice_B = batch.get("choice", torch.zeros_like(group_B))
+    answer_Q = batch.get("answer", torch.zeros_like(group_B))
+    real_Q = batch.get("real", torch.ones_like(answer_Q, dtype=torch.bool))
+
+    logits_NV, targets_N, row_N = tuner.token_logits(batch)
+    nll_B, tokens_B = row_nll(token_nll(logits_NV, targets_N), row_N, rows)
+    scores_QC = choice_scores(nll_B, tokens_B, group_B, choice_B)
+    gold_B = (choice_B == answer_Q[group_B]) & real_Q[group_B]
+    several_Q = scores_QC.isfinite().sum(1) > 1
+    known_Q = (answer_Q >= 0) & real_Q
+    right_Q = several_Q & (scores_QC.argmax(1) == answer_Q)
+
+    texts: list[str | None] = [None] * len(answer_Q)
+    open_Q = ~several_Q & real_Q if generate and tuner.evaluation.max_new_tokens else torch.zeros_like(several_Q)
+    if open_Q.any():
+        asked = open_Q.nonzero()[:, 0].tolist()
+        first_Q = [int((group_B == q).nonzero()[0, 0]) for q in asked]
+        prompts = [batch["input_ids"][row, : int(batch["prompt_length"][q])] for row, q in zip(first_Q, asked)]
+        for q, text in zip(asked, generate_texts(tuner, prompts)):
+            texts[q] = text
+            if known_Q[q]:
+                right_Q[q] = exact_match(text, batch["answers"][q][0], tuner.evaluation.answer_pattern)
+    return Scored(
+        nll_Q=nll_B.new_zeros(len(answer_Q)).index_add_(0, group_B, nll_B * gold_B),
+        tokens_Q=nll_B.new_zeros(len(answer_Q)).index_add_(0, group_B, tokens_B * gold_B),
+        scores_QC=scores_QC,
+        ranked_Q=several_Q & known_Q,
+        generated_Q=open_Q & known_Q,
+        right_Q=right_Q,
+        texts=texts,
+    )
+
+
+def _score_classes(tuner: FineTuner, batch: dict[str, Any]) -> Scored:
+    output = tuner.model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"])
+    scores_QC = output.logits.float().log_softmax(-1)
+    known_Q = batch["labels"] >= 0
+    nll_Q = -scores_QC.gather(1, batch["labels"].clamp(min=0)[:, None])[:, 0] * known_Q
+    right_Q = scores_QC.argmax(1) == batch["labels"]
+    return Scored(nll_Q, known_Q.float(), scores_QC, known_Q, torch.zeros_like(known_Q), right_Q, [None] * len(nll_Q))
+
+
+def generate_texts(tuner: FineTuner, prompts: Sequence[Tensor]) -> list[str]:
+    """Continue prompts (token ids, each of shape (S,)) until the end-of-sequence token."""
+    from talklora_pl.base import pad_id
+
+    tokenizer = tuner.tokenizer
+    width, pad = max(map(len, prompts)), pad_id(tokenizer)
+    ids_QS = torch.stack(
+        [F.pad(ids, (width - len(ids), 0), value=pad) for ids in prompts]
+    )  # on the left: all end alike
+    mask_QS = torch.stack([F.pad(torch.ones_like(ids), (width - len(ids), 0)) for ids in prompts])
+    out = tuner.model.generate(
+        input_ids=ids_QS,
+        attention_mask=mask_QS,
+        max_new_tokens=tuner.evaluation.max_new_tokens,
+        num_beams=tuner.evaluation.num_beams,
+        do_sample=False,
+        use_cache=True,
+        pad_token_id=pad,
+        eos_token_id=tuner.eos_id,
+        # ranks that share a sharded model must take equally many steps
+        synced_gpus=tuner.device_mesh is not None,
+    )
+    return tokenizer.batch_decode(out[:, width:], skip_special_tokens=True)
+
+
+class Scores(Metric):
+    """Totals per task, summed exactly over batches and ranks; fillers and unknown answers do not count.
+
+    Args:
+        tasks: all tasks there can be, in the same order on all ranks.
+    """
+
+    totals: Tensor
+    # columns of the totals
+    RANKED, RANKED_RIGHT, GENERATED, GENERATED_RIGHT, NLL, TOKENS = range(6)
+
+    def __init__(self, tasks: Sequence[str]) -> None:
+        super().__init__()
+        self.tasks = list(tasks)
+        zeros = torch.zeros(len(self.tasks), 6, dtype=torch.float64)
+        self.add_state("totals", zeros, dist_reduce_fx="sum")
+
+    def update(self, scored: Scored, tasks: Sequence[str]) -> None:
+        """Add a batch; ``tasks`` names the task of each of its questions."""
+        task_Q = torch.tensor([self.tasks.index(task) for task in tasks], device=self.totals.device)
+        columns = (
+            scored.ranked_Q,
+            scored.ranked_Q & scored.right_Q,
+            scored.generated_Q,
+            scored.generated_Q & scored.right_Q,
+            scored.nll_Q,
+            scored.tokens_Q,
+        )
+        self.totals.index_add_(0, task_Q, torch.stack([c.to(self.totals) for c in columns], 1))
+
+    def compute(self) -> dict[str, dict[str, float]]:
+        """Per task: number of `questions` and, as far as they were measured, `accuracy`, `exact_match`, `loss` (per
+        token). Under ``mean``: the mean of each over tasks, but the loss over all tokens."""
+        out: dict[str, dict[str, float]] = {}
+        for task, total in zip(self.tasks, self.totals.tolist()):
+            scores = {}
+            if total[self.RANKED]:
+                scores["accuracy"] = total[self.RANKED_RIGHT] / total[self.RANKED]
+            if total[self.GENERATED]:
+                scores["exact_match"] = total[self.GENERATED_RIGHT] / total[self.GENERATED]
+            if total[self.TOKENS]:
+                scores["loss"] = total[self.NLL] / total[self.TOKENS]
+            if scores:
+                out[task] = scores | {"questions": total[self.RANKED] + total[self.GENERATED]}
+        mean = {}
+        for name in ("accuracy", "exact_match"):
+            if values := [scores[name] for scores in out.values() if name in scores]:
+                mean[name] = sum(values) / len(values)
+        every = self.totals.sum(0).tolist()
+        if every[self.TOKENS]:
+            mean["loss"] = every[self.NLL] / every[self.TOKENS]
+        return out | {"mean": mean}
+
+
+def table(tuned: dict[str, dict[str, float]], base: dict[str, dict[str, float]] | None) -> Table:
+    """Results of :meth:`Scores.compute` for people: one line per task and metric, the base model's number beside it."""
+    from rich.table import Table
+
+    out = Table(title="Test scores")
+    for column in ("task", "questions", "metric", *(["base model"] if base else []), "with adapter", "standard error"):
+        out.add_column(column, justify="left" if column in ("task", "metric") else "right")
+    for task, scores in tuned.items():
+        if task == "mean" and len(tuned) == 2:
+            continue
+        if task == "mean":
+            out.add_section()
+        n = int(scores.get("questions", 0))
+        for name in ("accuracy", "exact_match", "loss"):
+            if name in scores:
+                p = scores[name]
+                before = [f"{base[task][name]:.3f}" if name in base.get(task, {}) else "–"] if base else []
+                error = f"{math.sqrt(p * (1 - p) / n):.3f}" if n and name != "loss" else ""
+                out.add_row(task, str(n) if n else "", name.replace("_", " "), *before, f"{p:.3f}", error)
+    return out
+
+
+def write_json(path: Path, tuned: dict[str, Any], base: dict[str, Any] | None) -> None:
+    """The same as JSON: ``{"adapter": {task: scores}, "base": {task: scores}}``."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps({"adapter": tuned} | ({"base": base} if base else {}), indent=1) + "\n", "utf-8")
+
+
+def predictions(scored: Scored, batch: dict[str, Any]) -> list[dict[str, Any]]:
+    """A record per question: `index` in the data, `id`, `task`, and `text` or `choice`, its `answer`, all `scores`."""
+    out = []
+    for q, (index, name, task) in enumerate(zip(batch["index"].tolist(), batch["id"], batch["task"])):
+        if not batch["real"][q]:
+            continue
+        record: dict[str, Any] = {"index": index, "id": name, "task": task}
+        scores = [round(score, 6) for score in scored.scores_QC[q].tolist() if math.isfinite(score)]
+        if scored.texts[q] is not None:
+            record["text"] = scored.texts[q]
+        elif len(scores) > 1:
+            choice = max(range(len(scores)), key=scores.__getitem__)
+            record |= {"choice": choice, "scores": scores}
+            if choice < len(batch["answers"][q]):
+                record["answer"] = batch["answers"][q][choice]
+        out.append(record)
+    return out
