@@ -100,9 +100,8 @@ class FineTuner(L.LightningModule):
         config = self.adapter_config
         if self.base.task == "sequence_classification":
             # the head is new, so it is trained along: everything outside of the encoder that has parameters
-            heads = [
-                n for n, m in self.model.named_children() if n != self.model.base_model_prefix and any(m.parameters())
-            ]
+            prefix = self.model.base_model_prefix
+            heads = [n for n, m in self.model.named_children() if n != prefix and any(True for _ in m.parameters())]
             config = replace(config, also_train=sorted({*config.also_train, *heads}))
         inject(self.model, config, allocation=self.allocation)
         if self.gradient_checkpointing:
@@ -212,9 +211,13 @@ class FineTuner(L.LightningModule):
         return load_tokenizer(self.base)
 
     @property
+    def _datamodule(self) -> Any:
+        return getattr(self._trainer, "datamodule", None)
+
+    @property
     def eos_id(self) -> int:
         """The token that ends an answer."""
-        eos_id = getattr(getattr(self.trainer, "datamodule", None), "eos_id", None)
+        eos_id = getattr(self._datamodule, "eos_id", None)
         return self.tokenizer.eos_token_id if eos_id is None else eos_id
 
     def on_validation_epoch_start(self) -> None:
@@ -226,19 +229,23 @@ class FineTuner(L.LightningModule):
     def on_validation_epoch_end(self) -> None:
         self._log_scores("val", self.scores.compute())
 
+    @property
+    def _compare_base(self) -> bool:
+        # a classifier's head is new: before it is trained, the base has no score
+        return self.evaluation.compare_base and self.base.task != "sequence_classification"
+
     def on_test_epoch_start(self) -> None:
         self.scores = Scores(self._tasks()).to(self.device)
         self.base_scores = Scores(self._tasks()).to(self.device)
 
     def test_step(self, batch: dict[str, Any], batch_idx: int) -> None:
         self.scores.update(score_batch(self, batch, generate=True), self._tasks(batch))
-        # a classifier's head is new: without training the base has no score
-        if self.evaluation.compare_base and self.base.task != "sequence_classification":
+        if self._compare_base:
             with disable_adapter(self.model):
                 self.base_scores.update(score_batch(self, batch, generate=True), self._tasks(batch))
 
     def on_test_epoch_end(self) -> None:
-        tuned, base = self.scores.compute(), self.base_scores.compute()
+        tuned, base = self.scores.compute(), self.base_scores.compute() if self._compare_base else None
         self._log_scores("test", tuned)
         if self.trainer.is_global_zero:
             path = self._output("test_scores.json")
@@ -266,7 +273,7 @@ class FineTuner(L.LightningModule):
 
     def _tasks(self, batch: dict[str, Any] | None = None) -> list[str]:
         """All tasks there are, or those of a batch's questions; a data module without tasks has one."""
-        tasks = getattr(getattr(self.trainer, "datamodule", None), "tasks", None)
+        tasks = getattr(self._datamodule, "tasks", None)
         if batch is None:
             return tasks or ["all"]
         return batch["task"] if tasks else ["all"] * len(batch.get("answer", batch["input_ids"]))

@@ -35,7 +35,7 @@ class Batches(torch.utils.data.Dataset[dict[str, Any]]):
     Training: `input_ids`, `attention_mask`, `labels` (B, S) (not shifted, -100: no loss), `id`, `task` (lists),
     `step_tokens`, `micro_steps` (see Batch). The rows are questions with their right answers.
 
-    Evaluation: one row per choice of every question; `group` (B,) is the row's question, `choice` (B,) its number there.
+    Evaluation: one row per choice of every question; `group` (B,) is its question, `choice` (B,) its number there.
     Per question: `answer` (Q,) the right choice or -1, `prompt_length` (Q,) tokens before the answer, `real` (Q,) false
     for fillers, `index` (Q,) its place in the data, and the lists `id`, `task`, `answers` (texts of the choices).
 

@@ -35,9 +35,9 @@ def tokenizer(
     return PreTrainedTokenizerFast(tokenizer_object=core, chat_template=chat, **names)
 
 
-def save_model(folder: Path, **changes: int) -> BaseModel:
+def save_model(folder: Path, **changes: float) -> BaseModel:
     """A random Llama with the tokenizer above, as a folder."""
-    options = {
+    options: dict[str, float] = {
         "vocab_size": 264,
         "hidden_size": 16,
         "intermediate_size": 24,
