@@ -194,7 +194,7 @@ def test_fit_test_predict(base: BaseModel, jsonl: Jsonl, tmp_path: Path, capsys:
     before = fit.validate(module, data, verbose=False)[0]
     fit.fit(module, data)
     after = {k: float(v) for k, v in fit.callback_metrics.items()}
-    assert after["val_loss"] < 0.7 * before["val_loss"]
+    assert after["val_loss"] < 0.8 * before["val_loss"]
     assert {"val_loss", "val_accuracy", "val_loss/quiz", "val_accuracy/quiz", "val_loss/sums"} <= before.keys()
     assert "val_accuracy/sums" not in before
 

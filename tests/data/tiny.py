@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
 from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedTokenizerFast
 
@@ -47,6 +48,7 @@ def save_model(folder: Path, **changes: float) -> BaseModel:
         "bos_token_id": 256,
         "eos_token_id": 257,
     }
+    torch.manual_seed(0)
     AutoModelForCausalLM.from_config(LlamaConfig(**options | changes)).save_pretrained(folder)
     tokenizer().save_pretrained(folder)
     return BaseModel(str(folder))
