@@ -22,6 +22,8 @@ class LayerSpec:
         kind_experts: the largest E among the layers of this kind.
         rank: R, rank of one expert.
         hidden_features: width between the two projections of a feed-forward block; 0 for a single Linear.
+        talks: the experts communicate.
+        heard: someone uses what the experts say.
         device, dtype: of the trained tensors.
     """
 
@@ -34,6 +36,8 @@ class LayerSpec:
     kind_experts: int
     rank: int
     hidden_features: int = 0
+    talks: bool = False
+    heard: bool = False
     device: torch.device | None = None
     dtype: torch.dtype = torch.float32
 
@@ -41,6 +45,15 @@ class LayerSpec:
         """A trained tensor drawn from U(±1/sqrt(fan_in)): what ``kaiming_uniform_(a=sqrt 5)`` amounts to."""
         p = nn.Parameter(torch.empty(shape, device=self.device, dtype=self.dtype))
         return nn.Parameter(p.detach().uniform_(-(fan_in**-0.5), fan_in**-0.5))
+
+    def glorot(self, *shape: int, gain: float = 1.0) -> nn.Parameter:
+        """A trained matrix drawn from U(±gain sqrt(6 / (rows + columns)))."""
+        bound = gain * (6 / sum(shape)) ** 0.5
+        return nn.Parameter(torch.empty(shape, device=self.device, dtype=self.dtype).uniform_(-bound, bound))
+
+    def normal(self, *shape: int, std: float) -> nn.Parameter:
+        """A trained tensor drawn from N(0, std²)."""
+        return nn.Parameter(torch.empty(shape, device=self.device, dtype=self.dtype).normal_(0, std))
 
     def zeros(self, *shape: int) -> nn.Parameter:
         """A trained tensor that starts at zero."""

@@ -99,6 +99,18 @@ class AdapterConfig:
         for key in ("dropout_input", "dropout_routing", "dropout_output"):
             if not 0 <= getattr(self, key) < 1:
                 out.append(f"{key} must be in [0, 1), got {getattr(self, key)}")
+        if not self.communication.silent and not (self.router.listens(True) or self.experts_see_talk):
+            out.append(
+                f"nobody hears communication {self.communication.name!r}: router {self.router.name!r} looks at x only; "
+                "set its scores to features or auto, or experts_see_talk to true, or communication to none"
+            )
+        if self.experts_see_talk and not self.communication.hears():
+            out.append(
+                f"experts_see_talk: this {self.communication.name!r} does not depend on what the experts say, so they "
+                "cannot use it; choose another communication, or set experts_see_talk to false"
+            )
+        if self.experts_see_talk and self.router.per == "block" and self.experts.site == "linear":
+            out.append("experts_see_talk needs router.per: linear; a block's experts of one Linear do not hear another's")
         if self.plain is not None and self.plain.rank < 1:
             out.append(f"plain.rank must be at least 1, got {self.plain.rank}")
         return out
@@ -116,6 +128,11 @@ class AdapterConfig:
         """s = alpha / reference rank. Does not depend on the allocated number of experts."""
         reference = self.rank_per_expert() * (self.num_experts if self.experts.splits_rank else 1)
         return 1.0 if self.alpha is None else self.alpha / reference
+
+    def heard(self) -> bool:
+        """Whether anyone uses what the experts say."""
+        talks = not self.communication.silent
+        return self.communication.hears() and (self.router.listens(talks) or self.experts_see_talk)
 
     def plain_config(self) -> AdapterConfig | None:
         """The plain LoRA beside the mixture as a configuration of its own: one expert, nothing to decide."""

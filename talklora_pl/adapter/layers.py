@@ -9,40 +9,35 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
 from talklora_pl.adapter.fused import add_up, frozen_and_down
-from talklora_pl.errors import UserError
-from talklora_pl.routing import record
+from talklora_pl.adapter.mixture import BlockMixture, Mixture
 from talklora_pl.spec import Bank, LayerSpec
 
 if TYPE_CHECKING:
     from talklora_pl.adapter.config import AdapterConfig
 
 
-class AdaptedLinear(nn.Module):
+class AdaptedLinear(Mixture):
     """y = W x + s sum_i w_i expert_i(x), with w = router(x, communication(what the experts say)).
 
     The weights multiply rank features (T,E,R), never expert outputs (T,E,O).
+
+    Args:
+        block: decides instead of this layer, where one decision is made for a whole block.
     """
 
-    def __init__(self, layer: LayerSpec, config: AdapterConfig, bank: Bank) -> None:
-        super().__init__()
-        self.name = layer.name
+    def __init__(self, layer: LayerSpec, config: AdapterConfig, bank: Bank, block: BlockMixture | None = None) -> None:
+        super().__init__(layer, config)
         self.scale = config.scale()
         self.dropout_input = config.dropout_input
-        self.dropout_routing = config.dropout_routing
         self.dropout_output = config.dropout_output
-        self.experts_see_talk = config.experts_see_talk
-        # experts first, so that methods that differ only in later parts start from the same A
         self.experts: Any = config.experts.build(layer, bank)
-        self.communication: Any = config.communication.build(layer, self.experts.features)
-        self.router: Any = config.router.build(layer, self.communication.features)
-        if self.experts_see_talk and self.communication.features != layer.rank:
-            raise UserError(
-                f"experts_see_talk: experts of rank {layer.rank} cannot use the {self.communication.features} features "
-                f"per expert that communication {config.communication.name!r} gives; set experts_see_talk to false."
-            )
+        # in a tuple, so that the block alone registers it
+        self._block = (block,) if block is not None else ()
+        if block is None:
+            self.build_decision(layer, config, self.experts.features)
 
     def forward(self, frozen: Any, x: Tensor) -> Tensor:
         """Output (..., O) of the adapted layer for input (..., D)."""
@@ -58,11 +53,12 @@ class AdaptedLinear(nn.Module):
         # small tensors: full precision costs nothing, and selection wants it
         with torch.autocast(x_TD.device.type, enabled=False):
             h_TER = self.experts.split(h_TP.to(self.experts.down().dtype))
-            m_TEF = self.communication(self.experts.say(h_TER), x_TD)
-            routing = self.router(x_TD, m_TEF)
-            record(self.name, routing, leading_shape)
-            w_TE = routing.weights_TE
-            if self.training and self.dropout_routing > 0:
-                w_TE = F.dropout(w_TE, self.dropout_routing)
-            z_TQ: Tensor = self.experts.mix(m_TEF if self.experts_see_talk else h_TER, w_TE)
+            if self._block:
+                w_TE = self._block[0].weights()
+            else:
+                routing, m_TEG = self.decide(x_TD, self.experts.say(h_TER), leading_shape)
+                w_TE = routing.weights_TE
+                if self.experts_see_talk:
+                    h_TER = m_TEG
+            z_TQ: Tensor = self.experts.mix(h_TER, w_TE)
             return z_TQ if self.scale == 1 else z_TQ * self.scale

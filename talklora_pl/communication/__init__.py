@@ -6,6 +6,7 @@ T tokens, D input width, E experts, F features per expert before, G after commun
 from __future__ import annotations
 
 from abc import abstractmethod
+from typing import ClassVar
 
 from torch import Tensor, nn
 
@@ -41,9 +42,18 @@ class CommunicationModule(nn.Module):
 
 
 class Communication(Component):
-    """Family of communication modules."""
+    """Family of communication modules.
+
+    Class attributes:
+        silent: the module returns what it is given.
+    """
 
     family = "communication"
+    silent: ClassVar[bool] = False
+
+    def hears(self) -> bool:
+        """Whether the result depends on what the experts of this token say."""
+        return True
 
     @abstractmethod
     def build(self, layer: LayerSpec, features: int) -> CommunicationModule:

@@ -23,5 +23,7 @@ class Silence(CommunicationModule):
 class NoCommunication(Communication):
     """Experts say nothing to each other: m'_i = m_i."""
 
+    silent = True
+
     def build(self, layer: LayerSpec, features: int) -> CommunicationModule:
         return Silence(features)

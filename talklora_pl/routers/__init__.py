@@ -6,6 +6,8 @@ T tokens, D input width, E experts, F features per expert.
 from __future__ import annotations
 
 from abc import abstractmethod
+from dataclasses import dataclass, field
+from typing import Literal
 
 from torch import Tensor, nn
 
@@ -15,10 +17,10 @@ from talklora_pl.spec import LayerSpec
 
 
 class RouterModule(nn.Module):
-    """Router of one layer."""
+    """Router of one decision."""
 
     def forward(self, x_TD: Tensor, m_TEF: Tensor) -> Routing:
-        """Weights of the experts for every token.
+        """Weights of the experts for every token. Tokens never influence each other.
 
         Args:
             x_TD: the layer's input, without dropout.
@@ -26,11 +28,25 @@ class RouterModule(nn.Module):
         """
         raise NotImplementedError
 
+    def after_optimizer_step(self, load_E: Tensor) -> None:
+        """Called once per optimiser step with every expert's selections in the whole global batch, pads left out."""
 
+
+@dataclass
 class Router(Component):
-    """Family of routers."""
+    """Family of routers.
+
+    Attributes:
+        per: ``linear``: every adapted Linear decides for itself; ``block``: one decision, made from the input of the
+            module that contains them (attention, feed-forward), is shared by all Linears of that module.
+    """
 
     family = "router"
+    per: Literal["linear", "block"] = field(default="linear", kw_only=True)
+
+    def listens(self, talks: bool) -> bool:
+        """Whether the decision depends on what the experts say; ``talks``: they communicate before."""
+        return True
 
     @abstractmethod
     def build(self, layer: LayerSpec, features: int) -> RouterModule:

@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Literal
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from talklora_pl.routers import Router
 from talklora_pl.spec import LayerSpec
 
-ScoreSource = Literal["x", "features", "per_expert"]
+ScoreSource = Literal["auto", "x", "features", "per_expert"]
+ScoreInit = Literal["kaiming", "glorot", "normal"]
 
 
 class Scores(nn.Module):
-    """logits_TE from what a router looks at, in the dtype of its weight (fp32 on a bf16 base).
+    """logits_TE from what a router looks at, over the temperature; fp32 at least, whatever the base's dtype.
 
     ======================  =============================================  ============
     source                  logits                                         weight
@@ -24,16 +28,56 @@ class Scores(nn.Module):
     ======================  =============================================  ============
     """
 
-    def __init__(self, layer: LayerSpec, features: int, source: ScoreSource) -> None:
+    def __init__(self, layer: LayerSpec, features: int, options: Scored) -> None:
         super().__init__()
-        self.source = source
-        rows = 1 if source == "per_expert" else layer.num_experts
-        width = {"x": layer.in_features, "features": layer.num_experts * features, "per_expert": features}[source]
-        self.weight = layer.uniform(rows, width, fan_in=width)
+        self.source = options.source(layer.talks)
+        self.temperature = options.temperature
+        rows = 1 if self.source == "per_expert" else layer.num_experts
+        width = {"x": layer.in_features, "features": layer.num_experts * features, "per_expert": features}[self.source]
+        if options.init == "glorot":
+            self.weight = layer.glorot(rows, width)
+        elif options.init == "normal":
+            self.weight = layer.normal(rows, width, std=0.02)
+        else:
+            self.weight = layer.uniform(rows, width, fan_in=width)
 
     def forward(self, x_TD: Tensor, m_TEF: Tensor) -> Tensor:
+        return self.project(x_TD, m_TEF, self.weight) / self.temperature
+
+    def project(self, x_TD: Tensor, m_TEF: Tensor, weight: Tensor) -> Tensor:
+        """What the router looks at, times a weight of the shape above."""
         if self.source == "x":
-            return F.linear(x_TD.to(self.weight.dtype), self.weight)
-        if self.source == "features":
-            return F.linear(m_TEF.flatten(1), self.weight)
-        return F.linear(m_TEF, self.weight).squeeze(-1)
+            logits_TE = F.linear(x_TD.to(weight.dtype), weight)
+        elif self.source == "features":
+            logits_TE = F.linear(m_TEF.flatten(1), weight)
+        else:
+            logits_TE = F.linear(m_TEF, weight).squeeze(-1)
+        return logits_TE.to(torch.promote_types(logits_TE.dtype, torch.float32))
+
+
+@dataclass
+class Scored(Router):
+    """Options of all routers whose logits come from :class:`Scores`.
+
+    Attributes:
+        scores: what the logits come from; ``auto`` is ``features`` where experts communicate, else ``x``.
+        temperature: > 0; the logits are divided by it.
+        init: of the weight: U(±1/sqrt(fan in)), Glorot uniform (GraphLoRA) or N(0, 0.02²) (MixLoRA).
+    """
+
+    scores: ScoreSource = "auto"
+    temperature: float = 1.0
+    init: ScoreInit = "kaiming"
+
+    def __post_init__(self) -> None:
+        if not self.temperature > 0:
+            raise ValueError(f"temperature must be > 0, got {self.temperature}")
+
+    def source(self, talks: bool) -> str:
+        """``scores`` with ``auto`` resolved."""
+        if self.scores == "auto":
+            return "features" if talks else "x"
+        return self.scores
+
+    def listens(self, talks: bool) -> bool:
+        return self.source(talks) != "x"

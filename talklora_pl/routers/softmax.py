@@ -9,40 +9,31 @@ from torch import Tensor
 
 from talklora_pl.registry import register
 from talklora_pl.routers import Router, RouterModule
-from talklora_pl.routers.scores import Scores, ScoreSource
+from talklora_pl.routers.scores import Scored, Scores
 from talklora_pl.routing import Routing
 from talklora_pl.spec import LayerSpec
 
 
 class SoftmaxRouter(RouterModule):
-    """w = softmax(logits / temperature)."""
+    """w = softmax(logits)."""
 
-    def __init__(self, scores: Scores, temperature: float) -> None:
+    def __init__(self, scores: Scores) -> None:
         super().__init__()
         self.scores = scores
-        self.temperature = temperature
 
     def forward(self, x_TD: Tensor, m_TEF: Tensor) -> Routing:
-        logits_TE = self.scores(x_TD, m_TEF) / self.temperature
+        logits_TE = self.scores(x_TD, m_TEF)
         w_TE = logits_TE.softmax(-1)
         return Routing(w_TE, w_TE, logits_TE)
 
 
 @register("softmax")
 @dataclass
-class Softmax(Router):
-    """Dense: w = softmax(logits / temperature) (MoELoRA, HydraLoRA, LoRAMoE; on talked features TalkLoRA).
-
-    Attributes:
-        scores: what the logits come from, see :class:`~talklora_pl.routers.scores.Scores`.
-        temperature: > 0.
-    """
-
-    scores: ScoreSource = "x"
-    temperature: float = 1.0
+class Softmax(Scored):
+    """Dense: w = softmax(logits) (MoELoRA, HydraLoRA, LoRAMoE; on talked features TalkLoRA)."""
 
     def build(self, layer: LayerSpec, features: int) -> RouterModule:
-        return SoftmaxRouter(Scores(layer, features, self.scores), self.temperature)
+        return SoftmaxRouter(Scores(layer, features, self))
 
 
 class UniformRouter(RouterModule):
@@ -63,6 +54,9 @@ class UniformRouter(RouterModule):
 @dataclass
 class Uniform(Router):
     """No decision: w_i = 1/E for every token. With one expert this is plain LoRA."""
+
+    def listens(self, talks: bool) -> bool:
+        return False
 
     def build(self, layer: LayerSpec, features: int) -> RouterModule:
         return UniformRouter(layer.num_experts)

@@ -1,0 +1,100 @@
+"""Who speaks, for one decision: communication and router, for a Linear, a whole feed-forward block, or all Linears of a block.
+
+T tokens, D input width, E experts, F features per expert, R rank per expert.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from talklora_pl.errors import UserError
+from talklora_pl.routing import Routing, record
+from talklora_pl.spec import LayerSpec
+
+if TYPE_CHECKING:
+    from talklora_pl.adapter.config import AdapterConfig
+
+
+class Mixture(nn.Module):
+    """w = router(x, communication(what the experts say)), recorded under the layer's name."""
+
+    def __init__(self, layer: LayerSpec, config: AdapterConfig) -> None:
+        super().__init__()
+        self.name = layer.name
+        self.dropout_routing = config.dropout_routing
+        self.experts_see_talk = config.experts_see_talk
+
+    def build_decision(self, layer: LayerSpec, config: AdapterConfig, features: int) -> None:
+        """Make the parts. Experts come before, so that methods that differ only in later parts start from the same A."""
+        self.communication: Any = config.communication.build(layer, features)
+        self.router: Any = config.router.build(layer, self.communication.features)
+        if self.experts_see_talk and self.communication.features != features:
+            raise UserError(
+                f"experts_see_talk: experts that say {features} features cannot use the {self.communication.features} per "
+                f"expert that communication {config.communication.name!r} gives; set experts_see_talk to false."
+            )
+
+    def decide(self, x_TD: Tensor, m_TEF: Tensor, leading_shape: torch.Size) -> tuple[Routing, Tensor]:
+        """The routing of every token, and what the experts have heard."""
+        m_TEG = self.communication(m_TEF, x_TD)
+        routing: Routing = self.router(x_TD, m_TEG)
+        record(self.name, routing, leading_shape)
+        if self.training and self.dropout_routing > 0:
+            routing = routing._replace(weights_TE=F.dropout(routing.weights_TE, self.dropout_routing))
+        return routing, m_TEG
+
+
+class BlockMixture(Mixture):
+    """One decision for all adapted Linears of a block, from the block's own input hidden state.
+
+    It takes the place of the block's forward, decides, and lets the block run. So the decision does not depend on the order
+    in which the Linears run, and is made again when gradient checkpointing runs the block again. Where experts are heard, those
+    of the first adapted Linear that takes the block's input speak for all.
+    """
+
+    def __init__(self, layer: LayerSpec, config: AdapterConfig) -> None:
+        super().__init__(layer, config)
+        self.width = layer.in_features
+        self.heard = layer.heard
+        self.num_experts = layer.num_experts
+        self.build_decision(layer, config, layer.rank)
+        self._speaker: tuple[Any, ...] = ()
+        self._routing: Routing | None = None
+
+    def let_speak(self, experts: nn.Module) -> None:
+        """``experts`` say what the communication hears. They stay registered in their own layer."""
+        self._speaker = (experts,)
+
+    def weights(self) -> Tensor:
+        """w_TE of the forward pass that is running."""
+        if self._routing is None:
+            raise RuntimeError(f"{self.name}: a Linear of this block ran outside of the block's own forward")
+        return self._routing.weights_TE
+
+    def forward(self, frozen: Any, *args: Any, **kwargs: Any) -> Any:
+        x = args[0] if args else kwargs.get("hidden_states")
+        if not isinstance(x, Tensor) or x.shape[-1] != self.width:
+            raise UserError(
+                f"router.per: block: {self.name!r} is not called with hidden states of width {self.width} first; "
+                "use router.per: linear for this model."
+            )
+        outer, self._routing = self._routing, self._decide(x)
+        try:
+            return frozen.frozen_forward(*args, **kwargs)
+        finally:
+            self._routing = outer
+
+    def _decide(self, x: Tensor) -> Routing:
+        x_TD = x.reshape(-1, x.shape[-1])
+        with torch.autocast(x_TD.device.type, enabled=False):
+            if self.heard:
+                experts = self._speaker[0]
+                A_PD = experts.down()
+                m_TEF = experts.say(experts.split(F.linear(x_TD.to(A_PD.dtype), A_PD)))
+            else:
+                m_TEF = x_TD.new_zeros(x_TD.shape[0], self.num_experts, 0)
+            return self.decide(x_TD, m_TEF, x.shape[:-1])[0]

@@ -1,0 +1,60 @@
+"""Experts of a token attend to each other."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from torch import Tensor, nn
+
+from talklora_pl.communication import Communication, CommunicationModule
+from talklora_pl.communication.arithmetic import Norm, normalise
+from talklora_pl.errors import UserError
+from talklora_pl.registry import register
+from talklora_pl.spec import LayerSpec
+
+
+class AttentionModule(CommunicationModule):
+    """m'_i = m_i + O concat_h( sum_j a_hij V_h n_j ),  a_hij = softmax_j( Q_h n_i · K_h n_j / sqrt(d) ),  n = norm(m).
+
+    H heads of width d = F / H; Q, K, V, O of shape (F,F), the same for all experts, so that nothing depends on their order.
+    """
+
+    def __init__(self, features: int, layer: LayerSpec, options: Attention) -> None:
+        super().__init__(features)
+        self.options = options
+        self.qkv = layer.uniform(3 * features, features, fan_in=features)
+        self.out = layer.uniform(features, features, fan_in=features)
+
+    def forward(self, m_TEF: Tensor, x_TD: Tensor) -> Tensor:
+        T, E, F = m_TEF.shape
+        n_TEF = normalise(m_TEF, self.options.norm)
+        q, k, v = nn.functional.linear(n_TEF, self.qkv).view(T, E, 3, self.options.heads, -1).permute(2, 0, 3, 1, 4)
+        a_THEE = (q @ k.transpose(-1, -2) * q.shape[-1] ** -0.5).softmax(-1)
+        heard_TEF = nn.functional.linear((a_THEE @ v).transpose(1, 2).reshape(T, E, F), self.out)
+        return m_TEF + heard_TEF if self.options.residual else heard_TEF
+
+
+@register("attention")
+@dataclass
+class Attention(Communication):
+    """Multi-head self-attention over the experts of a token (Vaswani et al., arXiv 1706.03762, equation 1).
+
+    m_TEF -> m_TEF: m'_i = m_i + O concat_h( sum_j softmax_j( Q_h n_i · K_h n_j / sqrt(F/H) ) V_h n_j ), n = norm(m).
+
+    Attributes:
+        heads: H, must divide the number of features (the expert's rank).
+        residual: add what is heard to what was said; else replace it.
+        norm: of the features before attention, without trained scale: ``none``, ``layer`` or ``rms``.
+    """
+
+    heads: int = 1
+    residual: bool = True
+    norm: Norm = "rms"
+
+    def build(self, layer: LayerSpec, features: int) -> CommunicationModule:
+        if self.heads < 1 or features % self.heads:
+            raise UserError(
+                f"communication 'attention': heads {self.heads} must divide the {features} features an expert of "
+                f"{layer.name!r} says (its rank); choose other heads or another expert_rank."
+            )
+        return AttentionModule(features, layer, self)

@@ -1,0 +1,44 @@
+"""TeamLoRA's router: the probabilities themselves are mixed."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from talklora_pl.registry import register
+from talklora_pl.routers import RouterModule
+from talklora_pl.routers.scores import Scored, Scores
+from talklora_pl.routing import Routing
+from talklora_pl.spec import LayerSpec
+
+
+class TeamRouter(RouterModule):
+    """v = softmax(logits); w = M v / sum(M v), M (E,E)."""
+
+    def __init__(self, scores: Scores, layer: LayerSpec) -> None:
+        super().__init__()
+        self.scores = scores
+        E = layer.num_experts
+        M = torch.empty(E, E, device=layer.device, dtype=layer.dtype).uniform_(-0.1, 0.1).fill_diagonal_(1.0)
+        self.team = nn.Parameter(M)
+
+    def forward(self, x_TD: Tensor, m_TEF: Tensor) -> Routing:
+        logits_TE = self.scores(x_TD, m_TEF)
+        p_TE = logits_TE.softmax(-1)
+        v_TE = p_TE @ self.team.to(p_TE.dtype).t()
+        return Routing(v_TE / v_TE.sum(-1, keepdim=True), p_TE, logits_TE)
+
+
+@register("team")
+@dataclass
+class Team(Scored):
+    """Dense softmax whose probabilities a trained matrix mixes before they are renormalised.
+
+    TeamLoRA (arXiv 2408.09856) as the TalkLoRA authors re-implemented it. M starts at U(±0.1) with a unit diagonal; weights
+    can become negative, and large where sum(M v) nears 0, as published.
+    """
+
+    def build(self, layer: LayerSpec, features: int) -> RouterModule:
+        return TeamRouter(Scores(layer, features, self), layer)

@@ -1,0 +1,89 @@
+"""Sparse routers: the best K experts of a token speak."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from talklora_pl.registry import register
+from talklora_pl.routers import RouterModule
+from talklora_pl.routers.scores import Scored, Scores
+from talklora_pl.routing import Routing
+from talklora_pl.spec import LayerSpec
+
+
+def keep_best(logits_TE: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    """(weights_TE, selected_TK): softmax over the K largest logits, which is p_k / sum_K p; 0 elsewhere."""
+    best_TK, selected_TK = logits_TE.topk(k, dim=-1)
+    return torch.zeros_like(logits_TE).scatter(-1, selected_TK, best_TK.softmax(-1)), selected_TK
+
+
+class TopKRouter(RouterModule):
+    """p = softmax(logits); w_k = p_k / sum over the best K of p, 0 for the others."""
+
+    def __init__(self, scores: Scores, k: int) -> None:
+        super().__init__()
+        self.scores = scores
+        self.k = k
+
+    def forward(self, x_TD: Tensor, m_TEF: Tensor) -> Routing:
+        logits_TE = self.scores(x_TD, m_TEF)
+        w_TE, selected_TK = keep_best(logits_TE, self.k)
+        return Routing(w_TE, logits_TE.softmax(-1), logits_TE, selected_TK)
+
+
+@dataclass
+class Sparse(Scored):
+    """Options of all routers that select.
+
+    Attributes:
+        k: K, experts that speak for a token; a layer of fewer experts uses all of them.
+    """
+
+    k: int = 2
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.k < 1:
+            raise ValueError(f"k must be at least 1, got {self.k}")
+
+
+@register("top_k")
+@dataclass
+class TopK(Sparse):
+    """The best K of the softmax, renormalised, selected in fp32 (MoLA, arXiv 2402.08562; MixLoRA, 2404.15159)."""
+
+    def build(self, layer: LayerSpec, features: int) -> RouterModule:
+        return TopKRouter(Scores(layer, features, self), min(self.k, layer.num_experts))
+
+
+class NoisyTopKRouter(TopKRouter):
+    """logits + N(0,1) softplus(V · what the router looks at), then as top-k; without noise in evaluation."""
+
+    def __init__(self, scores: Scores, k: int) -> None:
+        super().__init__(scores, k)
+        # zero as published: the noise starts with the standard deviation softplus(0) = ln 2 for every expert
+        self.noise = torch.nn.Parameter(torch.zeros_like(scores.weight))
+
+    def forward(self, x_TD: Tensor, m_TEF: Tensor) -> Routing:
+        logits_TE = self.scores(x_TD, m_TEF)
+        # also in evaluation, so that the noise weight has a (zero) gradient whatever the mode
+        std_TE = F.softplus(self.scores.project(x_TD, m_TEF, self.noise))
+        if self.training:
+            logits_TE = logits_TE + torch.randn_like(logits_TE) * std_TE
+        else:
+            logits_TE = logits_TE + 0 * std_TE
+        w_TE, selected_TK = keep_best(logits_TE, self.k)
+        return Routing(w_TE, logits_TE.softmax(-1), logits_TE, selected_TK)
+
+
+@register("noisy_top_k")
+@dataclass
+class NoisyTopK(Sparse):
+    """Top-k with trained noise on the logits while training (Shazeer et al., arXiv 1701.06538, equations 3-5)."""
+
+    def build(self, layer: LayerSpec, features: int) -> RouterModule:
+        return NoisyTopKRouter(Scores(layer, features, self), min(self.k, layer.num_experts))
