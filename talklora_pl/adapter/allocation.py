@@ -7,7 +7,8 @@ from typing import TYPE_CHECKING
 
 from torch import nn
 
-from talklora_pl.adapter.targets import find_targets, is_linear, output_heads
+from talklora_pl.adapter.gated import find_modules
+from talklora_pl.adapter.targets import is_linear, output_heads
 from talklora_pl.allocation import LayerTargets
 from talklora_pl.allocation.weights import WeightSource
 
@@ -26,13 +27,14 @@ def layer_targets(
     targets: list[str] | str,
     exclude: list[str] | str = (),  # type: ignore[assignment]
     layers: list[int] | str | None = None,
+    site: str = "linear",
 ) -> list[LayerTargets]:
     """The numbered layers that have targets, in model order. ``model`` may be without weights (meta device).
 
     Targets outside of the numbered layers are in none of them. Arguments and errors as in
-    :func:`~talklora_pl.adapter.targets.find_targets`.
+    :func:`~talklora_pl.adapter.gated.find_modules`.
     """
-    found = find_targets(model, targets, exclude, layers)
+    found = find_modules(model, targets, exclude, layers, site)
     heads = output_heads(model)
     every: dict[str, list[str]] = {}
     for name, module in model.named_modules():
@@ -65,6 +67,6 @@ def decide(config: AdapterConfig, model: nn.Module, weights: WeightSource) -> di
     Raises:
         UserError: targets that match nothing, or a rule that does not fit them.
     """
-    where = (config.targets, config.exclude, config.layers)
-    counts = dict.fromkeys(find_targets(model, *where), config.num_experts)
+    where = (config.targets, config.exclude, config.layers, config.experts.site)
+    counts = dict.fromkeys(find_modules(model, *where), config.num_experts)
     return counts | config.allocation.allocate(layer_targets(model, *where), config.num_experts, weights)

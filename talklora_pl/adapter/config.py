@@ -110,7 +110,9 @@ class AdapterConfig:
                 "cannot use it; choose another communication, or set experts_see_talk to false"
             )
         if self.experts_see_talk and self.router.per == "block" and self.experts.site == "linear":
-            out.append("experts_see_talk needs router.per: linear; a block's experts of one Linear do not hear another's")
+            out.append(
+                "experts_see_talk needs router.per: linear; a block's experts of one Linear do not hear another's"
+            )
         if self.plain is not None and self.plain.rank < 1:
             out.append(f"plain.rank must be at least 1, got {self.plain.rank}")
         return out

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import zlib
 from collections.abc import Mapping
+from dataclasses import replace
+from itertools import chain
 from typing import Any
 
 import torch
@@ -12,9 +14,12 @@ from torch import nn
 from talklora_pl import registry
 from talklora_pl.adapter.allocation import decide
 from talklora_pl.adapter.config import AdapterConfig
+from talklora_pl.adapter.ffn import AdaptedFFN
+from talklora_pl.adapter.gated import find_modules, gated_ffn
 from talklora_pl.adapter.host import Adapted, AdapterSet, attach
 from talklora_pl.adapter.layers import AdaptedLinear
-from talklora_pl.adapter.targets import find_targets, layer_index, widths
+from talklora_pl.adapter.mixture import BlockMixture
+from talklora_pl.adapter.targets import is_linear, layer_index, widths
 from talklora_pl.allocation.weights import ModuleWeights
 from talklora_pl.errors import UserError
 from talklora_pl.spec import Bank, LayerSpec
@@ -29,19 +34,21 @@ class Adapter(nn.Module):
     Attributes:
         config: the options it was built from.
         experts_per_layer: number of experts of every adapted module, by full name.
+        decisions: number of experts of every module that has a router, by full name: adapted ones, or blocks of them.
     """
 
     def __init__(self, config: AdapterConfig) -> None:
         super().__init__()
         self.config = config
         self.experts_per_layer: dict[str, int] = {}
+        self.decisions: dict[str, int] = {}
         self.bank = Bank()
         self.layers = nn.Module()
         self.balance = nn.ModuleDict()
 
     def routed_layers(self) -> dict[str, int]:
         """Number of experts of the layers that have something to decide, by name."""
-        return {n: e for n, e in self.experts_per_layer.items() if e > 1}
+        return {n: e for n, e in self.decisions.items() if e > 1}
 
 
 def _add(root: nn.Module, name: str, module: nn.Module) -> None:
@@ -118,42 +125,97 @@ def _build(
     model: nn.Module, config: AdapterConfig, adapter: Adapter, allocation: Mapping[str, int] | None, device: Any
 ) -> dict[str, tuple[nn.Module, nn.Module]]:
     """Adapter layers by module name, registered in ``adapter`` but not yet attached to the model."""
-    modules = find_targets(model, config.targets, config.exclude, config.layers)
+    whole = config.experts.site == "ffn"
+    modules = find_modules(model, config.targets, config.exclude, config.layers, config.experts.site)
     if allocation is not None and (missing := modules.keys() - allocation.keys()):
         raise UserError(f"The allocation lacks {len(missing)} target layers, for example {sorted(missing)[0]!r}.")
     experts = {n: allocation[n] if allocation is not None else config.num_experts for n in modules}
-    kinds = {n: f"{n.rsplit('.', 1)[-1]}-{'x'.join(map(str, widths(m)))}" for n, m in modules.items()}
+    specs = {n: _spec(n, m, config, experts[n], device) for n, m in modules.items()}
     most: dict[str, int] = {}
-    for n, kind in kinds.items():
-        most[kind] = max(most.get(kind, 0), experts[n])
+    for spec in specs.values():
+        most[spec.kind] = max(most.get(spec.kind, 0), spec.num_experts)
 
     built: dict[str, tuple[nn.Module, nn.Module]] = {}
-    for n, module in modules.items():
-        if n in adapter.experts_per_layer:
+
+    def add(n: str, module: nn.Module, layer: nn.Module) -> None:
+        if n in built or n in adapter.experts_per_layer:
             raise UserError(f"{n!r} is a target twice; targets of plain LoRA and of the mixture must differ.")
-        if experts[n] < 1:
-            raise UserError(f"The allocation gives {n!r} {experts[n]} experts; every adapted layer needs at least one.")
-        d, o = widths(module)
-        frozen = module.weight
-        spec = LayerSpec(
-            name=n,
-            kind=kinds[n],
-            index=layer_index(n),
-            in_features=d,
-            out_features=o,
-            num_experts=experts[n],
-            kind_experts=most[kinds[n]],
-            rank=config.rank_per_expert(),
-            device=torch.device(device) if device is not None else frozen.device,  # type: ignore[arg-type]
-            dtype=getattr(torch, config.dtype),
-        )
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed((torch.initial_seed() + zlib.crc32(n.encode())) % 2**63)
-            layer = AdaptedLinear(spec, config, adapter.bank)
-        adapter.experts_per_layer[n] = experts[n]
         _add(adapter.layers, n, layer)
         built[n] = (module, layer)
+
+    blocks: dict[str, BlockMixture] = {}
+    for n, module in modules.items():
+        if experts[n] < 1:
+            raise UserError(f"The allocation gives {n!r} {experts[n]} experts; every adapted layer needs at least one.")
+        spec = replace(specs[n], kind_experts=most[specs[n].kind])
+        block = None
+        layer: AdaptedLinear | AdaptedFFN
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed((torch.initial_seed() + zlib.crc32(n.encode())) % 2**63)
+            if whole:
+                layer = AdaptedFFN(spec, config, adapter.bank, gated_ffn(module))
+            else:
+                if config.router.per == "block":
+                    block = _block_of(n, model, spec, config, blocks)
+                layer = AdaptedLinear(spec, config, adapter.bank, block)
+                if block is not None and not block.decides and spec.in_features == block.width:
+                    block.listen_to(layer.experts, spec, config)
+        add(n, module, layer)
+        adapter.experts_per_layer[n] = experts[n]
+        if block is None:
+            adapter.decisions[n] = experts[n]
+    for n, block in blocks.items():
+        if not block.decides:
+            raise UserError(
+                f"router.per: block: no target in {n!r} takes the block's own input (width {block.width}); add one to "
+                "targets, or use router.per: linear."
+            )
+        add(n, model.get_submodule(n), block)
+        adapter.decisions[n] = block.num_experts
     return built
+
+
+def _spec(name: str, module: nn.Module, config: AdapterConfig, num_experts: int, device: Any) -> LayerSpec:
+    if device is None:
+        device = next(chain(module.parameters(), module.buffers())).device
+    if config.experts.site == "ffn":
+        d, hidden = gated_ffn(module).width(module)
+        shape: tuple[int, ...] = (d, hidden, d)
+    else:
+        hidden, shape = 0, widths(module)
+    return LayerSpec(
+        name=name,
+        kind=f"{name.rsplit('.', 1)[-1]}-{'x'.join(map(str, shape))}",
+        index=layer_index(name),
+        in_features=shape[0],
+        out_features=shape[-1],
+        num_experts=num_experts,
+        kind_experts=num_experts,
+        rank=config.rank_per_expert(),
+        hidden_features=hidden,
+        talks=not config.communication.silent,
+        heard=config.heard(),
+        device=torch.device(device),
+        dtype=getattr(torch, config.dtype),
+    )
+
+
+def _block_of(
+    name: str, model: nn.Module, spec: LayerSpec, config: AdapterConfig, blocks: dict[str, BlockMixture]
+) -> BlockMixture:
+    """The decision that ``name`` shares with the other Linears of the module that directly contains it."""
+    path = name.rpartition(".")[0]
+    if path not in blocks:
+        if not path:
+            raise UserError(f"router.per: block: {name!r} is in no block; use router.per: linear.")
+        first = next(m for m in model.get_submodule(path).children() if is_linear(m))
+        blocks[path] = BlockMixture(replace(spec, name=path, in_features=widths(first)[0]), config)
+    if blocks[path].num_experts != spec.num_experts:
+        raise UserError(
+            f"router.per: block: the Linears of {path!r} have unequal numbers of experts in the allocation; give all "
+            "of them the same, or use router.per: linear."
+        )
+    return blocks[path]
 
 
 def adapted_modules(model: nn.Module) -> dict[str, Adapted]:

@@ -1,4 +1,4 @@
-"""Who speaks, for one decision: communication and router, for a Linear, a whole feed-forward block, or all Linears of a block.
+"""One decision: communication and router of a Linear, of a feed-forward block, or of all Linears of a block.
 
 T tokens, D input width, E experts, F features per expert, R rank per expert.
 """
@@ -29,13 +29,13 @@ class Mixture(nn.Module):
         self.experts_see_talk = config.experts_see_talk
 
     def build_decision(self, layer: LayerSpec, config: AdapterConfig, features: int) -> None:
-        """Make the parts. Experts come before, so that methods that differ only in later parts start from the same A."""
+        """Make the parts. Experts come before: methods that differ only in later parts then start from the same A."""
         self.communication: Any = config.communication.build(layer, features)
         self.router: Any = config.router.build(layer, self.communication.features)
         if self.experts_see_talk and self.communication.features != features:
             raise UserError(
-                f"experts_see_talk: experts that say {features} features cannot use the {self.communication.features} per "
-                f"expert that communication {config.communication.name!r} gives; set experts_see_talk to false."
+                f"experts_see_talk: experts that say {features} features cannot use the {self.communication.features} "
+                f"per expert that communication {config.communication.name!r} gives; set experts_see_talk to false."
             )
 
     def decide(self, x_TD: Tensor, m_TEF: Tensor, leading_shape: torch.Size) -> tuple[Routing, Tensor]:
@@ -51,9 +51,9 @@ class Mixture(nn.Module):
 class BlockMixture(Mixture):
     """One decision for all adapted Linears of a block, from the block's own input hidden state.
 
-    It takes the place of the block's forward, decides, and lets the block run. So the decision does not depend on the order
-    in which the Linears run, and is made again when gradient checkpointing runs the block again. Where experts are heard, those
-    of the first adapted Linear that takes the block's input speak for all.
+    It takes the place of the block's forward, decides, and lets the block run. So the decision does not depend on the
+    order in which the Linears run, and is made again when gradient checkpointing runs the block again. Where experts
+    are heard, those of the first adapted Linear that takes the block's input speak for all.
     """
 
     def __init__(self, layer: LayerSpec, config: AdapterConfig) -> None:
@@ -61,13 +61,18 @@ class BlockMixture(Mixture):
         self.width = layer.in_features
         self.heard = layer.heard
         self.num_experts = layer.num_experts
-        self.build_decision(layer, config, layer.rank)
         self._speaker: tuple[Any, ...] = ()
         self._routing: Routing | None = None
 
-    def let_speak(self, experts: nn.Module) -> None:
-        """``experts`` say what the communication hears. They stay registered in their own layer."""
+    def listen_to(self, experts: Any, layer: LayerSpec, config: AdapterConfig) -> None:
+        """``experts`` say what the communication hears. They stay registered in their own layer, hence the tuple."""
         self._speaker = (experts,)
+        self.build_decision(layer, config, experts.features)
+
+    @property
+    def decides(self) -> bool:
+        """Whether the communication and the router were made."""
+        return bool(self._speaker)
 
     def weights(self) -> Tensor:
         """w_TE of the forward pass that is running."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections import Counter
+from collections.abc import Mapping
 from typing import Any
 
 from torch import nn
@@ -67,13 +68,36 @@ def output_heads(model: nn.Module) -> set[int]:
     return {id(head)} if head is not None else set()
 
 
+def select(
+    modules: Mapping[str, nn.Module], targets: list[str] | str, exclude: list[str] | str, layers: list[int] | str | None
+) -> dict[str, nn.Module]:
+    """Those of ``modules`` that the options of :func:`find_targets` choose, in their order."""
+    ranges = parse_layers(layers)
+    _check_regex("targets", targets)
+    _check_regex("exclude", exclude)
+    found: dict[str, nn.Module] = {}
+    for name, module in modules.items():
+        index = layer_index(name)
+        if not _matches(name, targets) or _matches(name, exclude):
+            continue
+        if ranges is not None and (index is None or not any(index in r for r in ranges)):
+            continue
+        found[name] = module
+    return found
+
+
+def fused_experts(model: nn.Module) -> str | None:
+    """Name of a parameter that stacks the experts of the base model's own mixture, if there is one."""
+    return next((n for n, p in model.named_parameters() if p.dim() == 3 and not n.startswith("talklora.")), None)
+
+
 def find_targets(
     model: nn.Module,
     targets: list[str] | str,
     exclude: list[str] | str = "",
     layers: list[int] | str | None = None,
 ) -> dict[str, nn.Module]:
-    """The modules to adapt, by full name, in model order.
+    """The Linears to adapt, by full name, in model order.
 
     Args:
         targets: leaf names, a regular expression over whole names, or ``all-linear`` (of the numbered layers).
@@ -83,25 +107,22 @@ def find_targets(
     Raises:
         UserError: a name or the whole selection matches nothing; lists near misses.
     """
-    ranges = parse_layers(layers)
-    _check_regex("targets", targets)
-    _check_regex("exclude", exclude)
-    everything = targets == "all-linear"
-    heads = output_heads(model)
     linears = {n: m for n, m in model.named_modules() if is_linear(m) and not n.startswith("talklora.")}
-    found: dict[str, nn.Module] = {}
-    for name, module in linears.items():
-        index = layer_index(name)
-        wanted = (index is not None and id(module) not in heads) if everything else _matches(name, targets)
-        if not wanted or _matches(name, exclude):
-            continue
-        if ranges is not None and (index is None or not any(index in r for r in ranges)):
-            continue
-        found[name] = module
+    if targets == "all-linear":
+        heads = output_heads(model)
+        body = {n: m for n, m in linears.items() if layer_index(n) is not None and id(m) not in heads}
+        found = select(body, ".*", exclude, layers)
+    else:
+        found = select(linears, targets, exclude, layers)
     leaves = Counter(n.rsplit(".", 1)[-1] for n in linears)
-    overview = ", ".join(f"{leaf} ({count})" for leaf, count in leaves.items())
+    overview = f"Linear layers (count): {', '.join(f'{leaf} ({count})' for leaf, count in leaves.items())}."
+    if stacked := fused_experts(model):
+        overview += (
+            f" The experts of this base model's own mixture are fused three-dimensional tensors ({stacked!r}); they "
+            "cannot be adapted, its other Linears can."
+        )
     kind = type(model).__name__
-    if not everything and not isinstance(targets, str):
+    if not isinstance(targets, str):
         for target in targets:
             if any(_matches(n, [target]) for n in linears):
                 continue
@@ -110,10 +131,10 @@ def find_targets(
                 why = f"No layer of this {kind} is called {target!r}."
             else:
                 why = f"{target!r} is a {type(other).__name__}; only Linear and Conv1D layers can be targets here."
-            raise UserError(f"targets: {why}{did_you_mean(target, leaves)} Linear layers (count): {overview}.")
+            raise UserError(f"targets: {why}{did_you_mean(target, leaves)} {overview}")
     if not found:
         raise UserError(
             f"targets {targets!r} with exclude {exclude!r} and layers {layers!r} match nothing in this {kind}. "
-            f"Linear layers (count): {overview}."
+            f"{overview}"
         )
     return found

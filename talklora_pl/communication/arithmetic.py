@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Literal
 
 import torch.nn.functional as F
@@ -10,7 +11,7 @@ from torch import Tensor
 Norm = Literal["none", "layer", "rms"]
 Activation = Literal["silu", "gelu", "relu", "tanh"]
 
-ACTIVATIONS = {"silu": F.silu, "gelu": F.gelu, "relu": F.relu, "tanh": F.tanh}
+ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {"silu": F.silu, "gelu": F.gelu, "relu": F.relu, "tanh": F.tanh}
 
 
 def normalise(m_TEF: Tensor, norm: Norm) -> Tensor:

@@ -16,7 +16,7 @@ from talklora_pl.spec import LayerSpec
 class AttentionModule(CommunicationModule):
     """m'_i = m_i + O concat_h( sum_j a_hij V_h n_j ),  a_hij = softmax_j( Q_h n_i · K_h n_j / sqrt(d) ),  n = norm(m).
 
-    H heads of width d = F / H; Q, K, V, O of shape (F,F), the same for all experts, so that nothing depends on their order.
+    H heads of width d = F / H; Q, K, V, O of shape (F,F), the same for all experts: nothing depends on their order.
     """
 
     def __init__(self, features: int, layer: LayerSpec, options: Attention) -> None:

@@ -1,6 +1,6 @@
 """Message passing among experts, on a graph of experts.
 
-T tokens, D input width, E experts, N nodes (E, or E + 1 with the token's), F features of an expert, G width of the graph.
+T tokens, D input width, E experts, N nodes (E, or E + 1 with the token's), F features of an expert, G graph width.
 """
 
 from __future__ import annotations
@@ -81,7 +81,7 @@ class GraphModule(CommunicationModule):
 
 
 class EmbeddedGraphModule(GraphModule):
-    """GraphLoRA's graph: expert nodes z_i = φ(W_s X_i) with fixed X (E,D), a token node φ(W_x x) joined to all of them."""
+    """GraphLoRA's graph: expert nodes φ(W_s X_i) with fixed X (E,D), and a token node φ(W_x x) joined to all."""
 
     X: Tensor
 
@@ -110,23 +110,24 @@ class EmbeddedGraphModule(GraphModule):
 class GNN(Communication):
     """Graph convolution among experts: Z <- Z + φ(S Z W_kᵀ), S = D^-1/2 (A + I) D^-1/2.
 
-    m_TEF -> m_TEG. Rounds as in Kipf and Welling, arXiv 1609.02907; with ``nodes: embeddings``, ``residual: false`` and a
-    ``per_expert`` router it is GraphLoRA's graph router (GMoE, arXiv 2412.16216, equations 3 and 4).
+    m_TEF -> m_TEG. Rounds as in Kipf and Welling, arXiv 1609.02907; with ``nodes: embeddings``, ``residual: false`` and
+    a ``per_expert`` router it is GraphLoRA's graph router (GMoE, arXiv 2412.16216, equations 3 and 4).
 
     Attributes:
-        nodes: ``experts``: Z starts as what the experts of this token say, G = F; ``embeddings``: as φ(W_s X_i) with fixed random
-            X, plus a node φ(W_x x) for the token, joined to every expert; G = width.
-        graph: edges among experts: ``complete``; ``ring``; ``random``, a share ``density`` of the pairs; ``similarity``, that
-            share of pairs with the largest |cos|, of the embeddings once and for all, or of what the experts of each token say
-            (then |cos| is the edge's weight); ``learned``, every pair with a trained weight sigmoid((θ_ij + θ_ji) / 2). Edges that are
-            fixed are saved with the adapter.
+        nodes: ``experts``: Z starts as what the experts of this token say, G = F; ``embeddings``: as φ(W_s X_i) with
+            fixed random X, plus a node φ(W_x x) for the token, joined to every expert; G = width.
+        graph: edges among experts: ``complete``; ``ring``; ``random``, a share ``density`` of the pairs;
+            ``similarity``, that share of pairs with the largest |cos|, of the embeddings once and for all, or of what
+            the experts of each token say (then |cos| is the edge's weight); ``learned``, every pair with a trained
+            weight sigmoid((θ_ij + θ_ji) / 2). Edges that are fixed are saved with the adapter.
         density: edges over pairs of experts, in [0, 1].
         rounds: number of W_k.
         residual: keep what a node had; without it a complete graph makes all experts alike.
         activation: φ.
         width: G with embeddings, 128 by default; must stay unset with ``nodes: experts``.
         token_gain: of W_x's Glorot initialisation; the published 100 drowns the experts' nodes in the token's.
-        compat: ``published``: gain 100, and ``density`` of a similarity graph counts the diagonal, as the released code does.
+        compat: ``published``: gain 100, and ``density`` of a similarity graph counts the diagonal, as the released code
+            does.
     """
 
     nodes: Literal["experts", "embeddings"] = "experts"

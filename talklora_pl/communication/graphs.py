@@ -64,7 +64,7 @@ def strongest(sim_EE: Tensor, density: float) -> Tensor:
 
 
 def similar_published(v_EF: Tensor, density: float) -> Tensor:
-    """GMoE's construction: lower a threshold from 1 in steps of 0.01 until the share of |cos| above it reaches ``density``.
+    """GMoE's construction: lower a threshold from 1 in steps of 0.01 until a share ``density`` of |cos| is above it.
 
     The share is that of all E² entries, so the diagonal counts: 8 experts have no edge at all below 0.125.
     """

@@ -36,8 +36,8 @@ class TeamRouter(RouterModule):
 class Team(Scored):
     """Dense softmax whose probabilities a trained matrix mixes before they are renormalised.
 
-    TeamLoRA (arXiv 2408.09856) as the TalkLoRA authors re-implemented it. M starts at U(±0.1) with a unit diagonal; weights
-    can become negative, and large where sum(M v) nears 0, as published.
+    TeamLoRA (arXiv 2408.09856) as the TalkLoRA authors re-implemented it. M starts at U(±0.1) with a unit diagonal;
+    weights can become negative, and large where sum(M v) nears 0, as published.
     """
 
     def build(self, layer: LayerSpec, features: int) -> RouterModule:

@@ -12,8 +12,11 @@ from talklora_pl.adapter import Adapter, AdapterConfig, RoutingCollector, inject
 from talklora_pl.communication.silent import NoCommunication
 from talklora_pl.communication.talking import Talking
 from talklora_pl.experts.lora import LoRA, SplitLoRA
+from talklora_pl.experts.shared_a import SharedA
 from talklora_pl.experts.shared_b import SharedB
 from talklora_pl.routers.softmax import Softmax
+from talklora_pl.routers.team import Team
+from talklora_pl.routers.top_k import TopK
 from tests import golden
 
 
@@ -50,6 +53,9 @@ PARTS: dict[str, dict[str, Any]] = {
     "talklora": {"experts": SharedB(), "communication": Talking(), "router": Softmax("features")},
     "talklora_notalk": {"experts": SharedB(), "communication": NoCommunication(), "router": Softmax("features")},
     "moelora": {"experts": SplitLoRA(), "communication": NoCommunication(), "router": Softmax("x")},
+    "teamlora": {"experts": SplitLoRA(), "communication": NoCommunication(), "router": Team("x")},
+    "mola": {"experts": LoRA(), "communication": NoCommunication(), "router": TopK("x")},
+    "hydralora": {"experts": SharedA(), "communication": NoCommunication(), "router": Softmax("x")},
     "loramoe": {"experts": LoRA(), "communication": NoCommunication(), "router": Softmax("x")},
 }
 
@@ -59,17 +65,21 @@ def build(file: Any) -> tuple[dict[str, Any], dict[str, Tensor], Toy, Adapter]:
     toy = Toy(config, tensors)
     parts = PARTS[config["kind"]]
     splits = parts["experts"].splits_rank
+    counts = per_layer(config)
+    if "top_k" in config:
+        parts = {**parts, "router": TopK("x", k=max(config["top_k"]))}
     adapter = inject(
         toy,
         AdapterConfig(
             targets=[*toy.types, "down"],
-            num_experts=config["n"],
+            num_experts=max(counts),
             **{"rank" if splits else "expert_rank": config["r"]},
             alpha=config["scale"] * config["r"],
             dropout_input=0.0,
             dtype=config["dtype"],
             **parts,
         ),
+        allocation={f"layers.{l}.{t}": n for l, n in enumerate(counts) for t in [*toy.types, "down"]},
     )
     with torch.no_grad():
         for name, ours in ours_and_theirs(config, adapter).items():
@@ -77,15 +87,20 @@ def build(file: Any) -> tuple[dict[str, Any], dict[str, Tensor], Toy, Adapter]:
     return config, tensors, toy, adapter
 
 
+def per_layer(config: dict[str, Any]) -> list[int]:
+    """Number of experts of every layer."""
+    n = config["n"]
+    return n if isinstance(n, list) else [n] * config["L"]
+
+
 def ours_and_theirs(config: dict[str, Any], adapter: Adapter) -> dict[str, Tensor]:
     """Our parameters by the golden name; ``A.i`` stands for a stack over i."""
     out = {}
-    n = config["n"]
-    for l in range(config["L"]):
+    for l, n in enumerate(per_layer(config)):
         for t in [*(t for t, _ in config["parallel"]), "down"]:
             layer = adapter.layers.get_submodule(f"layers.{l}.{t}")
             kind = config["kind"]
-            out[f"{l}.{t}.A{'.i' if kind == 'loramoe' else ''}"] = layer.experts.A
+            out[f"{l}.{t}.A{'.i' if kind in ('loramoe', 'mola') else ''}"] = layer.experts.A
             if kind.startswith("talklora"):
                 out[f"{l}.{t}.E.i"] = layer.experts.core
                 out[f"{l}.{t}.G"] = layer.router.scores.weight
@@ -95,6 +110,8 @@ def ours_and_theirs(config: dict[str, Any], adapter: Adapter) -> dict[str, Tenso
             else:
                 out[f"{l}.{t}.B.i"] = layer.experts.B
                 out[f"{l}.{t}.R"] = layer.router.scores.weight
+            if kind == "teamlora":
+                out[f"{l}.{t}.T"] = layer.router.team
             if kind == "talklora":
                 out[f"{l}.{t}.C"] = layer.communication.C
     return out
@@ -125,6 +142,16 @@ def test_toy_forward_and_all_gradients(file: Any) -> None:
     for r in collector.records:
         name = f"router_logits.{r.layer.removeprefix('layers.')}"
         golden.check(config, name, r.routing.logits_TE, tensors[name].flatten(0, -2))
+        if config["kind"] == "mola":
+            name = r.layer.removeprefix("layers.")
+            chosen_TK = tensors[f"topk_index.{name}"].flatten(0, -2)
+            assert torch.equal(r.routing.selected_TK, chosen_TK)
+            golden.check(
+                config,
+                name,
+                r.routing.weights_TE.gather(1, chosen_TK),
+                tensors[f"topk_weight.{name}"].flatten(0, -2),
+            )
     assert len(collector.records) == len(outs)
     for name, ours in ours_and_theirs(config, adapter).items():
         golden.check(config, f"grad.{name}", ours.grad, theirs(tensors, f"grad.{name}", ours))

@@ -1,0 +1,81 @@
+"""One adapted feed-forward block: every expert is the whole block with low-rank terms of its own.
+
+T tokens, t tokens of one expert, D input and output width, H hidden width, E experts, K selected, R rank per expert.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from talklora_pl.adapter.config import AdapterConfig
+from talklora_pl.adapter.gated import GatedFFN
+from talklora_pl.adapter.mixture import Mixture
+from talklora_pl.errors import UserError
+from talklora_pl.spec import Bank, LayerSpec
+
+
+class AdaptedFFN(Mixture):
+    """y = sum_i w_i E_i(x), with gate and up computed once, and mixed before the one frozen down projection.
+
+    E_i(x) = W2 z_i + s B2_i A2_i z_i,  z_i = act(W1 x + s B1_i A1_i x) * (W3 x + s B3_i A3_i x), so that
+    y = W2 sum_i w_i z_i + s sum_i B2_i (w_i A2_i z_i): W1, W2 and W3 are used once, however many experts are selected.
+    """
+
+    def __init__(self, layer: LayerSpec, config: AdapterConfig, bank: Bank, parts: GatedFFN) -> None:
+        super().__init__(layer, config)
+        if config.dropout_output > 0:
+            raise UserError(
+                "dropout_output: whole-FFN experts replace the block's output, which is not dropped; set it to 0."
+            )
+        self.parts = parts
+        self.scale = config.scale()
+        self.dropout_input = config.dropout_input
+        self.experts: Any = config.experts.build(layer, bank)
+        self.build_decision(layer, config, self.experts.features)
+
+    def forward(self, frozen: Any, x: Tensor) -> Tensor:
+        """Output (..., D) of the adapted block for input (..., D)."""
+        x_TD = x.reshape(-1, x.shape[-1])
+        e = self.experts
+        g_TH, u_TH = self.parts.hidden(frozen, x_TD)
+        drop_TD = self._drop(x_TD)
+        hg_TER, hu_TER = (
+            side.split(F.linear(drop_TD, side.down().to(x_TD.dtype)).to(side.A.dtype)) for side in (e.gate, e.up)
+        )
+        with torch.autocast(x_TD.device.type, enabled=False):
+            routing, m_TEG = self.decide(x_TD, e.say(hg_TER, hu_TER), x.shape[:-1])
+        if self.experts_see_talk:
+            hg_TER, hu_TER = m_TEG.chunk(2, dim=-1)
+
+        act = self.parts.activation(frozen)
+        mixed_TH = torch.zeros_like(g_TH)
+        r_ETR = []
+        for i in range(routing.weights_TE.shape[1]):
+            # an expert that no token chose works on zero tokens, so that its gradient is zero and not missing
+            mine_t = None if routing.selected_TK is None else (routing.selected_TK == i).any(-1).nonzero().squeeze(-1)
+            g_tH, u_tH, hg_tR, hu_tR, w_t = (
+                v if mine_t is None else v[mine_t]
+                for v in (g_TH, u_TH, hg_TER[:, i], hu_TER[:, i], routing.weights_TE[:, i])
+            )
+            z_tH = act(self._add(g_tH, hg_tR, e.gate.B[i])) * self._add(u_tH, hu_tR, e.up.B[i])
+            w_t1 = w_t.to(z_tH.dtype).unsqueeze(-1)
+            r_tR = w_t1 * F.linear(self._drop(z_tH), e.down.A[i].to(z_tH.dtype))
+            if mine_t is None:
+                mixed_TH.addcmul_(w_t1, z_tH)
+                r_ETR.append(r_tR)
+            else:
+                mixed_TH.index_add_(0, mine_t, w_t1 * z_tH)
+                r_ETR.append(r_tR.new_zeros(len(x_TD), r_tR.shape[1]).index_copy(0, mine_t, r_tR))
+        y_TD = getattr(frozen, self.parts.down)(mixed_TH)
+        z_TQ = torch.cat(r_ETR, dim=-1) * self.scale
+        return torch.addmm(y_TD, z_TQ.to(y_TD.dtype), e.down.up().to(y_TD.dtype)).view(x.shape)
+
+    def _add(self, frozen_tH: Tensor, h_tR: Tensor, B_RH: Tensor) -> Tensor:
+        return torch.addmm(frozen_tH, h_tR.to(frozen_tH.dtype), B_RH.to(frozen_tH.dtype), alpha=self.scale)
+
+    def _drop(self, v: Tensor) -> Tensor:
+        return F.dropout(v, self.dropout_input) if self.training and self.dropout_input > 0 else v
