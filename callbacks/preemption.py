@@ -1,0 +1,162 @@
+"""Stop cleanly when the machine is taken away: SIGTERM and SIGUSR1 save a checkpoint and end the run."""
+
+import os
+import signal
+import subprocess
+import sys
+import threading
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+import lightning as L
+import torch
+from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.plugins.environments import LightningEnvironment
+from lightning.pytorch.strategies.launchers.subprocess_script import _SubprocessScriptLauncher
+from lightning.pytorch.utilities import rank_zero_info
+
+EXIT_CODE = 143
+"""What a shell reports for a process that SIGTERM ended: schedulers take it for "asked to stop", not for a failure."""
+
+
+class Preemption(L.Callback):
+    """Save and end when any rank receives SIGTERM or SIGUSR1.
+
+    While training, the signal only sets a flag; the ranks agree on it by one all-reduce of a number after each
+    optimiser step and before each validation batch, save ``last.ckpt`` beside the other checkpoints, and every worker
+    exits with 143. A signal during the writing of a checkpoint therefore lets the writing finish. Before the first
+    step there is nothing to save and the process ends at once; after the last one the run simply finishes.
+    The grace time must cover one optimiser step and the writing of one checkpoint.
+
+    Lightning's own handlers for both signals are not installed: the one for SIGTERM waits for the other ranks *inside*
+    the signal handler and can hang there, the one for SLURM would requeue a second time.
+
+    Args:
+        requeue: on SIGUSR1 inside a SLURM job (``#SBATCH --signal=USR1@90``) also run ``scontrol requeue``. The job
+            script should pass ``--ckpt_path last``, which finds nothing at the first start and the saved state later.
+    """
+
+    def __init__(self, requeue: bool = True) -> None:
+        self.requeue = requeue
+        self._received = 0
+        self._phase = "before"  # the first step; then "training", then "after" the last
+        self._validation_interrupted = False
+        self._previous: dict[int, Any] = {}
+
+    # ------------------------------------------------------------------ signals
+
+    def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
+        if threading.current_thread() is not threading.main_thread():
+            return
+        self._trainer, self._phase = trainer, "before"
+        trainer._signal_connector.register_signal_handlers = lambda: None  # type: ignore[method-assign]
+        for number in (signal.SIGTERM, signal.SIGUSR1):
+            self._previous[number] = signal.signal(number, self._on_signal)
+
+    def teardown(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
+        while self._previous:
+            signal.signal(*self._previous.popitem())
+
+    def on_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException) -> None:
+        self.teardown(trainer, pl_module, "fit")
+
+    def _on_signal(self, number: int, frame: FrameType | None) -> None:
+        first, self._received = not self._received, max(self._received, number)
+        if first:
+            self._pass_on(number)
+        if self._phase == "before":
+            sys.exit(self._exit_code())
+
+    def _pass_on(self, number: int) -> None:
+        """Processes that Lightning's script launcher made know of each other what torchrun and SLURM know."""
+        launcher = self._trainer.strategy.launcher
+        if isinstance(launcher, _SubprocessScriptLauncher):
+            launcher.kill(number)  # type: ignore[arg-type]
+        elif self._launched_by_rank_zero():
+            os.kill(os.getppid(), number)
+
+    def _launched_by_rank_zero(self) -> bool:
+        environment = self._trainer._accelerator_connector.cluster_environment
+        return isinstance(environment, LightningEnvironment) and environment.local_rank() > 0
+
+    def _exit_code(self) -> int:
+        # rank zero's observer of the processes it launched kills rank zero if one of them "fails"
+        return 0 if self._launched_by_rank_zero() else EXIT_CODE
+
+    # ------------------------------------------------------------------ places to stop at
+
+    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        self._phase = "training"
+
+    def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        self._phase = "after"
+
+    def on_train_batch_end(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        # the gradients of a half-finished step are in no checkpoint
+        if not trainer.fit_loop._should_accumulate():
+            self._stop_if_asked(trainer)
+
+    def on_validation_batch_start(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, batch_idx: int, dataloader_idx: int = 0
+    ) -> None:
+        if self._phase == "training" and trainer.validating:
+            self._validation_interrupted = True
+            self._stop_if_asked(trainer)
+            self._validation_interrupted = False
+
+    def _stop_if_asked(self, trainer: L.Trainer) -> None:
+        here = torch.tensor(self._received, device=trainer.strategy.root_device)
+        received = int(trainer.strategy.reduce(here, reduce_op="max"))
+        if not received:
+            return
+        path = directory(trainer) / "last.ckpt"
+        trainer.save_checkpoint(path)
+        rank_zero_info(
+            f"{signal.Signals(received).name}: saved {path} after step {trainer.global_step}. "
+            "Resume with --ckpt_path last."
+        )
+        job = slurm_job()
+        if self.requeue and received == signal.SIGUSR1 and job and trainer.is_global_zero:
+            subprocess.run(["scontrol", "requeue", job], check=False)
+        sys.exit(self._exit_code())
+
+    # ------------------------------------------------------------------ resuming before a validation
+
+    def on_save_checkpoint(self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
+        """Let a checkpoint that is written before or amid a due validation say so.
+
+        Lightning resumes such a file after the validation as if it had happened. With the counters of a validation
+        whose first batch has just started it runs the whole validation, as the uninterrupted run did.
+        """
+        loop = trainer.fit_loop.epoch_loop
+        loops = checkpoint.get("loops", {}).get("fit_loop")
+        if loops is None or trainer.sanity_checking or self._phase != "training":
+            return
+        batches, fetcher = loops["epoch_loop.batch_progress"], trainer.fit_loop._data_fetcher
+        step_ended = batches["total"]["processed"] == batches["total"]["completed"] + 1  # in on_train_batch_end
+        due = step_ended and trainer.enable_validation and fetcher is not None and loop._should_check_val_fx(fetcher)
+        if not (due or self._validation_interrupted):
+            return
+        started = {"ready": 1, "started": 1, "processed": 0, "completed": 0}
+        validation = loops["epoch_loop.val_loop.batch_progress"]
+        validation.update(total=dict(started), current=dict(started), is_last_batch=False)
+        for count in (batches["total"], batches["current"]):
+            count["completed"] = count["processed"]
+
+
+def directory(trainer: L.Trainer) -> Path:
+    """Where this run keeps its checkpoints."""
+    for callback in trainer.checkpoint_callbacks:
+        if isinstance(callback, ModelCheckpoint) and callback.dirpath:
+            return Path(callback.dirpath)
+    return Path(trainer.default_root_dir) / "checkpoints"
+
+
+def slurm_job() -> str | None:
+    """Id of the SLURM job this process runs in, as ``scontrol requeue`` wants it."""
+    if array := os.environ.get("SLURM_ARRAY_JOB_ID"):
+        return f"{array}_{os.environ['SLURM_ARRAY_TASK_ID']}"
+    return os.environ.get("SLURM_JOB_ID")

@@ -1,0 +1,161 @@
+"""Checkpoints that survive a crash at any moment, and that are checked before anything rests on them.
+
+Writing: a temporary file in the *same* directory, flushed to disk, then renamed over the old one. Lightning's writer
+goes through ``$TMPDIR``; where that is another file system a crash leaves a torn file.
+Reading: the checksums that every checkpoint carries are verified, and no pickled object is ever executed.
+"""
+
+import os
+import re
+import socket
+import zipfile
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from lightning.pytorch.plugins.io import TorchCheckpointIO
+
+from talklora_pl.errors import UserError
+
+KEY = "talklora_pl"
+"""Entry of a checkpoint that holds its format and what the run was: ``{"format": 1, "adapter": ..., "base": ...}``."""
+FORMAT = 1
+
+
+class DurableCheckpointIO(TorchCheckpointIO):
+    """Write-flush-rename checkpoint files with the user's file mode; verified reading."""
+
+    def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options: Any = None) -> None:
+        """Write `checkpoint` to `path`; after a failure at any point the file that was there before is intact.
+
+        Raises:
+            UserError: the file cannot be written (disk full, no permission).
+        """
+        checkpoint = {**checkpoint, KEY: {**checkpoint.get(KEY, {}), "format": FORMAT}}
+        if "://" in str(path):  # an object store writes whole objects itself
+            super().save_checkpoint(checkpoint, path, storage_options)
+            return
+        path = Path(path).absolute()
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            _remove_leftovers(path.parent)
+            temporary = path.parent / f".{path.name}.{socket.gethostname()}.{os.getpid()}.tmp"
+            try:
+                with open(temporary, "wb") as file:  # not mkstemp: this one honours the umask
+                    torch.save(checkpoint, file)
+                    file.flush()
+                    os.fsync(file.fileno())
+                os.replace(temporary, path)
+                _sync_directory(path.parent)
+            except BaseException:
+                temporary.unlink(missing_ok=True)
+                raise
+        except (OSError, RuntimeError) as error:
+            # torch.save turns a failed write into a RuntimeError of its own, the cause is in its context
+            cause = next((e for e in _chain(error) if isinstance(e, OSError)), error)
+            kept = "The checkpoint of that name from before is untouched. " if path.exists() else ""
+            raise UserError(
+                f"The checkpoint {path} could not be written: {cause}. {kept}"
+                "Make room (or pass another directory), then resume with --ckpt_path last."
+            ) from error
+
+    def load_checkpoint(self, path: Any, map_location: Any = "cpu", weights_only: bool | None = None) -> dict[str, Any]:
+        """The checkpoint at `path` on the CPU, after the checks of `read_checkpoint`; `weights_only` is always on."""
+        if "://" in str(path):
+            return super().load_checkpoint(path, map_location, weights_only=True)
+        return read_checkpoint(path)
+
+
+def read_checkpoint(path: str | os.PathLike[str]) -> dict[str, Any]:
+    """The checkpoint in the file `path`, its tensors on the CPU.
+
+    Raises:
+        UserError: the file is missing, torn, damaged, not ours, or of another format version.
+    """
+    path = Path(path)
+    others = sorted(path.parent.glob("*.ckpt"), key=lambda p: p.stat().st_mtime, reverse=True)
+    others = [p.name for p in others if p != path]
+    instead = f"Checkpoints beside it, newest first: {', '.join(others)}." if others else "There is no other beside it."
+    if not path.is_file():
+        raise UserError(f"There is no checkpoint file {path}. {instead}")
+    try:
+        with zipfile.ZipFile(path) as archive:
+            damaged = archive.testzip()  # compares every record with its checksum
+        if damaged is not None:
+            raise zipfile.BadZipFile(f"wrong checksum of record {damaged}")
+        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:
+        raise UserError(f"The checkpoint {path} is torn, damaged or no checkpoint ({error}). {instead}") from error
+    if not isinstance(checkpoint, dict) or "state_dict" not in checkpoint or "loops" not in checkpoint:
+        raise UserError(f"{path} is not a training checkpoint (it has no state_dict and loops). {instead}")
+    found = checkpoint.get(KEY)
+    if not isinstance(found, dict):
+        raise UserError(f"{path} is a checkpoint of another program: it lacks the entry {KEY!r}. {instead}")
+    if found.get("format") != FORMAT:
+        raise UserError(
+            f"{path} has checkpoint format {found.get('format')!r}, this version of talklora-pl reads {FORMAT}. "
+            f"Resume it with the version that wrote it, or start anew from an exported adapter. {instead}"
+        )
+    return checkpoint
+
+
+def refuse_differences(saved: Mapping[str, Any], now: Mapping[str, Any], path: str | os.PathLike[str]) -> None:
+    """Raise a `UserError` that lists every entry in which the run that wrote `path` differs from this one.
+
+    Args:
+        saved: the checkpoint's entry `KEY` (without it nothing is compared).
+        now: the same entry as this run would write it.
+        path: where `saved` came from, for the message.
+    """
+    before, after = dict(_flatten(saved)), dict(_flatten(now))
+    lines = [
+        f"  {key}: {before.get(key, 'absent')!r} in the checkpoint, {after.get(key, 'absent')!r} in this run"
+        for key in sorted((before.keys() | after.keys()) - {"format"})
+        if before.get(key) != after.get(key)
+    ]
+    if lines:
+        raise UserError(
+            f"The checkpoint {path} was written by a different run:\n" + "\n".join(lines) + "\nResume with the settings "
+            "it was made with, or start a new run without --ckpt_path."
+        )
+
+
+def _flatten(value: Any, key: str = "") -> Iterator[tuple[str, Any]]:
+    if isinstance(value, Mapping):
+        for name, inner in value.items():
+            yield from _flatten(inner, f"{key}.{name}" if key else str(name))
+    else:
+        yield key, list(value) if isinstance(value, tuple) else value
+
+
+def _chain(error: BaseException | None) -> Iterator[BaseException]:
+    while error is not None:
+        yield error
+        error = error.__cause__ or error.__context__
+
+
+def _sync_directory(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _remove_leftovers(directory: Path) -> None:
+    """Delete temporary files of processes of this machine that were killed while writing."""
+    for file in directory.glob(f".*.{socket.gethostname()}.*.tmp"):
+        match = re.search(r"\.(\d+)\.tmp$", file.name)
+        if match and not _alive(int(match[1])):
+            file.unlink(missing_ok=True)
+
+
+def _alive(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        pass
+    return True
