@@ -41,7 +41,6 @@ class Preemption(L.Callback):
         self.requeue = requeue
         self._received = 0
         self._phase = "before"  # the first step; then "training", then "after" the last
-        self._validation_interrupted = False
         self._previous: dict[int, Any] = {}
 
     # ------------------------------------------------------------------ signals
@@ -103,10 +102,8 @@ class Preemption(L.Callback):
         self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, batch_idx: int, dataloader_idx: int = 0
     ) -> None:
         if self._phase == "training" and trainer.validating:
-            self._validation_interrupted = True
             self._stop_if_asked(trainer)
-            self._validation_interrupted = False
-
+    
     def _stop_if_asked(self, trainer: L.Trainer) -> None:
         here = torch.tensor(self._received, device=trainer.strategy.root_device)
         received = int(trainer.strategy.reduce(here, reduce_op="max"))
@@ -122,29 +119,6 @@ class Preemption(L.Callback):
         if self.requeue and received == signal.SIGUSR1 and job and trainer.is_global_zero:
             subprocess.run(["scontrol", "requeue", job], check=False)
         sys.exit(self._exit_code())
-
-    # ------------------------------------------------------------------ resuming before a validation
-
-    def on_save_checkpoint(self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
-        """Let a checkpoint that is written before or amid a due validation say so.
-
-        Lightning resumes such a file after the validation as if it had happened. With the counters of a validation
-        whose first batch has just started it runs the whole validation, as the uninterrupted run did.
-        """
-        loop = trainer.fit_loop.epoch_loop
-        loops = checkpoint.get("loops", {}).get("fit_loop")
-        if loops is None or trainer.sanity_checking or self._phase != "training":
-            return
-        batches, fetcher = loops["epoch_loop.batch_progress"], trainer.fit_loop._data_fetcher
-        step_ended = batches["total"]["processed"] == batches["total"]["completed"] + 1  # in on_train_batch_end
-        due = step_ended and trainer.enable_validation and fetcher is not None and loop._should_check_val_fx(fetcher)
-        if not (due or self._validation_interrupted):
-            return
-        started = {"ready": 1, "started": 1, "processed": 0, "completed": 0}
-        validation = loops["epoch_loop.val_loop.batch_progress"]
-        validation.update(total=dict(started), current=dict(started), is_last_batch=False)
-        for count in (batches["total"], batches["current"]):
-            count["completed"] = count["processed"]
 
 
 def directory(trainer: L.Trainer) -> Path:

@@ -14,8 +14,12 @@ from lightning.pytorch.loggers import TensorBoardLogger
 import talklora_pl
 from talklora_pl import callbacks, registry
 from talklora_pl.data import TextData
+from talklora_pl.distributed.launch import resume_from, trainer_arguments, version_of
 from talklora_pl.errors import UserError
 from talklora_pl.module import FineTuner
+
+RUNS = "runs"
+"""Where runs are kept unless ``--trainer.default_root_dir`` says otherwise."""
 
 # --- registry names in place of class paths
 
@@ -127,15 +131,31 @@ class CLI(LightningCLI):
         parser.link_arguments("model.base", "data.base")
         parser.add_lightning_class_args(callbacks.Checkpoint, "checkpoint")
         parser.add_lightning_class_args(callbacks.LoadBalance, "load_balance")
+        parser.add_lightning_class_args(callbacks.ExactResume, "resume")
+        parser.add_lightning_class_args(callbacks.FiniteGuard, "guard")
+        parser.add_lightning_class_args(callbacks.Preemption, "preemption")
+
+    def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
+        # Lightning warns where args meet a non-empty sys.argv, which its launcher of further processes needs later
+        program, sys.argv = sys.argv, sys.argv[:1]
+        try:
+            super().parse_arguments(parser, args)
+        finally:
+            sys.argv = program
 
     def _parse_ckpt_path(self) -> None:
-        """What the user typed wins: nothing is taken from a checkpoint's hyperparameters."""
+        """Find and check the checkpoint; what the user typed wins, nothing is taken from its hyperparameters."""
+        config = self.config[self.config.subcommand]
+        root = config.trainer.default_root_dir or RUNS
+        config.ckpt_path = resume_from(config.ckpt_path, root)
 
     def instantiate_trainer(self, **kwargs: Any) -> Any:
         config = self._get(self.config_init, "trainer")
+        kwargs |= trainer_arguments(config)
         if config.get("logger") in (None, True):
-            root = config.get("default_root_dir") or "runs"
-            kwargs["logger"] = TensorBoardLogger(root, name="")
+            root = config.get("default_root_dir") or RUNS
+            version = version_of(self._get(self.config_init, "ckpt_path"), root)
+            kwargs["logger"] = TensorBoardLogger(root, name="", version=version)
         return super().instantiate_trainer(**kwargs)
 
 
@@ -143,9 +163,4 @@ def run(verb: str, argv: list[str]) -> None:
     """Parse ``argv`` and run one of Lightning's verbs."""
     argv = _expand(argv)
     registry.import_plugins(_plugins(argv))
-    # Lightning warns where its args parameter and a non-empty sys.argv meet
-    program, sys.argv = sys.argv, sys.argv[:1]
-    try:
-        CLI(verb, argv)
-    finally:
-        sys.argv = program
+    CLI(verb, argv)

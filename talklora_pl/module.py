@@ -91,7 +91,9 @@ class FineTuner(L.LightningModule):
         if self.model is not None:
             return
         self.adapter_config.validate()
-        self.model = load_base(self.base)
+        # a strategy that shards the base also reads it, each process its own part
+        meta = self._trainer is not None and getattr(self.trainer.strategy, "loads_base", False)
+        self.model = load_base(self.base, meta=meta)
         self.inject()
         self.model.train()
 
@@ -103,7 +105,7 @@ class FineTuner(L.LightningModule):
             prefix = self.model.base_model_prefix
             heads = [n for n, m in self.model.named_children() if n != prefix and any(True for _ in m.parameters())]
             config = replace(config, also_train=sorted({*config.also_train, *heads}))
-        inject(self.model, config, allocation=self.allocation)
+        inject(self.model, config, allocation=self.allocation, device=self.device)
         if self.gradient_checkpointing:
             self.model.activation_checkpointing_enable()
         if self.compile_model:
@@ -168,9 +170,10 @@ class FineTuner(L.LightningModule):
         """Sum of the task loss over what carries it, and how much that is: (scalar, tokens or rows)."""
         if self.base.task == "sequence_classification":
             logits_BC = self.model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).logits
-            return F.cross_entropy(logits_BC.float(), batch["labels"], reduction="sum"), len(batch["labels"])
+            loss_sum = F.cross_entropy(_at_least_float32(logits_BC), batch["labels"], reduction="sum")
+            return loss_sum, len(batch["labels"])
         logits_NV, targets_N, _ = self.token_logits(batch)
-        return F.cross_entropy(logits_NV.float(), targets_N, reduction="sum"), len(targets_N)
+        return F.cross_entropy(_at_least_float32(logits_NV), targets_N, reduction="sum"), len(targets_N)
 
     def training_step(self, batch: dict[str, Any], batch_idx: int) -> Tensor:
         """Task loss over all tokens of the optimiser step, plus balance losses averaged over its micro-steps."""
@@ -181,7 +184,8 @@ class FineTuner(L.LightningModule):
         accumulate = self.trainer.accumulate_grad_batches
         step_tokens = batch.get("step_tokens") or self._tokens_of_all_ranks(tokens) * accumulate
         task = loss_sum * (self.trainer.world_size * accumulate / step_tokens)
-        self.log("train_loss", loss_sum.detach() / max(tokens, 1), prog_bar=True, batch_size=max(tokens, 1))
+        # the mean over ranks is the mean over all tokens, whatever the number of processes
+        self.log("train_loss", task.detach(), prog_bar=True, sync_dist=True, batch_size=1)
         return task + self.balance_loss() * (accumulate / batch.get("micro_steps", accumulate))
 
     def balance_loss(self) -> Tensor:
@@ -318,3 +322,8 @@ class FineTuner(L.LightningModule):
             if have[f"model.{key}"].shape != value.shape:
                 got, want = list(have[f"model.{key}"].shape), list(value.shape)
                 raise UserError(f"The checkpoint's {key!r} has shape {got}, this run needs {want}.")
+
+
+def _at_least_float32(logits: Tensor) -> Tensor:
+    """Losses are computed in float32 where the base computes in less."""
+    return logits.to(torch.promote_types(logits.dtype, torch.float32))

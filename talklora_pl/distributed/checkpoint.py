@@ -16,11 +16,11 @@ from typing import Any
 import torch
 from lightning.pytorch.plugins.io import TorchCheckpointIO
 
+from talklora_pl.adapter.io import FORMAT_VERSION
 from talklora_pl.errors import UserError
 
-KEY = "talklora_pl"
-"""Entry of a checkpoint that holds its format and what the run was: ``{"format": 1, "adapter": ..., "base": ...}``."""
-FORMAT = 1
+KEY = "talklora"
+"""Entry of a checkpoint with its format version and what the run was, see ``FineTuner.describe``."""
 
 
 class DurableCheckpointIO(TorchCheckpointIO):
@@ -32,7 +32,6 @@ class DurableCheckpointIO(TorchCheckpointIO):
         Raises:
             UserError: the file cannot be written (disk full, no permission).
         """
-        checkpoint = {**checkpoint, KEY: {**checkpoint.get(KEY, {}), "format": FORMAT}}
         if "://" in str(path):  # an object store writes whole objects itself
             super().save_checkpoint(checkpoint, path, storage_options)
             return
@@ -92,9 +91,9 @@ def read_checkpoint(path: str | os.PathLike[str]) -> dict[str, Any]:
     found = checkpoint.get(KEY)
     if not isinstance(found, dict):
         raise UserError(f"{path} is a checkpoint of another program: it lacks the entry {KEY!r}. {instead}")
-    if found.get("format") != FORMAT:
+    if found.get("format_version") != FORMAT_VERSION:
         raise UserError(
-            f"{path} has checkpoint format {found.get('format')!r}, this version of talklora-pl reads {FORMAT}. "
+            f"{path} has format version {found.get('format_version')!r}, this talklora-pl reads {FORMAT_VERSION}. "
             f"Resume it with the version that wrote it, or start anew from an exported adapter. {instead}"
         )
     return checkpoint
@@ -104,14 +103,14 @@ def refuse_differences(saved: Mapping[str, Any], now: Mapping[str, Any], path: s
     """Raise a `UserError` that lists every entry in which the run that wrote `path` differs from this one.
 
     Args:
-        saved: the checkpoint's entry `KEY` (without it nothing is compared).
-        now: the same entry as this run would write it.
+        saved: plain data of the checkpoint.
+        now: the same as this run would write it.
         path: where `saved` came from, for the message.
     """
     before, after = dict(_flatten(saved)), dict(_flatten(now))
     lines = [
         f"  {key}: {before.get(key, 'absent')!r} in the checkpoint, {after.get(key, 'absent')!r} in this run"
-        for key in sorted((before.keys() | after.keys()) - {"format"})
+        for key in sorted(before.keys() | after.keys())
         if before.get(key) != after.get(key)
     ]
     if lines:
@@ -159,3 +158,9 @@ def _alive(pid: int) -> bool:
     except PermissionError:
         pass
     return True
+
+
+def last_checkpoint(root: str | os.PathLike[str], name: str = "last") -> Path | None:
+    """The newest ``last.ckpt`` (or other `name`) of the runs under `root`."""
+    found = [p for p in Path(root).glob(f"**/checkpoints/{name}*.ckpt") if p.is_file()]
+    return max(found, key=lambda p: p.stat().st_mtime, default=None)

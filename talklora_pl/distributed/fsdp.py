@@ -69,7 +69,7 @@ class AdapterFSDP2Strategy(ModelParallelStrategy):
         shard_frozen(model, self.device_mesh["data_parallel"], self.cpu_offload, self.root_device)
         super().setup(trainer)
         for tensor in self._replicated():
-            dist.broadcast(tensor, src=0)
+            dist.broadcast(tensor.detach(), src=0)
 
     def model_to_device(self) -> None:
         if not self.cpu_offload:
@@ -95,7 +95,7 @@ class AdapterFSDP2Strategy(ModelParallelStrategy):
     def _replicated(self) -> list[Tensor]:
         assert self.lightning_module is not None
         tensors = [*self.lightning_module.parameters(), *self.lightning_module.buffers()]
-        return [t.detach() if not t.requires_grad else t for t in tensors if not isinstance(t, DTensor)]
+        return [t for t in tensors if not isinstance(t, DTensor)]
 
     # Checkpoints are those of one process: no collective while saving (peers may be dead), ordinary files, optimiser
     # states by position among the trained parameters. Lightning's own route for this strategy counts frozen ones too.

@@ -1,0 +1,129 @@
+"""What a resumed run needs, beyond Lightning's own state, to end as if it had never been interrupted."""
+
+import math
+import os
+from typing import Any
+
+import lightning as L
+
+from talklora_pl.distributed.checkpoint import refuse_differences
+from talklora_pl.distributed.seeding import seed_step
+from talklora_pl.errors import UserError
+
+KEY = "talklora_resume"
+
+
+class ExactResume(L.Callback):
+    """Makes "interrupted and resumed" equal "uninterrupted", and lets what the user typed win.
+
+    1. Random numbers are reseeded before every micro-batch from (seed, micro-batch, rank), so dropout resumes exactly.
+    2. A checkpoint that is written while a validation is due or running says so; Lightning would leave it out.
+    3. Optimiser and scheduler options that differ from those of the interrupted run win over the checkpoint's.
+    4. The position within an epoch is converted if the same optimiser step is now made of other micro-batches (two
+       processes, or one that accumulates twice); a step of another size mid-epoch is refused.
+    """
+
+    def __init__(self) -> None:
+        self._now: dict[str, Any] = {}  # options of optimisers and schedulers as this run made them
+        self._saved: dict[str, Any] | None = None
+
+    # ------------------------------------------------------------------ 1
+
+    def on_train_batch_start(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, batch_idx: int
+    ) -> None:
+        seed = int(os.environ.get("PL_GLOBAL_SEED", "0"))
+        seed_step(seed, trainer.fit_loop.epoch_loop.total_batch_idx, trainer.global_rank)
+
+    # ------------------------------------------------------------------ 2
+
+    def on_save_checkpoint(self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
+        checkpoint[KEY] = {"options": self._now, "data": _data(trainer), "accumulate": trainer.accumulate_grad_batches}
+        loops = checkpoint.get("loops", {}).get("fit_loop")
+        if loops is not None and not trainer.sanity_checking and _validation_due(trainer):
+            _before_validation(loops)
+
+    # ------------------------------------------------------------------ 3
+
+    def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        self._now = {
+            "optimizers": [[_options(g) for g in o.param_groups] for o in trainer.optimizers],
+            "schedulers": [_options(c.scheduler.state_dict()) for c in trainer.lr_scheduler_configs],
+        }
+
+    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        if self._saved is None:
+            return
+        before = self._saved["options"]
+        for optimizer, now, then in zip(trainer.optimizers, self._now["optimizers"], before["optimizers"]):
+            for group, options, old in zip(optimizer.param_groups, now, then):
+                group.update({k: v for k, v in options.items() if old.get(k) != v})
+        for config, options, old in zip(trainer.lr_scheduler_configs, self._now["schedulers"], before["schedulers"]):
+            changed = {k: v for k, v in options.items() if old.get(k) != v}
+            config.scheduler.load_state_dict({**config.scheduler.state_dict(), **changed})
+        self._saved = None
+
+    # ------------------------------------------------------------------ 4
+
+    def on_load_checkpoint(self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
+        saved = checkpoint.get(KEY)
+        if saved is None or trainer.state.fn != "fit":
+            return
+        self._saved = saved
+        batches = checkpoint["loops"]["fit_loop"]["epoch_loop.batch_progress"]
+        done = batches["current"]["processed"]
+        if done == 0 or batches["is_last_batch"]:
+            return  # between two epochs everything may change
+        if done % saved["accumulate"]:
+            raise UserError(
+                "The checkpoint was written in the middle of an optimiser step, whose gradients it does not hold. Use "
+                "last.ckpt, or the callbacks Checkpoint and Preemption, which save between steps."
+            )
+        refuse_differences({"data": saved["data"]}, {"data": _data(trainer)}, trainer.ckpt_path or "")
+        ratio = trainer.accumulate_grad_batches / saved["accumulate"]
+        if ratio != 1:
+            for count in (batches["current"], batches["total"]):
+                count.update({k: math.ceil(v * ratio) for k, v in count.items()})
+
+
+def _data(trainer: L.Trainer) -> dict[str, Any]:
+    """What the order of the rows within an epoch depends on."""
+    data = getattr(trainer, "datamodule", None)
+    if not hasattr(data, "batch_size"):
+        return {}
+    return {
+        "rows of an optimiser step (batch_size x processes x accumulate_grad_batches)": data.batch_size
+        * trainer.world_size
+        * trainer.accumulate_grad_batches,
+        **{name: getattr(data, name) for name in ("seed", "length_grouped") if hasattr(data, name)},
+        "rows": {name: len(table) for name, table in getattr(data, "tables", {}).items() if name == "train"},
+    }
+
+
+def _options(state: dict[str, Any]) -> dict[str, Any]:
+    """The plain entries of an optimiser's group or a scheduler's state."""
+    plain = (bool, int, float, str, type(None))
+
+    def is_plain(value: Any) -> bool:
+        return isinstance(value, plain) or (isinstance(value, list | tuple) and all(map(is_plain, value)))
+
+    return {k: v for k, v in state.items() if k != "params" and is_plain(v)}
+
+
+def _validation_due(trainer: L.Trainer) -> bool:
+    """Whether the newest training batch is to be followed by a validation that has not ended yet."""
+    loop = trainer.fit_loop.epoch_loop
+    if trainer.validating:
+        progress = loop.val_loop.batch_progress
+        return not (progress.is_last_batch and progress.current.completed == progress.current.ready)
+    batches, fetcher = loop.batch_progress.total, trainer.fit_loop._data_fetcher
+    in_batch_end = batches.processed == batches.completed + 1
+    return bool(in_batch_end and trainer.enable_validation and fetcher and loop._should_check_val_fx(fetcher))
+
+
+def _before_validation(loops: dict[str, Any]) -> None:
+    """Set the counters of a validation whose first batch has just started: so Lightning runs the whole of it."""
+    started = {"ready": 1, "started": 1, "processed": 0, "completed": 0}
+    loops["epoch_loop.val_loop.batch_progress"].update(total=dict(started), current=dict(started), is_last_batch=False)
+    for count in (loops["epoch_loop.batch_progress"]["total"], loops["epoch_loop.batch_progress"]["current"]):
+        count["completed"] = count["processed"]

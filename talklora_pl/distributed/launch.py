@@ -1,0 +1,76 @@
+"""From what the user typed to a Trainer's arguments: strategies by name, the counts that torchrun knows, resuming."""
+
+import inspect
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from lightning.pytorch.plugins.io import CheckpointIO
+from lightning.pytorch.strategies import DDPStrategy
+from lightning.pytorch.utilities import rank_zero_info
+from torch.nn.parallel import DistributedDataParallel
+
+from talklora_pl.distributed.checkpoint import DurableCheckpointIO, last_checkpoint, read_checkpoint
+from talklora_pl.distributed.fsdp import AdapterFSDP2Strategy
+from talklora_pl.errors import UserError
+
+
+def trainer_arguments(trainer: Mapping[str, Any]) -> dict[str, Any]:
+    """What replaces or completes the options of the section ``trainer``.
+
+    Under torchrun ``devices`` and ``num_nodes`` follow it. ``ddp`` does not send the base's constant buffers at
+    every step; ``fsdp`` is ours (Lightning's own, FSDP1, by its class path). Checkpoints are written durably.
+    """
+    found: dict[str, Any] = {}
+    strategy = trainer.get("strategy")
+    if "TORCHELASTIC_RUN_ID" in os.environ:
+        local, world = int(os.environ["LOCAL_WORLD_SIZE"]), int(os.environ["WORLD_SIZE"])
+        for name, launched in (("devices", local), ("num_nodes", world // local)):
+            if trainer.get(name) not in (None, "auto", 1, "1", launched, str(launched)):
+                raise UserError(f"trainer.{name}: torchrun started {launched}, not {trainer.get(name)}; leave it out.")
+            found[name] = launched
+        if strategy in (None, "auto") and world > 1:
+            strategy = "ddp"
+    if strategy == "ddp":
+        # the name of DDP's option since torch 2.13, and before
+        new = "forward_sync_buffers" in inspect.signature(DistributedDataParallel).parameters
+        found["strategy"] = DDPStrategy(**{"forward_sync_buffers" if new else "broadcast_buffers": False})
+    elif strategy == "fsdp":
+        found["strategy"] = AdapterFSDP2Strategy()
+    plugins = trainer.get("plugins") or []
+    plugins = plugins if isinstance(plugins, list) else [plugins]
+    if not any(isinstance(plugin, CheckpointIO) for plugin in plugins):
+        found["plugins"] = [*plugins, DurableCheckpointIO()]
+    return found
+
+
+def resume_from(ckpt_path: str | None, root: str | os.PathLike[str]) -> str | None:
+    """The verified checkpoint file that ``--ckpt_path`` means, or None.
+
+    Args:
+        ckpt_path: a file, or ``last`` or ``best``: the newest of that name under `root`, if there is one.
+        root: the folder of all runs.
+
+    Raises:
+        UserError: the file is missing, damaged or not ours. Nothing was loaded or written by then.
+    """
+    if ckpt_path is None or "://" in str(ckpt_path):
+        return ckpt_path
+    if ckpt_path in ("last", "best"):
+        path = last_checkpoint(root, ckpt_path)
+        if path is None:
+            rank_zero_info(f"--ckpt_path {ckpt_path}: there is none under {root} yet, training starts anew.")
+            return None
+        ckpt_path = str(path)
+    read_checkpoint(ckpt_path)
+    return ckpt_path
+
+
+def version_of(ckpt_path: str | None, root: str | os.PathLike[str]) -> int | None:
+    """Number of the run under `root` that a checkpoint belongs to, so that the resumed run continues its folder."""
+    if ckpt_path is None:
+        return None
+    folder = Path(ckpt_path).absolute().parent.parent
+    number = folder.name.removeprefix("version_")
+    return int(number) if folder.parent == Path(root).absolute() and number.isdigit() else None

@@ -1,0 +1,80 @@
+"""N processes give the weights of one process with the same global batch."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from tests.distributed.runs import curve, distance, fit, load, make_project
+
+TWO = ("--data.batch_size", "2")
+
+
+@pytest.fixture(scope="module")
+def config(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_project(tmp_path_factory.mktemp("project"))
+
+
+@pytest.fixture(scope="module")
+def reference(config: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return fit(config, tmp_path_factory.mktemp("reference"))
+
+
+def same_curve(one: Path, other: Path) -> bool:
+    a, b = curve(one), curve(other)
+    return len(a) == len(b) > 0 and np.allclose(a, b, rtol=1e-6, atol=0)  # event files hold float32
+
+
+@pytest.mark.parametrize("strategy", ["ddp", "fsdp"])
+def test_two_processes_equal_one(config: Path, reference: Path, tmp_path: Path, strategy: str) -> None:
+    last = fit(config, tmp_path, "--trainer.strategy", strategy, *TWO, ranks=2)
+    assert distance(last, reference) < 1e-11
+    assert same_curve(tmp_path, reference.parents[1])
+
+
+VARIANTS = {
+    "checkpointing": ["--model.gradient_checkpointing", "true", "--trainer.gradient_clip_val", "0.5"],
+    # per-layer B, one expert per token: some expert of some layer is chosen by no token of a rank
+    "unused_experts": ["--model.adapter.experts", "lora", "--model.adapter.communication", "none"]
+    + ["--model.adapter.router.scores", "input", "--model.adapter.router.top_k", "1", "--model.adapter.num_experts", "8"],
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_variants_equal_one(config: Path, tmp_path: Path, variant: str) -> None:
+    options = VARIANTS[variant]
+    one = fit(config, tmp_path / "one", *options)
+    for strategy in ("ddp", "fsdp"):
+        two = fit(config, tmp_path / strategy, "--trainer.strategy", strategy, *TWO, *options, ranks=2)
+        assert distance(two, one) < 1e-11, strategy
+
+
+@pytest.mark.slow
+def test_accumulation_equals_one(config: Path, reference: Path, tmp_path: Path) -> None:
+    """4 rows a step: one process, one that accumulates, two that accumulate."""
+    twice = ("--trainer.accumulate_grad_batches", "2")
+    assert distance(fit(config, tmp_path / "one", *TWO, *twice), reference) < 1e-11
+    for strategy in ("ddp", "fsdp"):
+        options = ("--trainer.strategy", strategy, "--data.batch_size", "1", *twice)
+        assert distance(fit(config, tmp_path / strategy, *options, ranks=2), reference) < 1e-11, strategy
+
+
+@pytest.mark.slow
+def test_bf16_base_with_fp32_adapters(config: Path, tmp_path: Path) -> None:
+    options = ("--model.base.dtype", "bfloat16", "--model.adapter.dtype", "float32")
+    one = fit(config, tmp_path / "one", *options)
+    two = fit(config, tmp_path / "two", "--trainer.strategy", "fsdp", *TWO, *options, ranks=2)
+    assert all(t.dtype == torch.float32 for t in load(two)["state_dict"].values())
+    assert distance(two, one) < 0.05  # 8 steps of Adam at rate 0.01 move a weight by at most 0.08
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("option", ["cpu_offload=true", "meta_init=false"])
+def test_fsdp_options_equal_one(config: Path, reference: Path, tmp_path: Path, option: str) -> None:
+    name = "talklora_pl.distributed.fsdp.AdapterFSDP2Strategy"
+    options = ("--trainer.strategy.class_path", name, f"--trainer.strategy.{option}")
+    assert distance(fit(config, tmp_path, *options, *TWO, ranks=2), reference) < 1e-11
