@@ -103,7 +103,7 @@ class Preemption(L.Callback):
     ) -> None:
         if self._phase == "training" and trainer.validating:
             self._stop_if_asked(trainer)
-    
+
     def _stop_if_asked(self, trainer: L.Trainer) -> None:
         here = torch.tensor(self._received, device=trainer.strategy.root_device)
         received = int(trainer.strategy.reduce(here, reduce_op="max"))

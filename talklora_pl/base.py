@@ -65,7 +65,7 @@ def load_base(base: BaseModel, device: str | torch.device | None = None, meta: b
     }[base.task]
     runs_on = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     options: dict[str, Any] = {"dtype": pick_dtype(base.dtype, runs_on), "trust_remote_code": base.trust_remote_code}
-    attention = base.attn_implementation or ("eager" if runs_on.type == "cpu" and not meta else None)
+    attention = base.attn_implementation or ("eager" if runs_on.type == "cpu" else None)
     if attention is not None:
         options["attn_implementation"] = attention
     if meta:

@@ -93,7 +93,7 @@ class FineTuner(L.LightningModule):
         self.adapter_config.validate()
         # a strategy that shards the base also reads it, each process its own part
         meta = self._trainer is not None and getattr(self.trainer.strategy, "loads_base", False)
-        self.model = load_base(self.base, meta=meta)
+        self.model = load_base(self.base, self.device, meta)
         self.inject()
         self.model.train()
 

@@ -1,1 +1,1 @@
-"""Many processes, many nodes, nothing lost: the strategy, checkpoint writer and seeding that Lightning lacks for adapters."""
+"""Many processes, many nodes, nothing lost: what Lightning lacks for a frozen base with adapters."""

@@ -74,8 +74,8 @@ def read_checkpoint(path: str | os.PathLike[str]) -> dict[str, Any]:
     """
     path = Path(path)
     others = sorted(path.parent.glob("*.ckpt"), key=lambda p: p.stat().st_mtime, reverse=True)
-    others = [p.name for p in others if p != path]
-    instead = f"Checkpoints beside it, newest first: {', '.join(others)}." if others else "There is no other beside it."
+    names = ", ".join(p.name for p in others if p != path)
+    instead = f"Checkpoints beside it, newest first: {names}." if names else "There is no other beside it."
     if not path.is_file():
         raise UserError(f"There is no checkpoint file {path}. {instead}")
     try:
@@ -115,7 +115,9 @@ def refuse_differences(saved: Mapping[str, Any], now: Mapping[str, Any], path: s
     ]
     if lines:
         raise UserError(
-            f"The checkpoint {path} was written by a different run:\n" + "\n".join(lines) + "\nResume with the settings "
+            f"The checkpoint {path} was written by a different run:\n"
+            + "\n".join(lines)
+            + "\nResume with the settings "
             "it was made with, or start a new run without --ckpt_path."
         )
 

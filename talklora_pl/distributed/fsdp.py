@@ -135,8 +135,8 @@ def shard_frozen(model: nn.Module, mesh: DeviceMesh, cpu_offload: bool, device: 
     quantised = next((name for name, p in frozen if not p.dtype.is_floating_point), None)
     if quantised is not None or getattr(model, "is_quantized", False):
         raise UserError(
-            f"strategy fsdp cannot shard a quantised base ({quantised or type(model).__name__}). Use --trainer.strategy "
-            "ddp, where every process holds the small quantised base, or a base in bfloat16."
+            f"strategy fsdp cannot shard a quantised base ({quantised or type(model).__name__}). "
+            "Use --trainer.strategy ddp, where every process holds the small quantised base, or a base in bfloat16."
         )
     # FSDP2 refuses parameters without a dimension; a single number stays on every rank
     ignored = {p for p in model.parameters() if p.requires_grad or p.dim() == 0}
@@ -178,4 +178,6 @@ def average_gradients(parameters: list[Tensor]) -> None:
         flat = torch.cat([g.reshape(-1) for g in gradients])
         dist.all_reduce(flat)
         flat /= dist.get_world_size()
-        torch._foreach_copy_(gradients, [f.view_as(g) for f, g in zip(flat.split([g.numel() for g in gradients]), gradients)])
+        torch._foreach_copy_(
+            gradients, [f.view_as(g) for f, g in zip(flat.split([g.numel() for g in gradients]), gradients)]
+        )

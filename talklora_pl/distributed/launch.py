@@ -35,7 +35,8 @@ def trainer_arguments(trainer: Mapping[str, Any]) -> dict[str, Any]:
     if strategy == "ddp":
         # the name of DDP's option since torch 2.13, and before
         new = "forward_sync_buffers" in inspect.signature(DistributedDataParallel).parameters
-        found["strategy"] = DDPStrategy(**{"forward_sync_buffers" if new else "broadcast_buffers": False})
+        options: dict[str, Any] = {"forward_sync_buffers" if new else "broadcast_buffers": False}
+        found["strategy"] = DDPStrategy(**options)
     elif strategy == "fsdp":
         found["strategy"] = AdapterFSDP2Strategy()
     plugins = trainer.get("plugins") or []

@@ -1,4 +1,4 @@
-"""Random numbers as a function of the position in training, so that a resumed run draws what the uninterrupted one drew."""
+"""Random numbers as a function of the position in training: a resumed run draws what the uninterrupted one drew."""
 
 import hashlib
 

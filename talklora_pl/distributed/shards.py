@@ -18,7 +18,7 @@ from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, cache
 from talklora_pl.errors import UserError
 
 
-def fill_from_files(model: nn.Module, shard_device: torch.device, device: torch.device) -> None:
+def fill_from_files(model: Any, shard_device: torch.device, device: torch.device) -> None:
     """Replace every tensor of `model` that is on the meta device by its content.
 
     Frozen parameters (DTensors after ``fully_shard``) are read from the files that ``model.config`` was read from;
@@ -61,7 +61,7 @@ def fill_from_files(model: nn.Module, shard_device: torch.device, device: torch.
     _initialise_rest(model, device)
 
 
-def weight_files(model: nn.Module) -> dict[str, Path]:
+def weight_files(model: Any) -> dict[str, Path]:
     """Tensor name -> safetensors file that holds it, for the folder or hub name in the model's configuration.
 
     Raises:
@@ -73,13 +73,13 @@ def weight_files(model: nn.Module) -> dict[str, Path]:
     index = cached_file(source, SAFE_WEIGHTS_INDEX_NAME, **options, **optional)
     if index is not None:
         weight_map: dict[str, str] = json.loads(Path(index).read_text())["weight_map"]
-        paths = {shard: Path(cached_file(source, shard, **options)) for shard in sorted(set(weight_map.values()))}
+        paths = {shard: Path(str(cached_file(source, shard, **options))) for shard in sorted(set(weight_map.values()))}
         return {name: paths[shard] for name, shard in weight_map.items()}
     single = cached_file(source, SAFE_WEIGHTS_NAME, **options, **optional)
     if single is None:
         raise UserError(
-            f"strategy fsdp reads the base slice by slice from safetensors files, and {source!r} has none. Save it as "
-            "safetensors (save_pretrained), or pass --trainer.strategy.meta_init false if every process can hold it all."
+            f"strategy fsdp reads the base slice by slice from safetensors files, and {source!r} has none. Save it "
+            "with save_pretrained, or pass --trainer.strategy.meta_init false if every process can hold all of it."
         )
     with safe_open(single, framework="pt") as opened:
         return dict.fromkeys(opened.keys(), Path(single))
@@ -103,7 +103,7 @@ def _local_content(like: torch.Tensor, rows: Any, name: str, shard_device: torch
     return nn.Parameter(full, requires_grad=like.requires_grad) if isinstance(like, nn.Parameter) else full
 
 
-def _initialise_rest(model: nn.Module, device: torch.device) -> None:
+def _initialise_rest(model: Any, device: torch.device) -> None:
     """Initialise, module by module, what no file holds: trained parameters and buffers."""
     for module_name, module in model.named_modules():
         parameters = {name: p for name, p in module._parameters.items() if p is not None and p.is_meta}

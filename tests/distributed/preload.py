@@ -1,8 +1,8 @@
 """Imported once by the server that test runs are forked from."""
 
-import lightning.pytorch.cli
-import tensorboard.compat
-import torch.utils.tensorboard
-import transformers.models.llama.modeling_llama
+import lightning.pytorch.cli  # noqa: F401
+import tensorboard.compat  # noqa: F401
+import torch.utils.tensorboard  # noqa: F401
+import transformers.models.llama.modeling_llama  # noqa: F401
 
 import talklora_pl.lightning_cli  # noqa: F401

@@ -37,9 +37,6 @@ def test_two_processes_equal_one(config: Path, reference: Path, tmp_path: Path, 
 
 VARIANTS = {
     "checkpointing": ["--model.gradient_checkpointing", "true", "--trainer.gradient_clip_val", "0.5"],
-    # per-layer B, one expert per token: some expert of some layer is chosen by no token of a rank
-    "unused_experts": ["--model.adapter.experts", "lora", "--model.adapter.communication", "none"]
-    + ["--model.adapter.router.scores", "input", "--model.adapter.router.top_k", "1", "--model.adapter.num_experts", "8"],
 }
 
 
