@@ -35,6 +35,7 @@ class Adapter(nn.Module):
         config: the options it was built from.
         experts_per_layer: number of experts of every adapted module, by full name.
         decisions: number of experts of every module that has a router, by full name: adapted ones, or blocks of them.
+        plain_layers: those of them that have plain LoRA beside the mixture.
     """
 
     def __init__(self, config: AdapterConfig) -> None:
@@ -42,6 +43,7 @@ class Adapter(nn.Module):
         self.config = config
         self.experts_per_layer: dict[str, int] = {}
         self.decisions: dict[str, int] = {}
+        self.plain_layers: list[str] = []
         self.bank = Bank()
         self.layers = nn.Module()
         self.balance = nn.ModuleDict()
@@ -49,6 +51,10 @@ class Adapter(nn.Module):
     def routed_layers(self) -> dict[str, int]:
         """Number of experts of the layers that have something to decide, by name."""
         return {n: e for n, e in self.decisions.items() if e > 1}
+
+
+Built = dict[str, tuple[nn.Module, nn.Module]]
+"""Frozen module and adapter layer by name."""
 
 
 def _add(root: nn.Module, name: str, module: nn.Module) -> None:
@@ -80,21 +86,43 @@ def inject(
     Raises:
         UserError: bad options, or targets that match nothing.
     """
-    config.validate()
+    check_name(model, name)
+    adapter, built = build(model, config, allocation, device)
+    return install(model, adapter, built, name)
+
+
+def check_name(model: nn.Module, name: str) -> None:
+    """Raises: UserError if ``model`` cannot have another adapter of this name."""
     adapters = getattr(model, "talklora", None)
     if isinstance(adapters, AdapterSet) and name in adapters:
         raise UserError(f"The model has an adapter {name!r} already; remove it or choose another name.")
     if not name.isidentifier() or hasattr(nn.ModuleDict, name):
         raise UserError(f"{name!r} cannot be an adapter's name; use letters, digits and underscores.")
+
+
+def build(
+    model: nn.Module,
+    config: AdapterConfig,
+    allocation: Mapping[str, int] | None = None,
+    device: torch.device | str | None = None,
+) -> tuple[Adapter, Built]:
+    """The adapter that :func:`inject` installs. The model is not touched.
+
+    Raises:
+        UserError: bad options, or targets that match nothing.
+    """
+    config.validate()
     if allocation is None:
         allocation = decide(config, model, ModuleWeights(model))
     adapter = Adapter(config)
-    built: dict[str, tuple[nn.Module, nn.Module]] = {}
+    built: Built = {}
     for part in (config, config.plain_config()):
         if part is not None:
-            built.update(_build(model, part, adapter, allocation if part is config else None, device))
+            found = _build(model, part, adapter, allocation if part is config else None, device)
+            built.update(found)
+            adapter.plain_layers = [] if part is config else list(found)
     for also in config.also_train:
-        if not any(f".{also}." in f".{n}" for n, _ in model.named_parameters()):
+        if not trained_by([also], model):
             children = [n for n, _ in model.named_children()]
             raise UserError(f"also_train: this model has no module {also!r}.{registry.did_you_mean(also, children)}")
     for loss in config.balance:
@@ -105,11 +133,16 @@ def inject(
         if loss.name in adapter.balance:
             raise UserError(f"balance loss {loss.name!r} is listed twice.")
         adapter.balance[loss.name] = loss.build(adapter.routed_layers())
+    return adapter, built
 
-    # nothing of the model was touched before this line, so that an error above leaves it as it was
+
+def install(model: nn.Module, adapter: Adapter, built: Built, name: str) -> Adapter:
+    """Freeze ``model``, register ``adapter`` under ``name`` and turn it on."""
+    along = trained_by(adapter.config.also_train, model)
     for n, p in model.named_parameters():
         if not n.startswith("talklora."):
-            p.requires_grad_(any(f".{a}." in f".{n}" for a in config.also_train))
+            p.requires_grad_(n in along)
+    adapters = getattr(model, "talklora", None)
     if not isinstance(adapters, AdapterSet):
         adapters = AdapterSet()
         model.add_module("talklora", adapters)
@@ -119,6 +152,12 @@ def inject(
     adapters.switch.active = name
     adapter.train(model.training)
     return adapter
+
+
+def trained_by(also_train: list[str], model: nn.Module) -> set[str]:
+    """Names of the base's parameters that ``also_train`` selects."""
+    names = [n for n, _ in model.named_parameters() if not n.startswith("talklora.")]
+    return {n for n in names if any(f".{a}." in f".{n}" for a in also_train)}
 
 
 def _build(
