@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import warnings
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -205,6 +206,8 @@ class TextData(L.LightningDataModule):
             raise UserError(
                 "trainer.overfit_batches would replace the order of the batches; use a source's limit instead."
             )
+        # Lightning looks for a loader with a state; ours needs none, see sampler.py
+        warnings.filterwarnings("ignore", "You're resuming from a checkpoint that ended before the epoch ended")
         table = self.tables["train"]
         lengths, loss_tokens = (np.array(table[column]) for column in ("length", "loss_tokens"))
         batches = TrainBatches(
@@ -246,13 +249,16 @@ class TextData(L.LightningDataModule):
         """From the progress counters of the trainer, which every checkpoint holds."""
         if self.trainer is None:
             return Position()
-        loop = self.trainer.fit_loop
-        return Position(
-            loop.epoch_progress.current.processed,  # type: ignore[attr-defined]
-            loop.epoch_loop.batch_progress.current.processed,  # type: ignore[attr-defined]
-            self.trainer.accumulate_grad_batches,
-            loop.max_batches,
-        )
+        loop, limit = self.trainer.fit_loop, self.trainer.limit_train_batches
+        epoch: Any = loop.epoch_progress.current
+        batch: Any = loop.epoch_loop.batch_progress.current
+        length = -(-len(self.tables["train"]) // (self.batch_size * self._rank()[1]))
+        length = min(length, limit) if isinstance(limit, int) else int(length * limit)
+        # between two epochs the batch counter still holds the old epoch's
+        done = batch.processed if epoch.started > epoch.processed else 0
+        over = done >= length  # saved after the last batch, before the epoch was counted
+        accumulate = self.trainer.accumulate_grad_batches
+        return Position(epoch.processed + over, 0 if over else done, accumulate, length)
 
 
 def _source(entry: str | Source, defaults: Source) -> Source:

@@ -110,7 +110,7 @@ class TrainBatches(Sampler[Batch]):
 
     def __iter__(self) -> Iterator[Batch]:
         at = self.position()
-        return islice(self.epoch(at), at.batch % len(self), None)
+        return islice(self.epoch(at), at.batch, None)
 
     def epoch(self, at: Position) -> Iterator[Batch]:
         """All batches of the epoch of a position."""

@@ -55,7 +55,6 @@ def test_a_position_continues_where_it_stopped(accumulate: int) -> None:
     every = batches(epoch=2, accumulate=accumulate)
     for stop in range(len(every)):
         assert batches(epoch=2, batch=stop, accumulate=accumulate) == every[stop:]
-    assert batches(epoch=2, batch=len(every), accumulate=accumulate) == every  # the next epoch has begun
 
 
 def test_epochs_and_seeds_differ_and_repeat() -> None:
