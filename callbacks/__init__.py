@@ -1,9 +1,10 @@
 """Lightning callbacks; imported as ``talklora_pl.callbacks``."""
 
+from talklora_pl.callbacks.allocation import ExpertAllocation
 from talklora_pl.callbacks.checkpoint import Checkpoint
 from talklora_pl.callbacks.guard import FiniteGuard
 from talklora_pl.callbacks.load_balance import LoadBalance
 from talklora_pl.callbacks.preemption import Preemption
 from talklora_pl.callbacks.resume import ExactResume
 
-__all__ = ["Checkpoint", "ExactResume", "FiniteGuard", "LoadBalance", "Preemption"]
+__all__ = ["Checkpoint", "ExactResume", "ExpertAllocation", "FiniteGuard", "LoadBalance", "Preemption"]

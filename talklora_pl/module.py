@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from talklora_pl.adapter import Adapter, AdapterConfig, disable_adapter, inject
 from talklora_pl.adapter.io import FORMAT_VERSION, base_info, state_tensors
 from talklora_pl.base import BaseModel, load_base, load_tokenizer
+from talklora_pl.callbacks.allocation import ExpertAllocation
 from talklora_pl.errors import UserError
 from talklora_pl.evaluation import Evaluation, Scores, predictions, score_batch, table, write_json
 from talklora_pl.routing import RoutingCollector, RoutingRecord
@@ -76,13 +77,18 @@ class FineTuner(L.LightningModule):
         self.gradient_checkpointing = gradient_checkpointing
         self.compile_model = compile
         self.evaluation = evaluation
-        # experts by module name; a callback may decide them before the adapter is built
+        # experts by module name, decided by the callback before the adapter is built; None: as the adapter's rule says
         self.allocation: dict[str, int] | None = None
         self.model: Any = None
         # routing of the newest training micro-step, for callbacks
         self.routing: list[RoutingRecord] = []
         # checkpoints hold what is trained; on_load_checkpoint checks that all of it is there
         self.strict_loading = False
+
+    def configure_callbacks(self) -> list[L.Callback]:
+        """Allocation needs a hook that runs before :meth:`configure_model`."""
+        listed = any(isinstance(c, ExpertAllocation) for c in self.trainer.callbacks)  # type: ignore[attr-defined]
+        return [] if listed else [ExpertAllocation()]
 
     # --- building
 

@@ -99,7 +99,7 @@ def figure(
     handles, labels = axis.get_legend_handles_labels()
     if alphas is not None:
         right = axis.twinx()
-        right.plot(range(len(layers)), alphas, color="black", marker=".", linewidth=1, label="alpha")
+        right.plot(range(len(layers)), alphas, color="black", marker=".", linewidth=1, label="exponent alpha")
         right.set_ylabel("alpha")
         more = right.get_legend_handles_labels()
         handles, labels = handles + more[0], labels + more[1]
