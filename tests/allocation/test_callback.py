@@ -1,4 +1,4 @@
-"""Allocation inside a run: decided before the adapters are built, logged, stored, kept on resume, once for all ranks."""
+"""Allocation inside a run: before the adapters are built, logged, stored, kept on resume, once for all ranks."""
 
 import json
 import os
