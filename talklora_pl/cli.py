@@ -53,4 +53,5 @@ def main(argv: list[str] | None = None) -> int:
 def _help() -> str:
     verbs = LIGHTNING | COMMANDS
     lines = "\n".join(f"  {v:<11}{text}" for v, text in verbs.items())
-    return f"usage: python -m talklora_pl VERB [options]\n\n{lines}\n\nOptions of a verb: python -m talklora_pl VERB --help"
+    usage = "python -m talklora_pl VERB"
+    return f"usage: {usage} [options]\n\n{lines}\n\nOptions of a verb: {usage} --help"

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import difflib
+import logging
+import re
 import sys
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +25,8 @@ from talklora_pl.module import FineTuner
 RUNS = "runs"
 """Where runs are kept unless ``--trainer.default_root_dir`` says otherwise."""
 
+COMPONENTS = "python -m talklora_pl components"
+
 # --- registry names in place of class paths
 
 _resolve = typehints.resolve_class_path_by_name
@@ -36,7 +42,7 @@ def _resolve_name(family: Any, name: str) -> str:
     return _resolve(family, name)
 
 
-typehints.resolve_class_path_by_name = _resolve_name
+typehints.resolve_class_path_by_name = _resolve_name  # type: ignore[assignment]
 
 
 # --- configs by name
@@ -97,12 +103,23 @@ def _plugins(argv: list[str]) -> list[str]:
 
 
 class Parser(LightningArgumentParser):
-    """One line per mistake, and the nearest options where one is unknown."""
+    """One message per mistake, with the nearest options where one is unknown."""
 
     def error(self, message: str, ex: Exception | None = None) -> Any:
-        if isinstance(ex, UserError):
-            message = str(ex)
-        raise UserError(" ".join(message.split()))
+        message = " ".join(message.split())
+        if unknown := re.search(r"unrecognized arguments: --([^ =]+)|does not accept option '([\w.]+)'", message):
+            option = unknown[1] or unknown[2]
+            known = [o.removeprefix("--") for a in self._all_options() for o in a.option_strings if o.startswith("--")]
+            close = difflib.get_close_matches(option, known, n=3, cutoff=0.6)
+            hint = f" Did you mean {' or '.join(close)}?" if close else ""
+            message = f"There is no option {option!r}.{hint} All options: --help."
+        elif refused := re.search(r"Option '(\w+)' is not accepted", message):
+            message = f"The chosen component has no option {refused[1]!r}. Options of every part: {COMPONENTS}."
+        raise UserError(message)
+
+    def _all_options(self) -> list[Any]:
+        subparsers = (p for a in self._actions for p in (getattr(a, "choices", None) or {}).values())  # type: ignore[union-attr]
+        return [*self._actions, *(a for p in subparsers if isinstance(p, Parser) for a in p._actions)]
 
 
 class CLI(LightningCLI):
@@ -143,6 +160,9 @@ class CLI(LightningCLI):
         finally:
             sys.argv = program
 
+    def after_instantiate_classes(self) -> None:
+        self.model.check()
+
     def _parse_ckpt_path(self) -> None:
         """Find and check the checkpoint; what the user typed wins, nothing is taken from its hyperparameters."""
         config = self.config[self.config.subcommand]
@@ -161,6 +181,9 @@ class CLI(LightningCLI):
 
 def run(verb: str, argv: list[str]) -> None:
     """Parse ``argv`` and run one of Lightning's verbs."""
+    # of Lightning's own making, and nothing a user could act upon
+    warnings.filterwarnings("ignore", ".*LeafSpec.*")
+    logging.getLogger("lightning.pytorch.utilities.rank_zero").addFilter(lambda r: "litlogger" not in r.getMessage())
     argv = _expand(argv)
     registry.import_plugins(_plugins(argv))
     CLI(verb, argv)

@@ -100,22 +100,35 @@ class FineTuner(L.LightningModule):
         # a strategy that shards the base also reads it, each process its own part
         meta = self._trainer is not None and getattr(self.trainer.strategy, "loads_base", False)
         self.model = load_base(self.base, self.device, meta)
-        self.inject()
+        self._inject(self.device)
+        if self.gradient_checkpointing:
+            self.model.activation_checkpointing_enable()
+        if self.compile_model:
+            self.model.compile()
         self.model.train()
 
-    def inject(self) -> None:
-        """Give the loaded base its adapter."""
+    def check(self) -> None:
+        """Build everything on the meta device, without weights, to find mistakes before any long work.
+
+        Raises:
+            UserError: about the base, the adapter's options or targets, or the parameter groups.
+        """
+        self.adapter_config.validate()
+        self.model = load_base(self.base, meta=True)
+        try:
+            self._inject()
+            self._grouped()
+        finally:
+            self.model = None
+
+    def _inject(self, device: torch.device | None = None) -> None:
         config = self.adapter_config
         if self.base.task == "sequence_classification":
             # the head is new, so it is trained along: everything outside of the encoder that has parameters
             prefix = self.model.base_model_prefix
             heads = [n for n, m in self.model.named_children() if n != prefix and any(True for _ in m.parameters())]
             config = replace(config, also_train=sorted({*config.also_train, *heads}))
-        inject(self.model, config, allocation=self.allocation, device=self.device)
-        if self.gradient_checkpointing:
-            self.model.activation_checkpointing_enable()
-        if self.compile_model:
-            self.model.compile()
+        inject(self.model, config, allocation=self.allocation, device=device)
 
     @property
     def adapter(self) -> Adapter:
@@ -127,7 +140,8 @@ class FineTuner(L.LightningModule):
         named = ((n.removeprefix("model.talklora.default."), p) for n, p in self.named_parameters() if p.requires_grad)
         return dict(named)
 
-    def configure_optimizers(self) -> Any:
+    def _grouped(self) -> list[dict[str, Any]]:
+        """Trained tensors in the optimiser's groups."""
         groups: list[dict[str, Any]] = [{"params": []} for _ in range(len(self.param_groups) + 1)]
         for group, options in zip(groups[1:], self.param_groups, strict=True):
             group |= {k: v for k, v in (("lr", options.lr), ("weight_decay", options.weight_decay)) if v is not None}
@@ -136,11 +150,15 @@ class FineTuner(L.LightningModule):
             groups[hit]["params"].append(p)
         for group, options in zip(groups[1:], self.param_groups, strict=True):
             if not group["params"]:
+                names = list(self.trained())
                 raise UserError(
-                    f"model.param_groups: {options.match!r} matches no trained tensor. Their names look like "
-                    f"{', '.join(list(self.trained())[:3])}."
+                    f"model.param_groups: {options.match!r} matches no trained tensor. "
+                    f"Their names look like {', '.join(names[:1] + names[-3:])}."
                 )
-        optimizer = self.optimizer([g for g in groups if g["params"]])
+        return [g for g in groups if g["params"]]
+
+    def configure_optimizers(self) -> Any:
+        optimizer = self.optimizer(self._grouped())
         if self.lr_scheduler is None:
             return optimizer
         scheduler = self.lr_scheduler(optimizer)

@@ -1,0 +1,154 @@
+"""The command line as a user meets it: a fit from YAML, resume, and one message for every mistake."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+
+from talklora_pl.cli import main
+from tests.data.tiny import save_model
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny base model, a few rows and a config."""
+    folder = tmp_path_factory.mktemp("cli")
+    torch.manual_seed(0)
+    save_model(folder / "base")
+    rows = [{"question": f"{i} and one?", "choices": [str(i + 1), str(i + 3)], "label": 0} for i in range(40)]
+    (folder / "rows.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
+    config = {
+        "model": {
+            "base": {"path": str(folder / "base"), "dtype": "float32"},
+            "adapter": {"rank": 8, "dropout_input": 0.0},
+            "optimizer": {"class_path": "torch.optim.AdamW", "init_args": {"lr": 0.01}},
+            "lr_scheduler": {"class_path": "talklora_pl.schedules.WarmupLinear", "init_args": {"warmup_steps": 2}},
+        },
+        "data": {"train": str(folder / "rows.jsonl"), "rows": "choice", "format": "cloze", "val_size": 0.2, "max_length": 64},
+        "trainer": {"max_steps": 6, "accelerator": "cpu", "enable_progress_bar": False, "log_every_n_steps": 1},
+    }
+    (folder / "config.yaml").write_text(yaml.safe_dump(config))
+    return folder
+
+
+def fit(folder: Path, root: Path, *args: str) -> int:
+    return main(["fit", "--config", str(folder / "config.yaml"), "--trainer.default_root_dir", str(root), *args])
+
+
+def scalars(root: Path) -> dict[str, list[float]]:
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    (run,) = root.glob("version_0")
+    events = EventAccumulator(str(run))
+    events.Reload()
+    return {tag: [e.value for e in events.Scalars(tag)] for tag in events.Tags()["scalars"]}
+
+
+def test_fit_trains_logs_and_keeps_what_was_trained(folder: Path, tmp_path: Path) -> None:
+    assert fit(folder, tmp_path, "--trainer.max_steps", "30", "--trainer.val_check_interval", "4") == 0
+    logged = scalars(tmp_path)
+    assert logged["train_loss"][-1] < 0.8 * logged["train_loss"][0]
+    assert logged["val_loss"][-1] < logged["val_loss"][0]
+    assert "val_accuracy" in logged
+    checkpoints = tmp_path / "version_0" / "checkpoints"
+    assert {p.name for p in checkpoints.iterdir()} == {"best.ckpt", "last.ckpt"}
+    checkpoint = torch.load(checkpoints / "last.ckpt", weights_only=True)
+    assert all(k.startswith("model.talklora.default.") for k in checkpoint["state_dict"])
+    assert checkpoint["talklora"]["adapter"]["communication"] == {"name": "talking", "init": "random"}
+    assert checkpoint["global_step"] == 30
+
+
+def test_resume_goes_on_where_it_stopped(folder: Path, tmp_path: Path) -> None:
+    """Six steps in one go and in two pieces end in the same bits."""
+    whole, pieces = tmp_path / "whole", tmp_path / "pieces"
+    schedule = ("--model.lr_scheduler.total_steps", "6")
+    assert fit(folder, whole, *schedule) == 0
+    assert fit(folder, pieces, *schedule, "--trainer.max_steps", "3") == 0
+    last = pieces / "version_0" / "checkpoints" / "last.ckpt"
+    assert fit(folder, pieces, *schedule, "--ckpt_path", str(last)) == 0
+    ends = [
+        torch.load(p / "checkpoints" / "last.ckpt", weights_only=True)["state_dict"]
+        for p in (whole / "version_0", pieces / "version_1")
+    ]
+    assert ends[0].keys() == ends[1].keys()
+    assert all(torch.equal(ends[0][k], ends[1][k]) for k in ends[0])
+
+
+def test_components_by_name_and_the_last_option_wins(folder: Path, tmp_path: Path, capsys: Any) -> None:
+    moelora = tmp_path / "moelora.yaml"
+    adapter: dict[str, Any] = {"experts": "split_lora", "communication": "none", "router": "softmax"}
+    moelora.write_text(yaml.safe_dump({"model": {"adapter": adapter}}))
+    args = ["--config", str(moelora), "--model.adapter.communication", "talking", "--model.adapter.communication.init"]
+    with pytest.raises(SystemExit) as end:
+        fit(folder, tmp_path, *args, "identity", "--print_config")
+    assert end.value.code in (0, None)
+    printed = capsys.readouterr().out
+    parts = yaml.safe_load(printed)["model"]["adapter"]
+    assert parts["experts"]["class_path"] == "talklora_pl.experts.lora.SplitLoRA"
+    assert parts["communication"]["init_args"] == {"init": "identity"}
+    # what is printed is a config that runs
+    again = tmp_path / "again.yaml"
+    again.write_text(printed)
+    assert main(["fit", "--config", str(again), "--trainer.max_steps", "1"]) == 0
+
+
+def test_parameter_groups_have_their_own_rates(folder: Path, tmp_path: Path) -> None:
+    groups = json.dumps([{"match": r"router\.", "lr": 0.5}, {"match": r"communication\.", "weight_decay": 0.0}])
+    assert fit(folder, tmp_path, f"--model.param_groups={groups}", "--trainer.max_steps", "1") == 0
+    state = torch.load(tmp_path / "version_0" / "checkpoints" / "last.ckpt", weights_only=True)["optimizer_states"][0]
+    assert [g["initial_lr"] for g in state["param_groups"]] == [0.01, 0.5, 0.01]
+    assert [g["weight_decay"] for g in state["param_groups"]] == [0.01, 0.01, 0.0]
+    assert [len(g["params"]) for g in state["param_groups"]] == [5 + 10 * 2, 10, 10]
+
+
+@pytest.mark.parametrize(
+    ("args", "words"),
+    [
+        (
+            ["--model.adapter.communication", "talkng"],
+            ["Unknown communication 'talkng'", "Did you mean 'talking'?", "plugins"],
+        ),
+        (["--model.adapter.router", "sofmax"], ["Unknown router 'sofmax'", "'softmax'"]),
+        (["--model.adapter.communication.heds", "3"], ["no option 'heds'", "components"]),
+        (["--model.adapter.ranc", "8"], ["no option 'model.adapter.ranc'", "model.adapter.rank"]),
+        (["--trainer.max_stepz", "8"], ["no option 'trainer.max_stepz'", "trainer.max_steps"]),
+        (["--model.adapter.rank", "7"], ["rank 7 is not divisible by num_experts 4"]),
+        (["--model.adapter.rank", "many"], ["model.adapter.rank", "int"]),
+        (["--model.adapter.targets=[qproj]"], ["'qproj'", "Did you mean 'q_proj'"]),
+        (["--model.base.path", "no/such/model"], ["model.base.path", "no/such/model"]),
+        (["--data.train", "no_such.jsonl"], ["no_such.jsonl"]),
+        (["--config", "methd/talklora"], ["no file 'methd/talklora'"]),
+        (["--plugins", "[no_such_module]"], ["importing 'no_such_module' failed"]),
+        (["--plugins", "[missing.py]"], ["no file 'missing.py'"]),
+        (['--model.param_groups=[{"match": "nothing"}]'], ["'nothing' matches no trained tensor", "layers."]),
+    ],
+)
+def test_a_mistake_is_one_message(folder: Path, tmp_path: Path, capsys: Any, args: list[str], words: list[str]) -> None:
+    assert fit(folder, tmp_path, *args) == 2
+    err = capsys.readouterr().err
+    message = err[err.index("error: ") :]
+    assert "Traceback" not in err
+    assert all(w in message for w in words), message
+    assert not list(tmp_path.glob("**/*.ckpt"))
+
+
+def test_broken_configs_are_named(folder: Path, tmp_path: Path, capsys: Any) -> None:
+    for text, words in (
+        ("model: [", "not readable as YAML"),
+        ("- a", "a config is a mapping"),
+        ("model: {adaptr: {rank: 1}}", "adaptr"),
+    ):
+        path = tmp_path / "broken.yaml"
+        path.write_text(text)
+        assert fit(folder, tmp_path, "--config", str(path)) == 2
+        assert words in capsys.readouterr().err
+
+
+def test_unknown_verb(capsys: Any) -> None:
+    assert main(["fitt"]) == 2
+    assert "Did you mean 'fit'" in capsys.readouterr().err
