@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from typing import Any
 
 import lightning as L
@@ -10,33 +11,49 @@ from torch import Tensor
 
 
 class Checkpoint(ModelCheckpoint):
-    """Keeps ``last.ckpt`` and the best by ``monitor``; in a run without validation, the newest.
+    """Keeps ``last.ckpt``, the newest state, and ``best.ckpt``, the best validation so far.
+
+    The last is written every ``every_n_train_steps`` optimiser steps, after every validation and epoch, and at the last
+    step of ``max_steps``, always at a position from which the run can go on exactly.
 
     Args:
-        monitor: metric that decides what is best.
+        monitor: metric that decides what is best; a run that does not log it has no best.
         mode: ``min`` or ``max``.
-        every_n_train_steps: save every so many optimiser steps; by default after every validation.
+        every_n_train_steps: 0 means after validations, epochs and the last step only.
         dirpath: folder; by default ``checkpoints`` in the run's log folder.
     """
 
     def __init__(
-        self,
-        monitor: str = "val_loss",
-        mode: str = "min",
-        every_n_train_steps: int | None = None,
-        dirpath: str | None = None,
+        self, monitor: str = "val_loss", mode: str = "min", every_n_train_steps: int = 0, dirpath: str | None = None
     ) -> None:
-        super().__init__(
-            dirpath=dirpath,
-            filename="best",
-            monitor=monitor,
-            mode=mode,
-            save_last=True,
-            every_n_train_steps=every_n_train_steps,
-            enable_version_counter=False,
-        )
+        super().__init__(dirpath=dirpath, filename="best", monitor=monitor, mode=mode, enable_version_counter=False)
+        self.every_n_steps = every_n_train_steps
+        self._last_step = 0
 
-    def _save_topk_checkpoint(self, trainer: L.Trainer, monitor_candidates: dict[str, Tensor]) -> Any:
-        if self.monitor not in monitor_candidates:
-            return self._save_none_monitor_checkpoint(trainer, monitor_candidates)
-        return super()._save_topk_checkpoint(trainer, monitor_candidates)
+    def on_train_batch_end(self, trainer: L.Trainer, *args: Any, **kwargs: Any) -> None:
+        super().on_train_batch_end(trainer, *args, **kwargs)
+        step = trainer.global_step
+        due = self.every_n_steps > 0 and step % self.every_n_steps == 0
+        if due or step == trainer.max_steps:
+            self._save_newest(trainer)
+
+    def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        super().on_validation_end(trainer, pl_module)
+        if trainer.state.fn == "fit" and not trainer.sanity_checking:
+            self._save_newest(trainer)
+
+    def on_train_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        super().on_train_epoch_end(trainer, pl_module)
+        self._save_newest(trainer)
+
+    def _save_newest(self, trainer: L.Trainer) -> None:
+        # at most once a step: the second of two micro-batches, or the end of an epoch, would add nothing
+        if trainer.fast_dev_run or trainer.global_step == self._last_step:
+            return
+        self._last_step = trainer.global_step
+        self.last_model_path = os.path.join(str(self.dirpath), f"{self.CHECKPOINT_NAME_LAST}{self.FILE_EXTENSION}")
+        trainer.save_checkpoint(self.last_model_path)
+
+    def _save_topk_checkpoint(self, trainer: L.Trainer, monitor_candidates: dict[str, Tensor]) -> None:
+        if self.monitor in monitor_candidates:
+            super()._save_topk_checkpoint(trainer, monitor_candidates)

@@ -52,7 +52,7 @@ def scalars(root: Path) -> dict[str, list[float]]:
 def test_fit_trains_logs_and_keeps_what_was_trained(folder: Path, tmp_path: Path) -> None:
     assert fit(folder, tmp_path, "--trainer.max_steps", "30", "--trainer.val_check_interval", "4") == 0
     logged = scalars(tmp_path)
-    assert logged["train_loss"][-1] < 0.8 * logged["train_loss"][0]
+    assert sum(logged["train_loss"][-5:]) < sum(logged["train_loss"][:5])
     assert logged["val_loss"][-1] < logged["val_loss"][0]
     assert "val_accuracy" in logged
     checkpoints = tmp_path / "version_0" / "checkpoints"
@@ -68,7 +68,7 @@ def test_resume_goes_on_where_it_stopped(folder: Path, tmp_path: Path) -> None:
     whole, pieces = tmp_path / "whole", tmp_path / "pieces"
     schedule = ("--model.lr_scheduler.total_steps", "6")
     assert fit(folder, whole, *schedule) == 0
-    assert fit(folder, pieces, *schedule, "--trainer.max_steps", "3") == 0
+    assert fit(folder, pieces, *schedule, "--trainer.max_steps", "3", "--checkpoint.every_n_train_steps", "3") == 0
     last = pieces / "version_0" / "checkpoints" / "last.ckpt"
     assert fit(folder, pieces, *schedule, "--ckpt_path", str(last)) == 0
     ends = [
