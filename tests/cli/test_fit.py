@@ -29,7 +29,13 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
             "optimizer": {"class_path": "torch.optim.AdamW", "init_args": {"lr": 0.01}},
             "lr_scheduler": {"class_path": "talklora_pl.schedules.WarmupLinear", "init_args": {"warmup_steps": 2}},
         },
-        "data": {"train": str(folder / "rows.jsonl"), "rows": "choice", "format": "cloze", "val_size": 0.2, "max_length": 64},
+        "data": {
+            "train": str(folder / "rows.jsonl"),
+            "rows": "choice",
+            "format": "cloze",
+            "val_size": 0.2,
+            "max_length": 64,
+        },
         "trainer": {"max_steps": 6, "accelerator": "cpu", "enable_progress_bar": False, "log_every_n_steps": 1},
     }
     (folder / "config.yaml").write_text(yaml.safe_dump(config))
@@ -71,9 +77,10 @@ def test_resume_goes_on_where_it_stopped(folder: Path, tmp_path: Path) -> None:
     assert fit(folder, pieces, *schedule, "--trainer.max_steps", "3", "--checkpoint.every_n_train_steps", "3") == 0
     last = pieces / "version_0" / "checkpoints" / "last.ckpt"
     assert fit(folder, pieces, *schedule, "--ckpt_path", str(last)) == 0
+    # a resumed run goes on in the folder of the interrupted one
     ends = [
-        torch.load(p / "checkpoints" / "last.ckpt", weights_only=True)["state_dict"]
-        for p in (whole / "version_0", pieces / "version_1")
+        torch.load(p / "version_0" / "checkpoints" / "last.ckpt", weights_only=True)["state_dict"]
+        for p in (whole, pieces)
     ]
     assert ends[0].keys() == ends[1].keys()
     assert all(torch.equal(ends[0][k], ends[1][k]) for k in ends[0])
