@@ -201,9 +201,10 @@ class FineTuner(L.LightningModule):
 
     def training_step(self, batch: dict[str, Any], batch_idx: int) -> Tensor:
         """Task loss over all tokens of the optimiser step, plus balance losses averaged over its micro-steps."""
-        with RoutingCollector(batch["attention_mask"]) as collector:
+        with RoutingCollector(batch["attention_mask"], batch.get("task_types")) as collector:
             loss_sum, tokens = self.summed_loss(batch)
         self.routing = collector.records
+        self.adapter.count_loads(self.routing)
         # Lightning divides by the accumulation and DDP by the ranks: undo both, then divide by all tokens of the step
         accumulate = self.trainer.accumulate_grad_batches
         step_tokens = batch.get("step_tokens") or self._tokens_of_all_ranks(tokens) * accumulate
@@ -211,6 +212,11 @@ class FineTuner(L.LightningModule):
         # the mean over ranks is the mean over all tokens, whatever the number of processes
         self.log("train_loss", task.detach(), prog_bar=True, sync_dist=True, batch_size=1)
         return task + self.balance_loss() * (accumulate / batch.get("micro_steps", accumulate))
+
+    def optimizer_step(self, *args: Any, **kwargs: Any) -> None:
+        """The step, then routers that balance themselves; a checkpoint of this step is written after both."""
+        super().optimizer_step(*args, **kwargs)
+        self.adapter.after_optimizer_step()
 
     def balance_loss(self) -> Tensor:
         """Weighted sum of the balance losses of the newest micro-step, each logged by name."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import zlib
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from itertools import chain
 from typing import Any
@@ -21,7 +21,9 @@ from talklora_pl.adapter.layers import AdaptedLinear
 from talklora_pl.adapter.mixture import BlockMixture
 from talklora_pl.adapter.targets import is_linear, layer_index, widths
 from talklora_pl.allocation.weights import ModuleWeights
+from talklora_pl.distributed import sum_over_ranks
 from talklora_pl.errors import UserError
+from talklora_pl.routing import RoutingRecord
 from talklora_pl.spec import Bank, LayerSpec
 
 
@@ -44,9 +46,23 @@ class Adapter(nn.Module):
         self.experts_per_layer: dict[str, int] = {}
         self.decisions: dict[str, int] = {}
         self.plain_layers: list[str] = []
+        self._loads: dict[str, Any] = {}
         self.bank = Bank()
         self.layers = nn.Module()
         self.balance = nn.ModuleDict()
+
+    def count_loads(self, records: Iterable[RoutingRecord]) -> None:
+        """Add one training micro-step to the loads of routers that balance themselves."""
+        for r in records:
+            if self.layers.get_submodule(r.layer).router.wants_loads:
+                self._loads[r.layer] = self._loads.get(r.layer, 0) + r.selections().sum(0)
+
+    def after_optimizer_step(self) -> None:
+        """Hand the loads of the whole global batch to the routers that want them, and start anew."""
+        if self._loads:
+            for name, load_E in zip(self._loads, sum_over_ranks(*self._loads.values()), strict=True):
+                self.layers.get_submodule(name).router.after_optimizer_step(load_E)
+            self._loads.clear()
 
     def routed_layers(self) -> dict[str, int]:
         """Number of experts of the layers that have something to decide, by name."""
@@ -132,7 +148,7 @@ def build(
             )
         if loss.name in adapter.balance:
             raise UserError(f"balance loss {loss.name!r} is listed twice.")
-        adapter.balance[loss.name] = loss.build(adapter.routed_layers())
+        adapter.balance[loss.name] = loss.build(adapter.routed_layers()).to(next(adapter.layers.parameters()).device)
     return adapter, built
 
 

@@ -1,6 +1,6 @@
 """Which loads do we want: one file per auxiliary loss.
 
-T tokens, E experts, K selected experts.
+T tokens, E experts, K selected experts, G groups of decisions whose statistics are one.
 """
 
 from __future__ import annotations
@@ -8,18 +8,62 @@ from __future__ import annotations
 from abc import abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Literal
 
 from torch import Tensor, nn
 
+from talklora_pl.errors import UserError
 from talklora_pl.registry import Component, import_siblings
 from talklora_pl.routing import RoutingRecord
 
+Scope = Literal["router", "layer", "model"]
+
 
 class BalanceLoss(nn.Module):
-    """One auxiliary loss over the routing of all layers. Its parameters and buffers are saved with the adapter."""
+    """One auxiliary loss over the routing of all layers. Its parameters and buffers are saved with the adapter.
+
+    Args:
+        layers: number of experts of every routed layer, by name.
+        options: with their ``scope``.
+
+    Attributes:
+        experts: number of experts of every group of decisions that share their statistics, by name of the group.
+
+    Raises:
+        UserError: a group has layers with unequal numbers of experts.
+    """
+
+    def __init__(self, layers: Mapping[str, int], options: Balance) -> None:
+        super().__init__()
+        self.scope = options.scope
+        self.experts: dict[str, int] = {}
+        for name, E in layers.items():
+            if self.experts.setdefault(self.group_of(name), E) != E:
+                raise UserError(
+                    f"balance loss {options.name!r}: scope {self.scope!r} puts layers with unequal numbers of experts "
+                    f"together ({name!r} has {E}, others {self.experts[self.group_of(name)]}); use a narrower scope."
+                )
+
+    def group_of(self, layer: str) -> str:
+        """The group that a layer belongs to: itself, its numbered layer (``model.layers.3``), or the one of all."""
+        if self.scope == "model":
+            return "model"
+        parts = layer.split(".")
+        number = next((i for i, part in enumerate(parts) if part.isdigit()), len(parts))
+        return layer if self.scope == "router" else ".".join(parts[: number + 1])
+
+    def grouped(self, records: Sequence[RoutingRecord]) -> dict[str, list[RoutingRecord]]:
+        """Records by group, in the order of ``experts``."""
+        out: dict[str, list[RoutingRecord]] = {group: [] for group in self.experts}
+        for r in records:
+            out[self.group_of(r.layer)].append(r)
+        return {group: rs for group, rs in out.items() if rs}
 
     def forward(self, records: Sequence[RoutingRecord]) -> Tensor:
-        """The loss (scalar, unweighted) of one micro-step; statistics span all ranks and leave out pads."""
+        """The loss (scalar, unweighted) of one micro-step; statistics span all ranks and leave out pads.
+
+        Sums over tokens go through :func:`~talklora_pl.distributed.sum_over_ranks` before anything nonlinear.
+        """
         raise NotImplementedError
 
 
@@ -29,10 +73,13 @@ class Balance(Component):
 
     Attributes:
         weight: coefficient of the loss.
+        scope: whose statistics are pooled: those of every ``router`` alone, of all routers of a numbered ``layer``, or
+            of the whole ``model``.
     """
 
     family = "balance loss"
     weight: float = 0.01
+    scope: Scope = "layer"
 
     @abstractmethod
     def build(self, layers: Mapping[str, int]) -> BalanceLoss:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import ClassVar, Literal
 
 from torch import Tensor, nn
 
@@ -17,7 +17,13 @@ from talklora_pl.spec import LayerSpec
 
 
 class RouterModule(nn.Module):
-    """Router of one decision."""
+    """Router of one decision.
+
+    Class attributes:
+        wants_loads: :meth:`after_optimizer_step` is to be called.
+    """
+
+    wants_loads: ClassVar[bool] = False
 
     def forward(self, x_TD: Tensor, m_TEF: Tensor) -> Routing:
         """Weights of the experts for every token. Tokens never influence each other.
@@ -29,7 +35,7 @@ class RouterModule(nn.Module):
         raise NotImplementedError
 
     def after_optimizer_step(self, load_E: Tensor) -> None:
-        """Called once per optimiser step with every expert's selections in the whole global batch, pads left out."""
+        """Called after every optimiser step with each expert's selections in its whole global batch, pads left out."""
 
 
 @dataclass

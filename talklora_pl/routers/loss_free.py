@@ -22,6 +22,7 @@ class LossFreeRouter(RouterModule):
     After each optimiser step, from the selections of its whole global batch: b_i += u sign(mean(load) - load_i).
     """
 
+    wants_loads = True
     bias: Tensor
 
     def __init__(self, scores: Scores, options: LossFree, layer: LayerSpec) -> None:

@@ -1,0 +1,59 @@
+"""Load balance as in Switch Transformer and Mixtral: choices times probabilities."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from talklora_pl.balance import Balance, BalanceLoss
+from talklora_pl.distributed import sum_over_ranks
+from talklora_pl.registry import register
+from talklora_pl.routing import RoutingRecord
+
+
+class SwitchLoss(BalanceLoss):
+    """sum over groups of E sum_e f_e P_e; the gradient flows through P only."""
+
+    def __init__(self, layers: Mapping[str, int], options: Switch) -> None:
+        super().__init__(layers, options)
+        self.count = options.count
+
+    def forward(self, records: Sequence[RoutingRecord]) -> Tensor:
+        groups = self.grouped(records).values()
+        statistics = []
+        for group in groups:
+            statistics += [
+                torch.stack([r.selections() for r in group]).sum(0),
+                torch.stack([r.mask_T.to(r.routing.probs_TE.dtype) @ r.routing.probs_TE for r in group]).sum(0),
+                torch.stack([r.mask_T.sum() for r in group]).sum(),
+            ]
+        sums = iter(sum_over_ranks(*statistics))
+        total = []
+        for chosen_KE, p_E, tokens in zip(sums, sums, sums, strict=True):
+            n = tokens.clamp(min=1)
+            f_E = chosen_KE.sum(0) / (n if self.count == "per_choice" else n * len(chosen_KE))
+            total.append(len(p_E) * (f_E.to(p_E.dtype) * p_E / n).sum())
+        return torch.stack(total).sum()
+
+
+@register("switch")
+@dataclass
+class Switch(Balance):
+    """E sum_e f_e P_e, f the share of choices and P the mean probability of expert e, summed over groups.
+
+    Switch Transformer (arXiv 2101.03961, equation 4). MoLA: ``scope: layer``, ``count: share``, 1 per layer when
+    balanced; Mixtral and MixLoRA: ``scope: model``, ``count: per_choice``, K when balanced.
+
+    Attributes:
+        count: ``share``: f sums to 1 over experts; ``per_choice``: it is a fraction of tokens for each of the K
+            choices, so it sums to K.
+    """
+
+    count: Literal["share", "per_choice"] = "share"
+
+    def build(self, layers: Mapping[str, int]) -> BalanceLoss:
+        return SwitchLoss(layers, self)
