@@ -80,7 +80,7 @@ class ExpertAllocation(L.Callback):
             weights.fingerprint = None
         counts = decide(config, model, weights)
         if isinstance(config.allocation, Alpha):
-            layers = layer_targets(model, config.targets, config.exclude, config.layers)
+            layers = layer_targets(model, config.targets, config.exclude, config.layers, config.experts.site)
             self.alphas = config.allocation.layer_alphas(layers, weights)
         return counts
 
@@ -99,7 +99,7 @@ class ExpertAllocation(L.Callback):
 
     def on_fit_start(self, trainer: L.Trainer, pl_module: Any) -> None:
         config = pl_module.adapter_config
-        layers = layer_targets(pl_module.model, config.targets, config.exclude, config.layers)
+        layers = layer_targets(pl_module.model, config.targets, config.exclude, config.layers, config.experts.site)
         counts = pl_module.adapter.experts_per_layer
         if not trainer.is_global_zero or not layers or len({counts[m] for layer in layers for m in layer.modules}) == 1:
             return

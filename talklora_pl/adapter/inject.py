@@ -21,8 +21,8 @@ from talklora_pl.adapter.layers import AdaptedLinear
 from talklora_pl.adapter.mixture import BlockMixture
 from talklora_pl.adapter.targets import is_linear, layer_index, widths
 from talklora_pl.allocation.weights import ModuleWeights
-from talklora_pl.distributed import sum_over_ranks
 from talklora_pl.errors import UserError
+from talklora_pl.ranks import sum_over_ranks
 from talklora_pl.routing import RoutingRecord
 from talklora_pl.spec import Bank, LayerSpec
 
@@ -54,15 +54,18 @@ class Adapter(nn.Module):
     def count_loads(self, records: Iterable[RoutingRecord]) -> None:
         """Add one training micro-step to the loads of routers that balance themselves."""
         for r in records:
-            if self.layers.get_submodule(r.layer).router.wants_loads:
+            if self._router(r.layer).wants_loads:
                 self._loads[r.layer] = self._loads.get(r.layer, 0) + r.selections().sum(0)
 
     def after_optimizer_step(self) -> None:
         """Hand the loads of the whole global batch to the routers that want them, and start anew."""
         if self._loads:
             for name, load_E in zip(self._loads, sum_over_ranks(*self._loads.values()), strict=True):
-                self.layers.get_submodule(name).router.after_optimizer_step(load_E)
+                self._router(name).after_optimizer_step(load_E)
             self._loads.clear()
+
+    def _router(self, layer: str) -> Any:
+        return self.layers.get_submodule(layer).router
 
     def routed_layers(self) -> dict[str, int]:
         """Number of experts of the layers that have something to decide, by name."""

@@ -62,7 +62,7 @@ class BalanceLoss(nn.Module):
     def forward(self, records: Sequence[RoutingRecord]) -> Tensor:
         """The loss (scalar, unweighted) of one micro-step; statistics span all ranks and leave out pads.
 
-        Sums over tokens go through :func:`~talklora_pl.distributed.sum_over_ranks` before anything nonlinear.
+        Sums over tokens go through :func:`~talklora_pl.ranks.sum_over_ranks` before anything nonlinear.
         """
         raise NotImplementedError
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from talklora_pl.balance import Balance, BalanceLoss
-from talklora_pl.distributed import sum_over_ranks
+from talklora_pl.ranks import sum_over_ranks
 from talklora_pl.registry import register
 from talklora_pl.routing import RoutingRecord
 
