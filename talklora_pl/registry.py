@@ -27,6 +27,7 @@ from dataclasses import MISSING, asdict, fields, is_dataclass
 from pathlib import Path
 from typing import Any, ClassVar, TypeVar
 
+from talklora_pl import typed
 from talklora_pl.errors import UserError
 
 C = TypeVar("C", bound="type[Component]")
@@ -102,7 +103,7 @@ def from_dict(family: type[Component], data: str | dict[str, Any]) -> Any:
     Raises:
         UserError: unknown name or option.
     """
-    data = {"name": data} if isinstance(data, str) else dict(data)
+    data = {"name": data} if isinstance(data, str) else dict(data) if isinstance(data, dict) else {}
     if not isinstance(data.get("name"), str):
         raise UserError(f"A {family.family} needs a 'name' (text), got {data!r}.")
     cls = get(family, data.pop("name"))
@@ -110,6 +111,8 @@ def from_dict(family: type[Component], data: str | dict[str, Any]) -> Any:
     for key in data:
         if key not in known:
             raise UserError(f"{family.family} {cls.name!r} has no option {key!r}.{did_you_mean(key, known)}")
+    if wrong := typed.problems(cls, data):
+        raise UserError(f"{family.family} {cls.name!r}: {'; '.join(wrong)}.")
     try:
         return cls(**data)
     except (TypeError, ValueError) as e:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass, field, fields
 from typing import Any, Literal
 
-from talklora_pl import registry
+from talklora_pl import registry, typed
 from talklora_pl.allocation import Allocation
 from talklora_pl.allocation.rules import Uniform as Everywhere
 from talklora_pl.balance import Balance
@@ -182,13 +182,17 @@ class AdapterConfig:
         for key, family in FAMILIES.items():
             if key in data:
                 data[key] = registry.from_dict(family, data[key])
-        if "balance" in data:
+        if isinstance(data.get("balance"), list):
             data["balance"] = [registry.from_dict(Balance, b) for b in data["balance"]]
-        if data.get("plain") is not None:
+        if isinstance(data.get("plain"), dict):
+            if wrong := typed.problems(PlainLoRA, data["plain"]):
+                raise UserError(f"adapter.plain: {'; '.join(wrong)}.")
             try:
                 data["plain"] = PlainLoRA(**data["plain"])
             except TypeError as e:
                 raise UserError(f"adapter.plain: {e}") from None
+        if wrong := typed.problems(cls, data):
+            raise UserError(f"adapter: {'; '.join(wrong)}.")
         config = cls(**data)
         config.validate()
         return config

@@ -11,16 +11,73 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
 from talklora_pl.errors import UserError
+
+
+class Along:
+    """A parameter of the base of which adapters have values of their own (a head); they take turns in its place."""
+
+    def __init__(self, model: Any, path: str) -> None:
+        owner, _, self.leaf = path.rpartition(".")
+        self.module: Any = model.get_submodule(owner)
+        embedding = getattr(model, "get_input_embeddings", lambda: None)()
+        self.config = model.config.get_text_config() if embedding is self.module else None
+        self.base: Tensor = self.module._parameters[self.leaf].data
+        self.values: dict[str, Tensor] = {}
+
+    def exchange(self, old: str | None, new: str | None) -> None:
+        """Keep the present value as that of ``old`` (it may have been trained or moved), put that of ``new``."""
+        p = self.module._parameters[self.leaf]
+        if old in self.values:
+            self.values[old] = p.data
+        else:
+            self.base = p.data
+        p.data = (self.values[new] if new in self.values else self.base).to(p.device, p.dtype)
+        rows = p.shape[0]  # new tokens
+        if isinstance(self.module, nn.Embedding):
+            self.module.num_embeddings = rows
+        elif isinstance(self.module, nn.Linear):
+            self.module.out_features = rows
+        if self.config is not None:
+            self.config.vocab_size = rows
 
 
 class Switch:
     """Name of the adapter that is on, or None; one object for all layers of a model."""
 
     def __init__(self) -> None:
-        self.active: str | None = None
+        self._active: str | None = None
+        self.along: dict[str, Along] = {}
+
+    @property
+    def active(self) -> str | None:
+        return self._active
+
+    @active.setter
+    def active(self, name: str | None) -> None:
+        for along in self.along.values():
+            along.exchange(self._active, name)
+        self._active = name
+
+    def add_value(self, model: nn.Module, path: str, name: str, value: Tensor) -> None:
+        """Let ``name``, which is on, have its own value of the base's parameter ``path``."""
+        along = self.along.setdefault(path, Along(model, path))
+        along.values[name] = value
+        along.exchange(None, name)
+
+    def values_of(self, name: str) -> dict[str, Tensor]:
+        """What :meth:`add_value` gave to ``name``, as it is now."""
+        self.active = self.active  # takes over what was trained or moved meanwhile
+        return {path: along.values[name] for path, along in self.along.items() if name in along.values}
+
+    def forget(self, name: str) -> None:
+        """Drop the values of an adapter that is off."""
+        for path, along in list(self.along.items()):
+            along.values.pop(name, None)
+            if not along.values:
+                del self.along[path]
 
 
 class Slot:
@@ -79,6 +136,18 @@ def adapter_set(model: nn.Module) -> AdapterSet:
     return found
 
 
+def get_adapter(model: nn.Module, name: str = "default") -> Any:
+    """The adapter called ``name``.
+
+    Raises:
+        UserError: the model has no such adapter.
+    """
+    adapters = adapter_set(model)
+    if name not in adapters:
+        raise UserError(f"There is no adapter {name!r}; loaded: {', '.join(adapters) or 'none'}.")
+    return adapters[name]
+
+
 def attach(module: Any, switch: Switch, name: str, layer: nn.Module) -> None:
     """Give one frozen module the adapter layer ``layer`` under the adapter's name."""
     if not isinstance(module, Adapted):
@@ -99,23 +168,21 @@ def detach(module: nn.Module, name: str) -> None:
 def remove_adapter(model: nn.Module, name: str = "default") -> None:
     """Take an adapter out of a model; without adapters the model is the base again."""
     adapters = adapter_set(model)
-    if name not in adapters:
-        raise UserError(f"There is no adapter {name!r}; loaded: {', '.join(adapters) or 'none'}.")
+    get_adapter(model, name)
     for module in model.modules():
         detach(module, name)
     del adapters[name]
     if adapters.switch.active == name:
         adapters.switch.active = next(iter(adapters), None)
+    adapters.switch.forget(name)
     if not adapters:
         del model.talklora
 
 
 def set_adapter(model: nn.Module, name: str) -> None:
     """Make ``name`` the adapter that is on."""
-    adapters = adapter_set(model)
-    if name not in adapters:
-        raise UserError(f"There is no adapter {name!r}; loaded: {', '.join(adapters) or 'none'}.")
-    adapters.switch.active = name
+    get_adapter(model, name)
+    adapter_set(model).switch.active = name
 
 
 @contextmanager

@@ -1,110 +1,101 @@
-"""Adapter folders: one safetensors file with everything trained, one JSON with names and options.
-
-=======================  ==========================================================================
-``adapter.safetensors``  tensors of the adapter (``layers.*``, ``bank.*``, ``balance.*``) and, as
-                         ``base.<name>``, tensors of the base that were trained along (a new head)
-``talklora.json``        format version, what base it belongs to, adapter options, experts per layer
-=======================  ==========================================================================
-
-Reading a folder imports nothing that it names.
-"""
+"""Save an adapter to a folder, load it into a model. What lies in the folder: :mod:`talklora_pl.adapter.files`."""
 
 from __future__ import annotations
 
-import json
+import math
 import os
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
+import talklora_pl
 from talklora_pl.adapter.config import AdapterConfig
-from talklora_pl.adapter.host import adapter_set, remove_adapter
-from talklora_pl.adapter.inject import Adapter, adapted_modules, inject
+from talklora_pl.adapter.files import (
+    CONFIG,
+    FORMAT_VERSION,
+    BuildLimits,
+    open_tensors,
+    read_about,
+    shapes_of,
+    short,
+    write_files,
+)
+from talklora_pl.adapter.fingerprint import agree, fingerprint
+from talklora_pl.adapter.host import adapter_set, get_adapter
+from talklora_pl.adapter.inject import Adapter, Built, build, check_name, install, trained_by
 from talklora_pl.errors import UserError
+from talklora_pl.hub import local_folder
 from talklora_pl.registry import import_plugins
 
-FORMAT_VERSION = 1
-TENSORS = "adapter.safetensors"
-CONFIG = "talklora.json"
+Shapes = dict[str, tuple[tuple[int, ...], str]]
+FLOATS = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+OTHERS = {"I64": torch.int64, "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8, "BOOL": torch.bool}
 
 
-def trained_along(model: nn.Module) -> dict[str, nn.Parameter]:
-    """Parameters of the base itself that are trained along with the adapter, by name."""
-    return {n: p for n, p in model.named_parameters() if p.requires_grad and not n.startswith("talklora.")}
+def trained_along(model: nn.Module, name: str = "default") -> dict[str, Tensor]:
+    """Tensors of the base itself that are trained along with an adapter, by name."""
+    adapters = adapter_set(model)
+    wanted = trained_by(get_adapter(model, name).config.also_train, model)
+    found = {n: p.detach() for n, p in model.named_parameters() if not n.startswith("talklora.")}
+    along = {n: p for n, p in found.items() if n in wanted or model.get_parameter(n).requires_grad}
+    return along | adapters.switch.values_of(name)
 
 
-def base_info(model: nn.Module) -> dict[str, Any]:
-    """What an adapter remembers of its base."""
+def state_tensors(model: nn.Module) -> dict[str, Tensor]:
+    """Everything that training changes: adapter tensors (``talklora.*``) and base tensors trained along, by name."""
+    adapters = adapter_set(model)
+    tensors = {f"talklora.{k}": v for k, v in adapters.state_dict().items()}
+    return tensors | {n: p for a in adapters for n, p in trained_along(model, a).items()}
+
+
+def adapter_tensors(model: nn.Module, name: str = "default") -> dict[str, Tensor]:
+    """The tensors of an adapter file, by their names in it."""
+    along = {f"base.{n}": p for n, p in trained_along(model, name).items()}
+    return {**get_adapter(model, name).state_dict(), **along}
+
+
+def describe(model: nn.Module, name: str = "default", base: dict[str, Any] | None = None) -> dict[str, Any]:
+    """What an adapter file says beside its tensors: plain data.
+
+    Args:
+        base: entries in place of what the model says of itself, such as ``name_or_path`` and ``revision``.
+    """
+    adapter = get_adapter(model, name)
     config = getattr(model, "config", None)
-    return {
+    plain = set(adapter.plain_layers)
+    about = {
         "name_or_path": getattr(config, "_name_or_path", "") or "",
         "revision": getattr(config, "_commit_hash", None),
         "model_type": getattr(config, "model_type", None),
         "class": type(model).__name__,
+        **(base or {}),
+    }
+    if "fingerprint" not in about:
+        about["fingerprint"] = fingerprint(model, trained_along(model, name))
+    return {
+        "format_version": FORMAT_VERSION,
+        "talklora_pl": talklora_pl.__version__,
+        "base": about,
+        "adapter": adapter.config.to_dict(),
+        "experts_per_layer": {n: e for n, e in adapter.experts_per_layer.items() if n not in plain},
+        "plain_layers": list(adapter.plain_layers),
     }
 
 
-def save_adapter(model: nn.Module, folder: str | os.PathLike[str], name: str = "default", **info: Any) -> Path:
-    """Write an adapter of ``model`` to ``folder``; every file appears whole or not at all.
+def save_adapter(model: nn.Module, folder: str | os.PathLike[str], name: str = "default", **base: Any) -> Path:
+    """Write an adapter of ``model`` to ``folder``. Under FSDP2 every process has to call this; each writes.
 
     Args:
-        info: further plain data for the JSON file, such as ``base`` in place of what the model says of itself.
+        base: what to remember of the base in place of what the model says of itself: ``name_or_path``, ``revision``.
 
     Raises:
         UserError: the model has no such adapter.
     """
-    adapters = adapter_set(model)
-    if name not in adapters:
-        raise UserError(f"There is no adapter {name!r}; loaded: {', '.join(adapters) or 'none'}.")
-    adapter: Any = adapters[name]
-    tensors = dict(adapter.state_dict())
-    tensors |= {f"base.{n}": p.detach() for n, p in trained_along(model).items()}
-    about = {
-        "format_version": FORMAT_VERSION,
-        "base": base_info(model),
-        "adapter": adapter.config.to_dict(),
-        "experts_per_layer": adapter.experts_per_layer,
-        **info,
-    }
-    folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
-    for file, write in (
-        (TENSORS, lambda p: save_file({k: v.contiguous().cpu() for k, v in tensors.items()}, p, {"format": "pt"})),
-        (CONFIG, lambda p: p.write_text(json.dumps(about, indent=1) + "\n", encoding="utf-8")),
-    ):
-        part = folder / f".{file}.{os.getpid()}"
-        write(part)
-        part.replace(folder / file)
-    return folder
-
-
-def read_config(folder: str | os.PathLike[str]) -> dict[str, Any]:
-    """The JSON of an adapter folder, checked for form.
-
-    Raises:
-        UserError: no such file, not JSON, keys missing or of the wrong type, or another format version.
-    """
-    path = Path(folder) / CONFIG
-    if not path.is_file():
-        raise UserError(f"{folder} is no adapter folder: there is no {CONFIG} in it.")
-    try:
-        about = json.loads(path.read_text(encoding="utf-8"))
-    except (ValueError, RecursionError) as e:
-        raise UserError(f"{path} is not readable as JSON: {e}") from None
-    version = about.get("format_version") if isinstance(about, dict) else None
-    if version != FORMAT_VERSION:
-        raise UserError(f"{path} has format version {version!r}; this talklora_pl reads version {FORMAT_VERSION}.")
-    for key in ("adapter", "experts_per_layer", "base"):
-        if not isinstance(about.get(key), dict):
-            raise UserError(f"{path}: {key!r} is missing or not a mapping.")
-    for layer, count in about["experts_per_layer"].items():
-        if type(count) is not int or not 1 <= count <= 4096:
-            raise UserError(f"{path}: experts_per_layer[{layer!r}] is {count!r}, not a number of experts.")
-    return about
+    write_files(Path(folder), adapter_tensors(model, name), describe(model, name, base))
+    return Path(folder)
 
 
 def load_adapter(
@@ -113,83 +104,124 @@ def load_adapter(
     name: str = "default",
     trainable: bool = False,
     plugins: list[str] | None = None,
+    revision: str | None = None,
+    check_base: bool = True,
 ) -> Adapter:
     """Give ``model`` the adapter of a folder and turn it on. On any error the model is left as it was.
 
     Args:
-        model: the base, as it was when the adapter was trained.
-        trainable: leave the adapter's tensors trainable.
+        model: the base, as it was when the adapter was trained, in any floating-point dtype.
+        folder: a folder, or the name of a repository on the hub.
+        trainable: leave what was trained trainable.
         plugins: modules of your own to import first, if the adapter uses components that they register.
+        revision: branch, tag or commit on the hub.
+        check_base: refuse a base with other weights than the adapter was trained on.
 
     Raises:
-        UserError: damaged or foreign files, unknown components, or an adapter for another model (shapes named).
+        UserError: damaged or foreign files, unknown components, or an adapter for another model.
     """
     import_plugins(plugins or [])
-    about = read_config(folder)
+    check_name(model, name)
+    folder = local_folder(folder, revision)
+    about = read_about(folder)
+    misfit = f"The adapter in {folder} does not fit this {type(model).__name__}"
     try:
         config = AdapterConfig.from_dict(about["adapter"])
     except UserError as e:
-        raise UserError(f"{Path(folder) / CONFIG}: {e}") from None
-    path = Path(folder) / TENSORS
-    try:
-        with safe_open(path, "pt") as f:
-            shapes = {k: tuple(f.get_slice(k).get_shape()) for k in f.keys()}  # noqa: SIM118
-            try:
-                adapter = inject(model, config, name, about["experts_per_layer"], device="meta")
-            except UserError as e:
-                raise UserError(f"The adapter in {folder} does not fit this {type(model).__name__}: {e}") from None
-            try:
-                _check_shapes(folder, model, adapter, shapes)
-                tensors = {k: f.get_tensor(k) for k in shapes}
-            except BaseException:
-                remove_adapter(model, name)
-                raise
-    except FileNotFoundError:
-        raise UserError(f"{folder} is no adapter folder: there is no {TENSORS} in it.") from None
-    except (SafetensorError, OSError) as e:
-        raise UserError(f"{path} is damaged or not a safetensors file: {e}") from None
-
-    along = {k.removeprefix("base."): tensors.pop(k) for k in list(tensors) if k.startswith("base.")}
-    device = {n: next(m.parameters()).device for n, m in adapted_modules(model).items()}  # type: ignore[attr-defined]
-    default = next(iter(device.values()))
-    adapter.load_state_dict(
-        {k: v.to(device.get(_layer_of(k, device), default)) for k, v in tensors.items()}, assign=True
-    )
-    parameters = dict(model.named_parameters())
-    with torch.no_grad():
-        for key, value in along.items():
-            parameters[key].copy_(value)
+        raise UserError(f"{folder / CONFIG}: {short(e)}") from None
+    _check_kind(model, about, misfit)
+    with open_tensors(folder, about["tensors_sha256"]) as f:
+        shapes = shapes_of(f)
+        adapter, built = _build(model, config, about, shapes, misfit)
+        own = adapter.state_dict()
+        places = _check_shapes(model, own, shapes, misfit)
+        if check_base:
+            _check_base(model, about, places, misfit)
+        tensors = {k: f.get_tensor(k) for k in shapes}
+    adapter.load_state_dict({k: tensors[k].to(v.device) for k, v in own.items()}, assign=True)
+    if any(t.is_meta for t in adapter.state_dict().values()):
+        raise UserError(f"{misfit}: some of its layers have no weights in memory (meta device, offloading).")
     adapter.requires_grad_(trainable)
+    install(model, adapter, built, name)
+    switch = adapter_set(model).switch
+    for parameter, key in places.items():
+        switch.add_value(model, parameter, name, tensors[key])
+        model.get_parameter(parameter).requires_grad_(trainable)
     return adapter
 
 
-def _layer_of(key: str, layers: dict[str, torch.device]) -> str:
-    """Name of the adapted module that a tensor belongs to, or the empty string for shared ones."""
-    if not key.startswith("layers."):
-        return ""
-    parts = key.removeprefix("layers.").split(".")
-    return next((n for i in range(len(parts), 0, -1) if (n := ".".join(parts[:i])) in layers), "")
+def _check_kind(model: nn.Module, about: dict[str, Any], misfit: str) -> None:
+    want, got = about["base"].get("model_type"), getattr(getattr(model, "config", None), "model_type", None)
+    if want and got and want != got:
+        raise UserError(f"{misfit}: it belongs to a {short(want)} model ({short(about['base'].get('name_or_path'))}).")
+    modules = {n for n, _ in model.named_modules()}
+    for layer in [*about["experts_per_layer"], *about["plain_layers"]]:
+        if layer not in modules or layer.startswith("talklora."):
+            raise UserError(f"{misfit}: the model has no module {short(layer)}.")
 
 
-def _check_shapes(folder: Any, model: nn.Module, adapter: Adapter, got: dict[str, tuple[int, ...]]) -> None:
-    want: dict[str, tuple[int, ...]] = {k: tuple(v.shape) for k, v in adapter.state_dict().items()}
-    parameters = dict(model.named_parameters())
-    for key in got:
-        if key.startswith("base.") and key.removeprefix("base.") in parameters:
-            want[key] = tuple(parameters[key.removeprefix("base.")].shape)
-    where = f"The adapter in {folder} does not fit this {type(model).__name__}"
-    for key in want.keys() | got.keys():
+def _build(
+    model: nn.Module, config: AdapterConfig, about: dict[str, Any], shapes: Shapes, misfit: str
+) -> tuple[Adapter, Built]:
+    """The adapter without its tensors' values. Modules are taken by name: no pattern out of a file is ever run."""
+    plain = about["plain_layers"]
+    if bool(plain) != (config.plain is not None):
+        raise UserError(f"{misfit}: its options and its list of plain_layers contradict each other.")
+    exact = replace(
+        config,
+        targets=list(about["experts_per_layer"]),
+        exclude=[],
+        layers=None,
+        plain=None if config.plain is None else replace(config.plain, targets=plain),
+    )
+    limits = BuildLimits(len(shapes), sum(math.prod(s) for s, _ in shapes.values()))
+    try:
+        with limits:
+            adapter, built = build(model, exact, about["experts_per_layer"])
+    except UserError as e:
+        raise UserError(f"{misfit}: {short(e)}") from None
+    except Exception as e:  # options out of a file can be wrong in ways that no component foresees
+        raise UserError(f"{misfit}: its options cannot be built: {type(e).__name__}: {short(e)}") from None
+    adapter.config = config
+    return adapter, built
+
+
+def _check_shapes(model: nn.Module, own: dict[str, Tensor], got: Shapes, misfit: str) -> dict[str, str]:
+    """Compares the file's tensors with what the model needs; returns the base's parameters in it with their keys."""
+    parameters = {n: p for n, p in model.named_parameters() if not n.startswith("talklora.")}
+    places = {k.removeprefix("base."): k for k in got if k.startswith("base.") and k.removeprefix("base.") in parameters}
+    want: dict[str, Tensor] = own | {k: parameters[n] for n, k in places.items()}
+    for key in sorted(want.keys() | got.keys()):
         if key not in got:
-            raise UserError(f"{where}: the file lacks the tensor {key!r}.")
+            raise UserError(f"{misfit}: the file lacks the tensor {key!r}.")
         if key not in want:
-            raise UserError(f"{where}: the file has a tensor {key!r} that the model has no place for.")
-        if want[key] != got[key]:
+            raise UserError(f"{misfit}: the file has a tensor {short(key)} that the model has no place for.")
+        shape, dtype = got[key]
+        need = tuple(want[key].shape)
+        if key.startswith("base.") and _is_vocabulary(model, want[key]):  # it may have grown by new tokens
+            need = (shape[0], *need[1:]) if shape and shape[0] > 0 else need
+        if shape != need:
             raise UserError(
-                f"{where}: {key!r} has shape {list(got[key])} in the file, but the model needs {list(want[key])}."
+                f"{misfit}: {key!r} has shape {list(shape)} in the file, but the model needs {list(need)}."
             )
+        if want[key].is_floating_point() != (dtype in FLOATS) or (
+            not want[key].is_floating_point() and OTHERS.get(dtype) != want[key].dtype
+        ):
+            raise UserError(f"{misfit}: {key!r} has dtype {dtype} in the file, but the model needs {want[key].dtype}.")
+    return places
 
 
-def state_tensors(model: nn.Module) -> dict[str, Tensor]:
-    """Everything that training changes: adapter tensors (``talklora.*``) and base tensors trained along, by name."""
-    adapters = {f"talklora.{k}": v for k, v in adapter_set(model).state_dict().items()}
-    return adapters | {n: p.detach() for n, p in trained_along(model).items()}
+def _is_vocabulary(model: Any, parameter: Tensor) -> bool:
+    """Whether a parameter is that of the token embedding or of the output head."""
+    embeddings = [getattr(model, get, lambda: None)() for get in ("get_input_embeddings", "get_output_embeddings")]
+    return any(parameter is p for m in embeddings if m is not None for p in m.parameters())
+
+
+def _check_base(model: nn.Module, about: dict[str, Any], places: dict[str, str], misfit: str) -> None:
+    want, got = about["base"].get("fingerprint"), fingerprint(model, places)
+    if want is not None and got is not None and not agree(want, got):
+        raise UserError(
+            f"{misfit}: it was trained on other weights, those of {short(about['base'].get('name_or_path'))}"
+            + (f" at revision {short(about['base']['revision'])}" if about["base"].get("revision") else "")
+            + ". Load that base (check_base=False loads the adapter nevertheless)."
+        )

@@ -1,0 +1,170 @@
+"""The two files of an adapter, read with suspicion: nothing they name is imported, run or opened, and no memory is taken
+before names, types and shapes are known to be right.
+
+=======================  ==========================================================================
+``adapter.safetensors``  tensors of the adapter (``layers.*``, ``bank.*``, ``balance.*``) and, as
+                         ``base.<name>``, tensors of the base that were trained along (a new head)
+``talklora.json``        format version, what base it belongs to, adapter options, experts of every
+                         adapted module, digest of the tensors
+=======================  ==========================================================================
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from talklora_pl.cache import sha256
+from talklora_pl.errors import UserError
+
+FORMAT_VERSION = 1
+TENSORS = "adapter.safetensors"
+CONFIG = "talklora.json"
+MAX_JSON = 1 << 24
+MAX_EXPERTS = 4096
+
+
+def write_files(folder: Path, tensors: dict[str, Tensor], about: dict[str, Any]) -> None:
+    """Write both files; each appears whole or not at all, and the digest tells a mixture of old and new ones."""
+    ready = {k: _whole(v.detach()).contiguous().cpu() for k, v in tensors.items()}
+    folder.mkdir(parents=True, exist_ok=True)
+    write_whole(folder / TENSORS, lambda p: save_file(ready, p, {"format": "pt"}))
+    write_json(folder / CONFIG, {**about, "tensors_sha256": sha256(folder / TENSORS)})
+
+
+def _whole(tensor: Any) -> Tensor:
+    return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
+
+
+def write_whole(path: Path, write: Callable[[Path], object]) -> None:
+    """Let ``write`` fill a file beside ``path``, which then takes its place."""
+    part = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        write(part)
+        with part.open("rb") as f:
+            os.fsync(f.fileno())
+        part.replace(path)
+    finally:
+        part.unlink(missing_ok=True)
+
+
+def write_json(path: Path, data: Any) -> None:
+    """Plain data as an indented JSON file, whole or not at all."""
+    text = json.dumps(data, indent=1, allow_nan=False) + "\n"
+    write_whole(path, lambda p: p.write_text(text, encoding="utf-8"))
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """A JSON file with a mapping.
+
+    Raises:
+        UserError: there is none, it is too large or too deep, or no JSON mapping.
+    """
+    if not path.is_file():
+        raise UserError(f"{path.parent} is no adapter folder: there is no {path.name} in it.")
+    if path.stat().st_size > MAX_JSON:
+        raise UserError(f"{path} is larger than {MAX_JSON >> 20} MiB; no adapter needs that.")
+    try:
+        data = json.loads(path.read_text(encoding="utf-8"), parse_constant=_no_constant)
+    except (ValueError, RecursionError) as e:
+        raise UserError(f"{path} is not readable as JSON: {short(e)}") from None
+    if not isinstance(data, dict):
+        raise UserError(f"{path} holds a {type(data).__name__}, not a mapping.")
+    return data
+
+
+def _no_constant(name: str) -> float:
+    raise ValueError(f"{name} is no JSON number")
+
+
+def read_about(folder: str | os.PathLike[str]) -> dict[str, Any]:
+    """``talklora.json`` of a folder, checked for form.
+
+    Raises:
+        UserError: no such file, not JSON, entries missing or of the wrong type, or another format version.
+    """
+    path = Path(folder) / CONFIG
+    about = read_json(path)
+    version = about.get("format_version")
+    if version != FORMAT_VERSION or type(version) is not int:
+        raise UserError(
+            f"{path} has format version {short(version)}; this talklora_pl reads version {FORMAT_VERSION}. "
+            "A newer talklora_pl may read it."
+        )
+    forms = {"adapter": dict, "experts_per_layer": dict, "base": dict, "plain_layers": list, "tensors_sha256": str}
+    for key, form in forms.items():
+        if not isinstance(about.get(key), form):
+            raise UserError(f"{path}: {key!r} is missing or of the wrong type.")
+    for layer, count in about["experts_per_layer"].items():
+        if type(count) is not int or not 1 <= count <= MAX_EXPERTS:
+            raise UserError(f"{path}: experts_per_layer[{short(layer)}] is {short(count)}, not a number of experts.")
+    for layer in about["plain_layers"]:
+        if not isinstance(layer, str) or layer in about["experts_per_layer"]:
+            raise UserError(f"{path}: plain_layers: {short(layer)} is no further module name.")
+    for key in ("name_or_path", "revision", "model_type", "class", "fingerprint"):
+        if not isinstance(about["base"].get(key), (str, type(None))):
+            raise UserError(f"{path}: base.{key} must be text.")
+    return about
+
+
+@contextmanager
+def open_tensors(folder: Path, digest: str) -> Iterator[Any]:
+    """The opened safetensors file, after its header and its digest were checked.
+
+    Raises:
+        UserError: there is none, or it is damaged; also for what goes wrong while it is read.
+    """
+    path = folder / TENSORS
+    if not path.is_file():
+        raise UserError(f"{folder} is no adapter folder: there is no {TENSORS} in it.")
+    try:
+        with safe_open(path, "pt") as f:
+            if sha256(path) != digest:
+                raise UserError(f"{path} is damaged, or {CONFIG} beside it belongs to another file: the digests differ.")
+            yield f
+    except (SafetensorError, OSError) as e:
+        raise UserError(f"{path} is damaged or not a safetensors file: {short(e)}") from None
+
+
+def shapes_of(f: Any) -> dict[str, tuple[tuple[int, ...], str]]:
+    """Shape and dtype (``F32``) of every tensor in an opened file; reads the header only."""
+    slices = {k: f.get_slice(k) for k in f.keys()}  # noqa: SIM118
+    return {k: (tuple(s.get_shape()), s.get_dtype()) for k, s in slices.items()}
+
+
+class BuildLimits(TorchDispatchMode):
+    """Refuses to build tensors that a file cannot fill, before their memory is taken.
+
+    Args:
+        tensors: number of tensors in the file.
+        elements: numbers in all of them.
+    """
+
+    def __init__(self, tensors: int, elements: int) -> None:
+        super().__init__()
+        self.steps = 10_000 + 2_000 * tensors
+        self.elements = max(elements, 1 << 22)
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.steps -= 1
+        sizes = [a for a in args if isinstance(a, (list, tuple)) and all(type(i) is int for i in a)]
+        counts = [math.prod(s) for s in sizes] + [a for a in args if type(a) is int]
+        if self.steps < 0 or any(c > self.elements for c in counts):
+            raise UserError("its options ask for more than the tensors in the file")
+        return func(*args, **(kwargs or {}))
+
+
+def short(value: Any) -> str:
+    """At most 200 characters of something out of a file, for messages."""
+    text = " ".join(str(value).split()) if isinstance(value, BaseException) else repr(value)
+    return text if len(text) <= 200 else f"{text[:197]}..."

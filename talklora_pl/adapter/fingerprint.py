@@ -1,0 +1,91 @@
+"""A short fingerprint of the base's frozen weights: an adapter computes nonsense on other weights than it was trained on.
+
+It is made of names, shapes and 1,024 numbers spread evenly over all frozen tensors, each rounded to bfloat16. So it costs
+milliseconds for any size of model, is the same for float64, float32 and bfloat16 loads of the same weights, and float16
+loads compare equal within rounding. It tells models apart; it is no protection against an attacker.
+"""
+
+from __future__ import annotations
+
+import base64
+import binascii
+import hashlib
+from collections.abc import Iterable
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+SAMPLES = 1024
+
+
+def fingerprint(model: nn.Module, without: Iterable[str] = ()) -> str | None:
+    """``<digest of names and shapes>:<samples, base64>``, or None where weights cannot be read as numbers.
+
+    That is so for quantised bases and on the meta device. Weights sharded as DTensors take one all-reduce of the samples, so
+    every process has to call this.
+
+    Args:
+        without: names of parameters that are no part of the frozen base: those trained along.
+    """
+    skip = set(without)
+    frozen = {n: p for n, p in model.named_parameters() if not n.startswith("talklora.") and n not in skip}
+    quantised = getattr(model, "is_quantized", False) or getattr(model, "hf_quantizer", None) is not None
+    if quantised or not frozen or any(p.is_meta or not p.is_floating_point() for p in frozen.values()):
+        return None
+    structure = hashlib.sha256("\n".join(f"{n} {list(p.shape)}" for n, p in sorted(frozen.items())).encode())
+    chosen = sorted(frozen)
+    if len(chosen) > SAMPLES:
+        chosen = [chosen[i * len(chosen) // SAMPLES] for i in range(SAMPLES)]
+    each = SAMPLES // len(chosen)
+    values = torch.cat([_sample(frozen[n].detach(), each) for n in chosen])
+    if any(_is_sharded(frozen[n]) for n in chosen):
+        values = values.to(next(iter(frozen.values())).device)  # type: ignore[arg-type]
+        torch.distributed.all_reduce(values, torch.distributed.ReduceOp.MAX)
+    numbers = values.to(torch.bfloat16).cpu().view(torch.int16).numpy().astype("<i2")
+    return f"{structure.hexdigest()[:16]}:{base64.b64encode(numbers.tobytes()).decode()}"
+
+
+def agree(one: str, other: str) -> bool:
+    """Whether two fingerprints are of the same weights, up to the rounding of a 16-bit load."""
+    a, b = _parse(one), _parse(other)
+    if a is None or b is None or a[0] != b[0] or len(a[1]) != len(b[1]):
+        return False
+    return bool(torch.isclose(a[1], b[1], rtol=2**-7, atol=1e-7, equal_nan=True).all())
+
+
+def _sample(p: Tensor, count: int) -> Tensor:
+    """``count`` values of p at evenly spaced positions, float32; -inf where another process has them."""
+    count = min(count, p.numel())
+    at = [(2 * i + 1) * p.numel() // (2 * count) for i in range(count)]
+    if not _is_sharded(p):
+        flat = p.reshape(-1) if p.is_contiguous() else p.contiguous().reshape(-1)
+        return flat[torch.tensor(at, device=p.device)].float().cpu()
+    from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
+
+    sharded: Any = p
+    local = sharded.to_local()
+    shape, offset = compute_local_shape_and_global_offset(p.shape, sharded.device_mesh, sharded.placements)
+    out = torch.full((count,), -torch.inf)
+    for i, flat in enumerate(at):
+        here = []
+        for size, start, length in reversed(list(zip(p.shape, offset, shape, strict=True))):
+            flat, index = divmod(flat, size)
+            here.append(index - start if start <= index < start + length else None)
+        if None not in here:
+            out[i] = local[tuple(reversed(here))].float().cpu()
+    return out
+
+
+def _is_sharded(p: Tensor) -> bool:
+    return hasattr(p, "device_mesh")
+
+
+def _parse(text: str) -> tuple[str, Tensor] | None:
+    digest, _, samples = text.partition(":")
+    try:
+        numbers = np.frombuffer(base64.b64decode(samples, validate=True), "<i2").astype(np.int16)
+    except (binascii.Error, ValueError):
+        return None
+    return digest, torch.from_numpy(numbers).view(torch.bfloat16).float()

@@ -1,0 +1,49 @@
+"""Does a value from a JSON file have the type that a dataclass declares? Nothing is converted."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import fields
+from types import NoneType, UnionType
+from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
+
+
+def fits(value: Any, hint: Any) -> bool:
+    """Whether ``value`` is a ``hint``: plain classes, ``Literal``, unions, lists, tuples and dicts of them."""
+    origin, args = get_origin(hint), get_args(hint)
+    if hint is Any:
+        return True
+    if origin in (Union, UnionType):
+        return any(fits(value, a) for a in args)
+    if origin is Literal:
+        return any(type(value) is type(a) and value == a for a in args)
+    if origin is list:
+        return isinstance(value, list) and all(fits(v, args[0]) for v in value)
+    if origin is tuple:
+        return isinstance(value, (list, tuple)) and all(fits(v, a) for v in value for a in args if a is not ...)
+    if origin is dict:
+        return isinstance(value, dict) and all(fits(k, args[0]) and fits(v, args[1]) for k, v in value.items())
+    if hint is float:
+        return type(value) in (int, float)
+    if hint in (int, str, bool, NoneType):
+        return type(value) is hint
+    return isinstance(value, origin or hint)
+
+
+def problems(cls: type, values: Mapping[str, Any]) -> list[str]:
+    """One phrase for every value that is not of its field's type; fields whose type cannot be read are not checked."""
+    try:
+        hints = get_type_hints(cls)
+    except (NameError, TypeError):
+        return []
+    declared = {f.name: f.type for f in fields(cls)}
+    return [
+        f"{key} must be {declared[key]}, got {_short(value)}"
+        for key, value in values.items()
+        if key in declared and not fits(value, hints[key])
+    ]
+
+
+def _short(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= 60 else f"{text[:57]}..."
