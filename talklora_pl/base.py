@@ -167,6 +167,12 @@ def resolve(path: str) -> str:
     return path
 
 
+def portable(path: str) -> str:
+    """``path`` as another process can use it, whatever its working directory: local folders and files in full."""
+    local = Path(path).expanduser()
+    return str(local.resolve()) if local.exists() else path
+
+
 def _from_gguf(file: Path) -> Path:
     if importlib.util.find_spec("gguf") is None:
         raise UserError(f"Reading {file.name} needs the package gguf: pip install 'talklora-pl[gguf]'.")

@@ -45,7 +45,7 @@ def local_folder(name: str | os.PathLike[str], revision: str | None = None, **hu
         ) from e
 
 
-def push_adapter(folder: str | os.PathLike[str], repository: str, private: bool = True, token: str | None = None) -> str:
+def push_adapter(folder: str | Path, repository: str, private: bool = True, token: str | None = None) -> str:
     """Upload an exported adapter folder; returns its address.
 
     Raises:

@@ -20,8 +20,8 @@ from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 from torch import Tensor, nn
 
 from talklora_pl.adapter import Adapter, AdapterConfig, disable_adapter, inject
-from talklora_pl.adapter.io import FORMAT_VERSION, base_info, state_tensors
-from talklora_pl.base import BaseModel, load_base, load_tokenizer
+from talklora_pl.adapter.io import describe, state_tensors
+from talklora_pl.base import BaseModel, load_base, load_tokenizer, portable
 from talklora_pl.callbacks.allocation import ExpertAllocation
 from talklora_pl.errors import UserError
 from talklora_pl.evaluation import Evaluation, Scores, predictions, score_batch, table, write_json
@@ -84,6 +84,7 @@ class FineTuner(L.LightningModule):
         self.routing: list[RoutingRecord] = []
         # checkpoints hold what is trained; on_load_checkpoint checks that all of it is there
         self.strict_loading = False
+        self._fingerprint: str | None = None
 
     def configure_callbacks(self) -> list[L.Callback]:
         """Allocation needs a hook that runs before :meth:`configure_model`."""
@@ -167,6 +168,10 @@ class FineTuner(L.LightningModule):
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
 
     # --- training
+
+    def on_fit_start(self) -> None:
+        # while all processes are alive: the weights may be sharded
+        self._fingerprint = self.describe()["base"]["fingerprint"]
 
     def forward(self, **inputs: Any) -> Any:
         return self.model(**inputs)
@@ -330,12 +335,12 @@ class FineTuner(L.LightningModule):
 
     def describe(self) -> dict[str, Any]:
         """What a checkpoint remembers of the run's method: plain data."""
-        return {
-            "format_version": FORMAT_VERSION,
-            "base": {**base_info(self.model), "name_or_path": self.base.path, "revision": self.base.revision},
-            "adapter": self.adapter.config.to_dict(),
-            "experts_per_layer": self.adapter.experts_per_layer,
-        }
+        base = {"name_or_path": portable(self.base.path), "task": self.base.task, "num_labels": self.base.num_labels}
+        if self.base.revision is not None:
+            base["revision"] = self.base.revision
+        if self._fingerprint is not None:
+            base["fingerprint"] = self._fingerprint
+        return describe(self.model, base=base)
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Keep trained tensors and the adapter's buffers; the base is not ours to store."""

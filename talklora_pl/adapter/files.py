@@ -1,5 +1,6 @@
-"""The two files of an adapter, read with suspicion: nothing they name is imported, run or opened, and no memory is taken
-before names, types and shapes are known to be right.
+"""The two files of an adapter, read with suspicion.
+
+Nothing they name is imported, run or opened, and no memory is taken before names, types and shapes are known to fit.
 
 =======================  ==========================================================================
 ``adapter.safetensors``  tensors of the adapter (``layers.*``, ``bank.*``, ``balance.*``) and, as
@@ -130,7 +131,7 @@ def open_tensors(folder: Path, digest: str) -> Iterator[Any]:
     try:
         with safe_open(path, "pt") as f:
             if sha256(path) != digest:
-                raise UserError(f"{path} is damaged, or {CONFIG} beside it belongs to another file: the digests differ.")
+                raise UserError(f"{path} is damaged, or not the file that {CONFIG} belongs to: the digests differ.")
             yield f
     except (SafetensorError, OSError) as e:
         raise UserError(f"{path} is damaged or not a safetensors file: {short(e)}") from None
@@ -165,6 +166,6 @@ class BuildLimits(TorchDispatchMode):
 
 
 def short(value: Any) -> str:
-    """At most 200 characters of something out of a file, for messages."""
-    text = " ".join(str(value).split()) if isinstance(value, BaseException) else repr(value)
-    return text if len(text) <= 200 else f"{text[:197]}..."
+    """The beginning of something out of a file, or of an error about it, for messages."""
+    text, most = (" ".join(str(value).split()), 800) if isinstance(value, BaseException) else (repr(value), 120)
+    return text if len(text) <= most else f"{text[:most]}..."

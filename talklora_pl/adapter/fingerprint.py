@@ -1,8 +1,8 @@
-"""A short fingerprint of the base's frozen weights: an adapter computes nonsense on other weights than it was trained on.
+"""A short fingerprint of the base's frozen weights: on other weights than its own an adapter computes nonsense.
 
-It is made of names, shapes and 1,024 numbers spread evenly over all frozen tensors, each rounded to bfloat16. So it costs
-milliseconds for any size of model, is the same for float64, float32 and bfloat16 loads of the same weights, and float16
-loads compare equal within rounding. It tells models apart; it is no protection against an attacker.
+It is made of names, shapes and 1,024 numbers spread evenly over all frozen tensors, each rounded to bfloat16. So it
+costs milliseconds for any size of model, is the same for float64, float32 and bfloat16 loads of the same weights, and
+float16 loads compare equal within rounding. It tells models apart; it is no protection against an attacker.
 """
 
 from __future__ import annotations
@@ -23,8 +23,8 @@ SAMPLES = 1024
 def fingerprint(model: nn.Module, without: Iterable[str] = ()) -> str | None:
     """``<digest of names and shapes>:<samples, base64>``, or None where weights cannot be read as numbers.
 
-    That is so for quantised bases and on the meta device. Weights sharded as DTensors take one all-reduce of the samples, so
-    every process has to call this.
+    That is so for quantised bases and on the meta device. Weights sharded as DTensors take one all-reduce of the
+    samples, so every process has to call this.
 
     Args:
         without: names of parameters that are no part of the frozen base: those trained along.
@@ -68,10 +68,10 @@ def _sample(p: Tensor, count: int) -> Tensor:
     local = sharded.to_local()
     shape, offset = compute_local_shape_and_global_offset(p.shape, sharded.device_mesh, sharded.placements)
     out = torch.full((count,), -torch.inf)
-    for i, flat in enumerate(at):
-        here = []
+    for i, position in enumerate(at):
+        here: list[int | None] = []
         for size, start, length in reversed(list(zip(p.shape, offset, shape, strict=True))):
-            flat, index = divmod(flat, size)
+            position, index = divmod(position, size)
             here.append(index - start if start <= index < start + length else None)
         if None not in here:
             out[i] = local[tuple(reversed(here))].float().cpu()

@@ -34,7 +34,7 @@ class Along:
             self.values[old] = p.data
         else:
             self.base = p.data
-        p.data = (self.values[new] if new in self.values else self.base).to(p.device, p.dtype)
+        p.data = (self.values.get(new or "", self.base)).to(p.device, p.dtype)
         rows = p.shape[0]  # new tokens
         if isinstance(self.module, nn.Embedding):
             self.module.num_embeddings = rows

@@ -32,16 +32,26 @@ from talklora_pl.registry import import_plugins
 
 Shapes = dict[str, tuple[tuple[int, ...], str]]
 FLOATS = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
-OTHERS = {"I64": torch.int64, "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8, "BOOL": torch.bool}
+OTHERS = {
+    "I64": torch.int64,
+    "I32": torch.int32,
+    "I16": torch.int16,
+    "I8": torch.int8,
+    "U8": torch.uint8,
+    "BOOL": torch.bool,
+}
 
 
 def trained_along(model: nn.Module, name: str = "default") -> dict[str, Tensor]:
     """Tensors of the base itself that are trained along with an adapter, by name."""
     adapters = adapter_set(model)
     wanted = trained_by(get_adapter(model, name).config.also_train, model)
-    found = {n: p.detach() for n, p in model.named_parameters() if not n.startswith("talklora.")}
-    along = {n: p for n, p in found.items() if n in wanted or model.get_parameter(n).requires_grad}
-    return along | adapters.switch.values_of(name)
+    others = {n for a in adapters if a != name for n in trained_by(get_adapter(model, a).config.also_train, model)}
+    return {
+        n: p.detach()
+        for n, p in model.named_parameters()
+        if not n.startswith("talklora.") and (n in wanted or (p.requires_grad and n not in others))
+    } | adapters.switch.values_of(name)
 
 
 def state_tensors(model: nn.Module) -> dict[str, Tensor]:
@@ -189,7 +199,7 @@ def _build(
 def _check_shapes(model: nn.Module, own: dict[str, Tensor], got: Shapes, misfit: str) -> dict[str, str]:
     """Compares the file's tensors with what the model needs; returns the base's parameters in it with their keys."""
     parameters = {n: p for n, p in model.named_parameters() if not n.startswith("talklora.")}
-    places = {k.removeprefix("base."): k for k in got if k.startswith("base.") and k.removeprefix("base.") in parameters}
+    places = {n: f"base.{n}" for n in parameters if f"base.{n}" in got}
     want: dict[str, Tensor] = own | {k: parameters[n] for n, k in places.items()}
     for key in sorted(want.keys() | got.keys()):
         if key not in got:
@@ -201,9 +211,7 @@ def _check_shapes(model: nn.Module, own: dict[str, Tensor], got: Shapes, misfit:
         if key.startswith("base.") and _is_vocabulary(model, want[key]):  # it may have grown by new tokens
             need = (shape[0], *need[1:]) if shape and shape[0] > 0 else need
         if shape != need:
-            raise UserError(
-                f"{misfit}: {key!r} has shape {list(shape)} in the file, but the model needs {list(need)}."
-            )
+            raise UserError(f"{misfit}: {key!r} has shape {list(shape)} in the file, but the model needs {list(need)}.")
         if want[key].is_floating_point() != (dtype in FLOATS) or (
             not want[key].is_floating_point() and OTHERS.get(dtype) != want[key].dtype
         ):
