@@ -25,7 +25,7 @@ from abc import ABC
 from collections.abc import Callable, Iterable
 from dataclasses import MISSING, asdict, fields, is_dataclass
 from pathlib import Path
-from typing import Any, ClassVar, TypeVar
+from typing import Any, ClassVar, TypeVar, get_type_hints
 
 from talklora_pl import typed
 from talklora_pl.errors import UserError
@@ -122,11 +122,16 @@ def from_dict(family: type[Component], data: str | dict[str, Any]) -> Any:
 def options(cls: type[Component]) -> list[tuple[str, str, Any]]:
     """``(name, type, default)`` of every option of a component class."""
     out = []
+    try:
+        types = get_type_hints(cls)
+    except NameError:  # a name that exists for type checkers only
+        types = {}
     for f in fields(cls):  # type: ignore[arg-type]
         default = (
             f.default if f.default is not MISSING else f.default_factory() if f.default_factory is not MISSING else None
         )  # type: ignore[misc]
-        out.append((f.name, f.type if isinstance(f.type, str) else inspect.formatannotation(f.type), default))
+        kind = types.get(f.name, f.type)
+        out.append((f.name, kind if isinstance(kind, str) else inspect.formatannotation(kind), default))
     return out
 
 

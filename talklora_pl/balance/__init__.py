@@ -28,6 +28,7 @@ class BalanceLoss(nn.Module):
 
     Attributes:
         experts: number of experts of every group of decisions that share their statistics, by name of the group.
+        group: name of the group of every routed layer.
 
     Raises:
         UserError: a group has layers with unequal numbers of experts.
@@ -37,11 +38,12 @@ class BalanceLoss(nn.Module):
         super().__init__()
         self.scope = options.scope
         self.experts: dict[str, int] = {}
+        self.group = {name: self.group_of(name) for name in layers}
         for name, E in layers.items():
-            if self.experts.setdefault(self.group_of(name), E) != E:
+            if self.experts.setdefault(self.group[name], E) != E:
                 raise UserError(
                     f"balance loss {options.name!r}: scope {self.scope!r} puts layers with unequal numbers of experts "
-                    f"together ({name!r} has {E}, others {self.experts[self.group_of(name)]}); use a narrower scope."
+                    f"together ({name!r} has {E}, others {self.experts[self.group[name]]}); use a narrower scope."
                 )
 
     def group_of(self, layer: str) -> str:
@@ -53,10 +55,11 @@ class BalanceLoss(nn.Module):
         return layer if self.scope == "router" else ".".join(parts[: number + 1])
 
     def grouped(self, records: Sequence[RoutingRecord]) -> dict[str, list[RoutingRecord]]:
-        """Records by group, in the order of ``experts``."""
+        """Records of routed layers by group, in the order of ``experts``."""
         out: dict[str, list[RoutingRecord]] = {group: [] for group in self.experts}
         for r in records:
-            out[self.group_of(r.layer)].append(r)
+            if r.layer in self.group:  # plain LoRA beside the mixture decides nothing
+                out[self.group[r.layer]].append(r)
         return {group: rs for group, rs in out.items() if rs}
 
     def forward(self, records: Sequence[RoutingRecord]) -> Tensor:

@@ -1,0 +1,73 @@
+"""``python -m talklora_pl components``: all parts with their options, those of your own plugins included."""
+
+from __future__ import annotations
+
+import dataclasses
+import inspect
+import json
+from typing import Any
+
+from jsonargparse import ArgumentParser
+from rich.console import Console
+from rich.table import Table
+
+from talklora_pl import registry
+from talklora_pl.allocation import Allocation
+from talklora_pl.balance import Balance
+from talklora_pl.communication import Communication
+from talklora_pl.experts import Experts
+from talklora_pl.routers import Router
+
+FAMILIES: dict[str, type[registry.Component]] = {
+    "experts": Experts,
+    "communication": Communication,
+    "router": Router,
+    "balance": Balance,
+    "allocation": Allocation,
+}
+
+
+def components() -> list[dict[str, Any]]:
+    """One row per registered component: its key in the adapter's options, name, description and options."""
+    rows = []
+    for key, family in FAMILIES.items():
+        for name in registry.names(family):
+            cls = registry.get(family, name)
+            rows.append(
+                {
+                    "family": key,
+                    "name": name,
+                    "description": (inspect.getdoc(cls) or "").split("\n")[0],
+                    "options": [{"name": n, "type": t, "default": d} for n, t, d in registry.options(cls)],
+                }
+            )
+    return rows
+
+
+def components_table() -> Table:
+    """The same for a terminal."""
+    table = Table(title="Parts of an adapter", show_lines=True)
+    for column in ("family", "name", "what it is", "options: type = default"):
+        table.add_column(column, overflow="fold")
+    for row in components():
+        options = "\n".join(f"{o['name']}: {o['type']} = {o['default']}" for o in row["options"])
+        table.add_row(row["family"], row["name"], row["description"], options)
+    return table
+
+
+def main(argv: list[str]) -> int:
+    """The verb."""
+    parser = ArgumentParser(
+        prog="talklora-pl components", description="List all parts of an adapter with their options."
+    )
+    parser.add_argument("--plugins", type=list[str], default=[], help="modules or .py files with your own components")
+    parser.add_argument("--json", action="store_true", help="machine-readable")
+    options = parser.parse_args(argv)
+    registry.import_plugins(options.plugins)
+    if options.json:
+        plain = lambda v: dataclasses.asdict(v) if dataclasses.is_dataclass(v) else str(v)  # noqa: E731
+        print(json.dumps(components(), indent=1, default=plain))
+    else:
+        # markup off: types such as list[str] are no style
+        Console(markup=False).print(components_table())
+    return 0
