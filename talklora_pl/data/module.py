@@ -91,8 +91,8 @@ class TextData(L.LightningDataModule):
 
     @property
     def tasks(self) -> list[str]:
-        """Names of all tasks."""
-        return sorted({source.task_name for sources in self.sources.values() for source in sources})
+        """Names of all tasks, after :meth:`setup`."""
+        return sorted({task for table in self.tables.values() for task in table.unique("task")})
 
     # -- preparation ------------------------------------------------------------------------------------------------
 

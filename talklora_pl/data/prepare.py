@@ -152,10 +152,11 @@ def _rows(
         if tokens.cut:
             report["cut_rows"] += 1
             report["cut_tokens"] += tokens.cut
+        task = row.get(_column(source, "task"))
         label = -1 if example.label is None else example.label
         yield {
-            "id": str(row.get(_id_column(source), f"{source.task_name}-{number}")),
-            "task": source.task_name,
+            "id": str(row.get(_column(source, "id"), f"{source.task_name}-{number}")),
+            "task": source.task or (task if isinstance(task, str) and task else source.task_name),
             "input_ids": tokens.input_ids,
             "labels": tokens.labels,
             "label": label,
@@ -166,8 +167,8 @@ def _rows(
         }
 
 
-def _id_column(source: Source) -> str:
-    column = source.columns.get("id", "id")
+def _column(source: Source, name: str) -> str:
+    column = source.columns.get(name, name)
     return column if isinstance(column, str) else column[0]
 
 

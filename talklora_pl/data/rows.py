@@ -8,7 +8,7 @@
 | `choice`         | `question`, `choices`: list of texts, `label`: index, text or letter of the right one         |
 | `classification` | `text`, `label`: index or name of the class                                                   |
 
-`id` is optional everywhere. Data to predict for needs no `output`, `completion`, `label` or last assistant message.
+`id` and `task` are optional everywhere. Data to predict for needs no `output`, `completion`, `label` or last assistant message.
 """
 
 from __future__ import annotations
@@ -55,7 +55,7 @@ def check_kind(kind: str, columns: dict[str, Any]) -> None:
     """Raise UserError unless there are such rows and they have the mapped fields."""
     if kind not in FIELDS:
         raise UserError(f"unknown rows {kind!r}.{did_you_mean(kind, FIELDS)}")
-    known = [*sum(FIELDS[kind], ()), "id"]
+    known = [*sum(FIELDS[kind], ()), "id", "task"]
     for name in columns:
         if name not in known:
             raise UserError(f"columns: {kind} rows have no field {name!r}.{did_you_mean(name, known)}")

@@ -25,7 +25,7 @@ class Source:
     Attributes:
         path: a file (by its ending: .jsonl, .json, .csv, .tsv, .parquet; ``$VARIABLES`` and ``~`` are expanded), or a
             folder or hub name that ``datasets.load_dataset`` takes.
-        task: name under which its scores and its routing appear. None: the file's name.
+        task: name under which its scores and its routing appear. None: each row's own `task`, or the file's name.
         rows: what a row is, see :mod:`talklora_pl.data.rows`. None: the data module's ``rows``.
         format: how a row is written as text, see :mod:`talklora_pl.data.formats`. None: the data module's ``format``.
         columns: field -> the column (or ``outer.inner``, or a list of columns) that holds it, where the names differ.

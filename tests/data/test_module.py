@@ -89,6 +89,14 @@ def test_several_sources_keep_their_tasks(base: BaseModel, jsonl: Jsonl) -> None
         val_size=0,
     )
     assert list(module.tables["train"]["task"]) == ["sums"] * 3 + ["quiz"] * 9
+    assert module.tasks == ["quiz", "sums"]
+
+
+def test_rows_may_name_their_tasks(base: BaseModel, jsonl: Jsonl) -> None:
+    path = jsonl([row | {"task": "ab"[i % 2], "skill": "c"} for i, row in enumerate(QA)])
+    assert data(base, train=path, val_size=0).tasks == ["a", "b"]
+    assert data(base, train=[Source(path, columns={"task": "skill"})], val_size=0).tasks == ["c"]
+    assert data(base, train=[Source(path, task="d")], val_size=0).tasks == ["d"]
 
 
 def test_prepared_once(base: BaseModel, jsonl: Jsonl, own_cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
