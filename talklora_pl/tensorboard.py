@@ -1,0 +1,122 @@
+"""What goes to a logger beside scalars: pictures, warnings as text, the HParams tab and the layout of the scalars.
+
+Scalars work with every Lightning logger; the rest is left out where the logger cannot show it.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import lightning as L
+from lightning.pytorch.loggers import TensorBoardLogger
+from lightning.pytorch.utilities import rank_zero_warn
+
+from talklora_pl.metrics import Load
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+# charts of the custom scalars tab: title -> regular expressions of tags
+LAYOUT = {
+    "Loss": {
+        "task loss": ["train_loss.*", "val_loss"],
+        "balance losses": ["balance/.*"],
+    },
+    "Load": {
+        "imbalance: coefficient of variation": ["load/cv", "val_load/cv"],
+        "overload of the busiest expert: MaxVio": ["load/max_vio", "load/max_vio_worst", "val_load/max_vio"],
+        "effective number of experts": ["load/effective_experts", "val_load/effective_experts"],
+        "share of dead experts": ["load/dead_experts", "val_load/dead_experts"],
+    },
+    "Decisions": {
+        "entropy of a token's routing (1: undecided)": ["load/token_entropy", "val_load/token_entropy"],
+        "margin between first and second choice": ["load/margin", "val_load/margin"],
+        "churn: choices changed since the last evaluation": ["val_load/churn"],
+        "sensitivity to the input": ["sensitivity/.*"],
+        "router z": ["load/router_z"],
+    },
+    "Alerts": {"layers in an alarming state": ["alerts/.*"]},
+}
+
+
+class Board:
+    """The loggers of a run; everything but scalars is written by the main process only."""
+
+    def __init__(self, trainer: L.Trainer) -> None:
+        self.trainer = trainer
+        # what Lightning itself gives as step to the scalars of the step that has just ended
+        self.step = max(trainer.global_step - 1, 0)
+        self.writers = [
+            logger.experiment
+            for logger in trainer.loggers
+            if trainer.is_global_zero and hasattr(logger.experiment, "add_figure")
+        ]
+
+    @property
+    def pictures(self) -> bool:
+        """Whether anyone would see a picture."""
+        return bool(self.writers)
+
+    def figure(self, tag: str, figure: Figure) -> None:
+        for writer in self.writers:
+            writer.add_figure(tag, figure, self.step, close=False)
+
+    def warn(self, key: str, message: str) -> None:
+        """One line on the terminal, and text in the log."""
+        rank_zero_warn(message)
+        for writer in self.writers:
+            writer.add_text(f"alerts/{key}", message, self.step)
+
+    def layers(self, prefix: str, load: Load, dead_below: float) -> None:
+        """Every metric and every expert's relative load of every layer, as scalars."""
+        values = {}
+        for key, value_L in load.per_layer(dead_below).items():
+            values |= {f"{prefix}_layers/{key}/{name}": v for name, v in zip(load.layers, value_L.tolist(), strict=True)}
+        for name, n, row in zip(load.layers, load.experts_L.tolist(), load.relative_LE.tolist(), strict=True):
+            values |= {f"{prefix}_experts/{name}/{i}": v for i, v in enumerate(row[:n])}
+        for logger in self.trainer.loggers:
+            logger.log_metrics(values, self.step)
+
+    def describe_run(self, pl_module: Any) -> None:
+        """Hyperparameters, so that runs can be compared by method, and the layout of the custom scalars tab."""
+        params = hyperparameters(self.trainer, pl_module)
+        for logger in self.trainer.loggers:
+            if not isinstance(logger, TensorBoardLogger):
+                logger.log_hyperparams(params)
+        if not self.writers:
+            return
+        from torch.utils.tensorboard.summary import hparams
+
+        # names only: the values are those of the curves
+        metrics = ["train_loss", "val_loss", "load/cv", "load/effective_experts", "load/token_entropy"]
+        for writer in self.writers:
+            writer.add_custom_scalars(
+                {c: {title: ["Multiline", tags] for title, tags in charts.items()} for c, charts in LAYOUT.items()}
+            )
+            for summary in hparams(params, dict.fromkeys(metrics, 0.0)):
+                writer.file_writer.add_summary(summary)
+
+
+def hyperparameters(trainer: L.Trainer, pl_module: Any) -> dict[str, str | int | float | bool]:
+    """What a run is compared by, flat."""
+    config = pl_module.adapter.config
+    params: dict[str, Any] = {part: getattr(config, part).name for part in ("experts", "communication", "router")}
+    params["balance"] = " + ".join(b.name for b in config.balance) or "none"
+    params |= {
+        "method": getattr(pl_module, "method", None) or " / ".join(params[p] for p in ("experts", "communication", "router")),
+        "num_experts": config.num_experts,
+        "expert_rank": config.rank_per_expert(),
+        "scale": config.scale(),
+        "targets": config.targets if isinstance(config.targets, str) else ", ".join(config.targets),
+        "base": pl_module.base.path.rstrip("/").rsplit("/", 1)[-1],
+        "trained_parameters": sum(p.numel() for p in pl_module.trained().values()),
+        "accumulate": trainer.accumulate_grad_batches,
+        "world_size": trainer.world_size,
+        "precision": str(trainer.precision),
+    }
+    for optimizer in trainer.optimizers[:1]:
+        params |= {"optimizer": type(optimizer).__name__, "lr": optimizer.defaults.get("lr", 0.0)}
+    batch_size = getattr(getattr(trainer, "datamodule", None), "batch_size", None)
+    if batch_size:
+        params["batch_size"] = batch_size
+    return params
