@@ -7,8 +7,8 @@ import lightning as L
 import torch
 import torch.distributed as dist
 from lightning.pytorch.utilities import rank_zero_warn
-from talklora_pl.callbacks.preemption import directory
 
+from talklora_pl.callbacks.preemption import directory
 from talklora_pl.errors import UserError
 
 

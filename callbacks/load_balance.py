@@ -102,7 +102,11 @@ class LoadBalance(L.Callback):
                 pl_module.log(f"alerts/{key}", float(count), batch_size=1)
                 if message:
                     board.warn(key, message)
-        if self.figures and not trainer.enable_validation and (self._step + 1) % self.figure_steps < trainer.log_every_n_steps:
+        if (
+            self.figures
+            and not trainer.enable_validation
+            and (self._step + 1) % self.figure_steps < trainer.log_every_n_steps
+        ):
             self._draw(pl_module, board, load)
 
     # --- evaluation

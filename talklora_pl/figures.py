@@ -53,9 +53,7 @@ class Sheet:
     def panel(self, left: float, top: float, width: float, height: float) -> Axes:
         """Axes whose upper left corner is (left, top) inside of the margins."""
         x, y = LEFT + left, self.height - TOP - top - height
-        ax: Axes = self.fig.add_axes(
-            (x / self.width, y / self.height, width / self.width, height / self.height)
-        )
+        ax: Axes = self.fig.add_axes((x / self.width, y / self.height, width / self.width, height / self.height))
         ax.tick_params(labelsize=8, length=2)
         return ax
 
@@ -88,7 +86,7 @@ def heat(ax: Axes, values: np.ndarray, norm: Normalize, cmap: str, digits: int |
                 ax.text(x + 0.5, y + 0.5, text, ha="center", va="center", fontsize=7, color="w" if dark else "k")
 
 
-def number_layers(ax: Axes, layers: Sequence[str], most: int = 32) -> None:
+def number_layers(ax: Axes, layers: Sequence[str], most: int = 16) -> None:
     """Decoder layers as labels of the x axis."""
     labels = ["" if (i := kind_and_index(name)[1]) is None else str(i) for name in layers]
     step = math.ceil(len(labels) / most)
@@ -108,7 +106,9 @@ def load(load: Load) -> Figure:
     cell = CELL if columns > 16 else 1.4 * CELL
     sizes = {kind: int(load.experts_L[rows].max()) for kind, rows in kinds.items()}
     norm = relative_norm(int(load.experts_L.max()))
-    sheet = Sheet(max(columns * cell, 3), sum(n * CELL + GAP for n in sizes.values()), "Load of every expert (1 is ideal)")
+    sheet = Sheet(
+        max(columns * cell, 3), sum(n * CELL + GAP for n in sizes.values()), "Load of every expert (1 is ideal)"
+    )
     top = 0.15
     for kind, rows in kinds.items():
         values = load.relative_LE[rows][:, : sizes[kind]].numpy().copy()

