@@ -1,0 +1,79 @@
+"""Shipped configs: all of them parse and build; the paper's run at its real size, without weights."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import yaml
+from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedModel
+
+from talklora_pl.lightning_cli import CLI, _expand, shipped_configs
+from talklora_pl.module import FineTuner
+from tests.data.tiny import tokenizer
+
+
+def parsed(*argv: str, monkeypatch: pytest.MonkeyPatch) -> FineTuner:
+    """Parse a command line up to, but not including, the fit."""
+    monkeypatch.setattr(CLI, "_run_subcommand", lambda self, verb: None)
+    return CLI("fit", _expand(list(argv))).model
+
+
+def test_the_papers_run_on_llama3_8b(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    LlamaConfig(
+        hidden_size=4096,
+        intermediate_size=14336,
+        num_hidden_layers=32,
+        num_attention_heads=32,
+        num_key_value_heads=8,
+        vocab_size=128256,
+        max_position_embeddings=8192,
+    ).save_pretrained(tmp_path)
+    tokenizer().save_pretrained(tmp_path)
+    rows = tmp_path / "rows.json"
+    rows.write_text('[{"instruction": "a", "output": "b"}]')
+    built: list[tuple[PreTrainedModel, int]] = []
+    grouped = FineTuner._grouped
+    monkeypatch.setattr(
+        FineTuner,
+        "_grouped",
+        lambda self: built.append((self.model, sum(p.numel() for p in self.trained().values()))) or grouped(self),
+    )
+    args = ["--config", "recipe/talklora_llama3_8b", "--model.base.path", str(tmp_path), "--data.train", str(rows)]
+    model = parsed(*args, monkeypatch=monkeypatch)
+    (llama, trained), *_ = built
+    assert trained == 32_307_712
+    assert llama.model.embed_tokens.weight.is_meta and llama.num_parameters() > 8e9
+    config = model.adapter_config
+    assert (config.dropout_input, config.dropout_routing, config.dropout_output, config.scale()) == (
+        0.05,
+        0.05,
+        0.05,
+        1,
+    )
+    optimizer = model.optimizer([{"params": [next(iter(AutoModelForCausalLM.from_config(TINY).parameters()))]}])
+    assert (optimizer.defaults["lr"], optimizer.defaults["weight_decay"]) == (3e-4, 0.01)
+
+
+TINY = LlamaConfig(vocab_size=8, hidden_size=8, intermediate_size=8, num_hidden_layers=1, num_attention_heads=1)
+
+
+def test_every_shipped_config_is_a_mapping_with_a_comment_on_top() -> None:
+    files = list(shipped_configs().rglob("*.yaml"))
+    assert len(files) > 10
+    for file in files:
+        text = file.read_text()
+        assert text.startswith("# "), f"{file.name}: say in a comment what it is"
+        assert isinstance(yaml.safe_load(text), dict)
+
+
+@pytest.mark.parametrize("method", sorted(p.stem for p in (shipped_configs() / "method").glob("*.yaml")))
+def test_every_method_builds_on_a_llama_by_name(method: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    torch_dir = tmp_path / "base"
+    sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 4, "num_attention_heads": 2}
+    AutoModelForCausalLM.from_config(LlamaConfig(vocab_size=264, **sizes)).save_pretrained(torch_dir)
+    tokenizer().save_pretrained(torch_dir)
+    model = parsed(
+        "--config", f"method/{method}", "--model.base.path", str(torch_dir), monkeypatch=monkeypatch
+    )  # parsing checks it on the meta device
+    assert model.adapter_config.problems() == []
