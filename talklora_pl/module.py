@@ -21,6 +21,7 @@ from torch import Tensor, nn
 
 from talklora_pl.adapter import Adapter, AdapterConfig, disable_adapter, inject
 from talklora_pl.adapter.io import describe, state_tensors
+from talklora_pl.allocation.rules import Uniform
 from talklora_pl.base import BaseModel, load_base, load_tokenizer, portable
 from talklora_pl.callbacks.allocation import ExpertAllocation
 from talklora_pl.errors import UserError
@@ -101,7 +102,7 @@ class FineTuner(L.LightningModule):
         # a strategy that shards the base also reads it, each process its own part
         meta = self._trainer is not None and getattr(self.trainer.strategy, "loads_base", False)
         self.model = load_base(self.base, self.device, meta)
-        self._inject(self.device)
+        self._inject(self.adapter_config, self.device)
         if self.gradient_checkpointing:
             self.model.activation_checkpointing_enable()
         if self.compile_model:
@@ -117,13 +118,13 @@ class FineTuner(L.LightningModule):
         self.adapter_config.validate()
         self.model = load_base(self.base, meta=True)
         try:
-            self._inject()
+            # a rule that reads weights has none to read here
+            self._inject(replace(self.adapter_config, allocation=Uniform()))
             self._grouped()
         finally:
             self.model = None
 
-    def _inject(self, device: torch.device | None = None) -> None:
-        config = self.adapter_config
+    def _inject(self, config: AdapterConfig, device: torch.device | None = None) -> None:
         if self.base.task == "sequence_classification":
             # the head is new, so it is trained along: everything outside of the encoder that has parameters
             prefix = self.model.base_model_prefix
