@@ -52,11 +52,18 @@ def write_whole(path: Path, write: Callable[[Path], object]) -> None:
     part = path.with_name(f".{path.name}.{os.getpid()}")
     try:
         write(part)
+        part.chmod(0o666 & ~_umask())
         with part.open("rb") as f:
             os.fsync(f.fileno())
         part.replace(path)
     finally:
         part.unlink(missing_ok=True)
+
+
+def _umask() -> int:
+    umask = os.umask(0)
+    os.umask(umask)
+    return umask
 
 
 def write_json(path: Path, data: Any) -> None:

@@ -160,6 +160,12 @@ def load_adapter(
     return adapter
 
 
+def exactly(config: AdapterConfig, about: dict[str, Any]) -> AdapterConfig:
+    """The same options with the adapted modules by their full names, as ``about`` lists them, in place of patterns."""
+    plain = None if config.plain is None else replace(config.plain, targets=about["plain_layers"])
+    return replace(config, targets=list(about["experts_per_layer"]), exclude=[], layers=None, plain=plain)
+
+
 def _check_kind(model: nn.Module, about: dict[str, Any], misfit: str) -> None:
     want, got = about["base"].get("model_type"), getattr(getattr(model, "config", None), "model_type", None)
     if want and got and want != got:
@@ -174,20 +180,12 @@ def _build(
     model: nn.Module, config: AdapterConfig, about: dict[str, Any], shapes: Shapes, misfit: str
 ) -> tuple[Adapter, Built]:
     """The adapter without its tensors' values. Modules are taken by name: no pattern out of a file is ever run."""
-    plain = about["plain_layers"]
-    if bool(plain) != (config.plain is not None):
+    if bool(about["plain_layers"]) != (config.plain is not None):
         raise UserError(f"{misfit}: its options and its list of plain_layers contradict each other.")
-    exact = replace(
-        config,
-        targets=list(about["experts_per_layer"]),
-        exclude=[],
-        layers=None,
-        plain=None if config.plain is None else replace(config.plain, targets=plain),
-    )
     limits = BuildLimits(len(shapes), sum(math.prod(s) for s, _ in shapes.values()))
     try:
         with limits:
-            adapter, built = build(model, exact, about["experts_per_layer"])
+            adapter, built = build(model, exactly(config, about), about["experts_per_layer"])
     except UserError as e:
         raise UserError(f"{misfit}: {short(e)}") from None
     except Exception as e:  # options out of a file can be wrong in ways that no component foresees

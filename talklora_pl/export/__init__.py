@@ -1,0 +1,129 @@
+"""An adapter as a folder that other programs load.
+
+=========================  ========================================================================
+``adapter.safetensors``    the trained tensors, and ``talklora.json`` beside them: see
+                           :mod:`talklora_pl.adapter.files`
+``config.json``            the base's configuration, its name, and an ``auto_map``
+``modeling_talklora.py``   what the ``auto_map`` points to; needs only talklora_pl installed
+tokenizer files            the base's tokenizer
+``README.md``              model card
+``peft/``                  the same adapter as PEFT writes it, where it is plain LoRA in effect
+=========================  ========================================================================
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor, nn
+from transformers import PretrainedConfig, PreTrainedTokenizerBase
+
+from talklora_pl.adapter.files import CONFIG, write_files, write_json
+from talklora_pl.adapter.io import adapter_tensors, describe
+from talklora_pl.errors import UserError
+from talklora_pl.export.auto import BASE, REVISION
+from talklora_pl.export.card import Facts, card
+
+MODELING = "modeling_talklora.py"
+CLASSES = {
+    "causal_lm": ("AutoModelForCausalLM", "TalkLoRAForCausalLM"),
+    "sequence_classification": ("AutoModelForSequenceClassification", "TalkLoRAForSequenceClassification"),
+}
+# entries of a base's config.json that describe how its own files are stored or how it was trained
+NOT_OURS = ("auto_map", "use_cache", "quantization_config", "_name_or_path", "transformers_version")
+
+
+def export_adapter(
+    model: nn.Module,
+    folder: str | os.PathLike[str],
+    name: str = "default",
+    tokenizer: PreTrainedTokenizerBase | None = None,
+    facts: Facts | None = None,
+    **base: Any,
+) -> Path:
+    """Write one adapter of a model in memory. Arguments as in :func:`save_adapter` and :func:`write_folder`."""
+    task = {"task": "sequence_classification"} if "SequenceClassification" in type(model).__name__ else {}
+    about = describe(model, name, task | base)
+    return write_folder(folder, adapter_tensors(model, name), about, model.config, tokenizer, facts)  # type: ignore[arg-type]
+
+
+def write_folder(
+    folder: str | os.PathLike[str],
+    tensors: dict[str, Tensor],
+    about: dict[str, Any],
+    config: PretrainedConfig,
+    tokenizer: PreTrainedTokenizerBase | None = None,
+    facts: Facts | None = None,
+) -> Path:
+    """Write the whole folder beside its place, then put it there.
+
+    Args:
+        folder: takes the place of an adapter folder that is there already.
+        tensors, about: from :func:`~talklora_pl.adapter.io.adapter_tensors` and ``describe``.
+        config: of the base, with the classes of a trained head.
+        tokenizer: of the base.
+        facts: for the model card.
+
+    Raises:
+        UserError: another folder is in the place.
+    """
+    from talklora_pl.export.peft import write_peft
+
+    facts = facts or Facts()
+    with replaced_folder(Path(folder)) as work:
+        write_files(work, tensors, about)
+        write_json(work / "config.json", config_json(config, about))
+        shutil.copyfile(Path(__file__).with_name(MODELING), work / MODELING)
+        if tokenizer is not None:
+            tokenizer.save_pretrained(work)
+        peft = write_peft(work / "peft", tensors, about, config)
+        (work / "README.md").write_text(card(about, tensors, facts, peft), encoding="utf-8")
+    return Path(folder)
+
+
+def config_json(config: PretrainedConfig, about: dict[str, Any]) -> dict[str, Any]:
+    """``config.json`` of the folder."""
+    data: dict[str, Any] = json.loads(config.to_json_string(use_diff=True))
+    auto, ours = CLASSES[about["base"].get("task") or "causal_lm"]
+    return {k: v for k, v in data.items() if k not in NOT_OURS} | {
+        "architectures": [about["base"]["class"]],
+        "auto_map": {auto: f"{MODELING.removesuffix('.py')}.{ours}"},
+        BASE: about["base"]["name_or_path"],
+        REVISION: about["base"]["revision"],
+    }
+
+
+@contextmanager
+def replaced_folder(target: Path) -> Iterator[Path]:
+    """A folder to fill, which then takes the place of ``target``; on an error ``target`` stays as it was.
+
+    Raises:
+        UserError: in the place is something else than an adapter folder.
+    """
+    if target.is_symlink() or (target.exists() and not target.is_dir()):
+        raise UserError(f"{target} exists and is no folder; choose another place.")
+    if target.is_dir() and any(target.iterdir()) and not (target / CONFIG).is_file():
+        raise UserError(f"{target} exists and is no adapter folder; choose another place.")
+    target.parent.mkdir(parents=True, exist_ok=True)
+    work = Path(tempfile.mkdtemp(prefix=f".{target.name}-", dir=target.parent))
+    try:
+        yield work
+        umask = os.umask(0)
+        os.umask(umask)
+        work.chmod(0o777 & ~umask)
+        if target.exists():
+            before = Path(tempfile.mkdtemp(prefix=f".{target.name}-old-", dir=target.parent))
+            target.rename(before / target.name)
+            work.rename(target)
+            shutil.rmtree(before, ignore_errors=True)
+        else:
+            work.rename(target)
+    finally:
+        shutil.rmtree(work, ignore_errors=True)

@@ -1,0 +1,143 @@
+"""The model card of an adapter folder."""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import dataclass, field
+from typing import Any
+
+import yaml
+from torch import Tensor
+
+from talklora_pl.hub import is_repository_name
+
+PIPELINES = {"causal_lm": "text-generation", "sequence_classification": "text-classification"}
+
+
+@dataclass
+class Facts:
+    """What a run knows about an adapter.
+
+    Attributes:
+        data: names of the data sets.
+        metrics: newest values by name.
+        routing: how the experts were used, newest values by name.
+        steps: optimiser steps.
+        license: of the adapter, an identifier of the hub such as ``apache-2.0``.
+    """
+
+    data: list[str] = field(default_factory=list)
+    metrics: dict[str, float] = field(default_factory=dict)
+    routing: dict[str, float] = field(default_factory=dict)
+    steps: int | None = None
+    license: str | None = None
+
+
+def card(about: dict[str, Any], tensors: dict[str, Tensor], facts: Facts, peft: bool) -> str:
+    """README.md: what was trained on what, how well, and how to load it."""
+    base, adapter = about["base"], about["adapter"]
+    task = base.get("task") or "causal_lm"
+    hub_base = base["name_or_path"] if is_repository_name(base["name_or_path"]) else None
+    front: dict[str, Any] = {
+        "library_name": "transformers",
+        "pipeline_tag": PIPELINES[task],
+        "license": facts.license or "unknown",
+        "tags": ["talklora-pl", "lora", "mixture-of-experts", f"experts:{adapter['experts']['name']}"],
+    }
+    if hub_base:
+        front["base_model"] = hub_base
+        front["base_model_relation"] = "adapter"
+    numbers = sum(t.numel() for t in tensors.values())
+    sections = [
+        f"---\n{yaml.safe_dump(front, sort_keys=False, allow_unicode=True)}---",
+        f"# {_title(about)}\n\nA mixture of low-rank experts ({numbers:,} trained numbers) for "
+        f"`{base['name_or_path'] or base['class']}`"
+        + (f" at revision `{base['revision']}`" if base.get("revision") else "")
+        + ", trained with talklora-pl. The base's weights are not in this folder.",
+        "## Method\n\n" + _table(_method(about)),
+    ]
+    if facts.data:
+        sections.append("## Data\n\n" + "\n".join(f"* {name}" for name in facts.data))
+    if facts.metrics:
+        after = f" after {facts.steps:,} optimiser steps" if facts.steps is not None else ""
+        sections.append(f"## Metrics{after}\n\n" + _table({k: f"{v:.6g}" for k, v in facts.metrics.items()}))
+    sections.append("## Routing\n\n" + _table(_routing(about) | {k: f"{v:.6g}" for k, v in facts.routing.items()}))
+    sections.append("## Licence\n\n" + _licence(facts.license))
+    sections.append("## How to load\n\n" + _loading(task, peft))
+    return "\n\n".join(sections) + "\n"
+
+
+def _title(about: dict[str, Any]) -> str:
+    adapter = about["adapter"]
+    parts = [adapter[k]["name"] for k in ("experts", "communication", "router")]
+    return f"{about['base']['class']} with experts `{parts[0]}`, communication `{parts[1]}`, router `{parts[2]}`"
+
+
+def _method(about: dict[str, Any]) -> dict[str, str]:
+    adapter = about["adapter"]
+    rows = {k: _component(adapter[k]) for k in ("experts", "communication", "router")}
+    rows["balance"] = ", ".join(_component(b) for b in adapter["balance"]) or "none"
+    rows["allocation"] = _component(adapter.get("allocation") or {"name": "uniform"})
+    rows["rank"] = str(adapter["rank"] or f"{adapter['expert_rank']} per expert")
+    rows["alpha"] = str(adapter["alpha"] if adapter["alpha"] is not None else "equal to the reference rank")
+    rows["targets"] = str(adapter["targets"])
+    if adapter["plain"]:
+        rows["plain LoRA"] = f"rank {adapter['plain']['rank']} on {adapter['plain']['targets']}"
+    if adapter["also_train"]:
+        rows["trained along"] = ", ".join(adapter["also_train"])
+    return rows
+
+
+def _component(data: dict[str, Any]) -> str:
+    options = ", ".join(f"{k} {v}" for k, v in data.items() if k not in ("name", "options"))
+    return data["name"] + (f" ({options})" if options else "")
+
+
+def _routing(about: dict[str, Any]) -> dict[str, str]:
+    counts = Counter(about["experts_per_layer"].values())
+    return {
+        "adapted modules": str(len(about["experts_per_layer"]) + len(about["plain_layers"])),
+        "experts per module": ", ".join(f"{n} in {c} modules" for n, c in sorted(counts.items())),
+    }
+
+
+def _table(rows: dict[str, str]) -> str:
+    clean = {k: v.replace("|", "\\|").replace("\n", " ") for k, v in rows.items()}
+    return "| | |\n|---|---|\n" + "\n".join(f"| {k} | {v} |" for k, v in clean.items())
+
+
+def _licence(name: str | None) -> str:
+    if name:
+        return f"This adapter: {name}. The base model has its own licence."
+    return "The licence of this adapter was not stated. The base model has its own licence."
+
+
+def _loading(task: str, peft: bool) -> str:
+    auto = {"causal_lm": "AutoModelForCausalLM", "sequence_classification": "AutoModelForSequenceClassification"}[task]
+    text = f"""With `pip install talklora-pl`, by itself or by any program that takes a `transformers` model:
+
+```python
+from transformers import {auto}, AutoTokenizer
+
+model = {auto}.from_pretrained(FOLDER, trust_remote_code=True)  # base=NAME: another place of the base
+tokenizer = AutoTokenizer.from_pretrained(FOLDER)
+```
+
+or onto a base that is loaded already:
+
+```python
+from talklora_pl import load_adapter
+
+load_adapter(base_model, FOLDER)
+```"""
+    if peft:
+        text += """
+
+Its routing does not depend on the token, so PEFT loads it without talklora-pl:
+
+```python
+from peft import PeftModel
+
+model = PeftModel.from_pretrained(base_model, FOLDER + "/peft")
+```"""
+    return text
