@@ -230,7 +230,8 @@ class Scores(Metric):
 
 
 def table(tuned: dict[str, dict[str, float]], base: dict[str, dict[str, float]] | None) -> Table:
-    """Results of :meth:`Scores.compute` for people: one line per task and metric, the base model's number beside it."""
+    """Results of :meth:`Scores.compute` for people: the base model's number beside it. The loss is
+    shown where nothing else was measured; the JSON file always has it."""
     from rich.table import Table
 
     out = Table(title="Test scores")
@@ -242,7 +243,8 @@ def table(tuned: dict[str, dict[str, float]], base: dict[str, dict[str, float]] 
         if task == "mean":
             out.add_section()
         n = int(scores.get("questions", 0))
-        for name in ("accuracy", "exact_match", "loss"):
+        judged = [name for name in ("accuracy", "exact_match") if name in scores]
+        for name in judged or ["loss"]:
             if name in scores:
                 p = scores[name]
                 before = [f"{base[task][name]:.3f}" if name in base.get(task, {}) else "–"] if base else []

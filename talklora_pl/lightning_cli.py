@@ -179,11 +179,11 @@ class CLI(LightningCLI):
         return super().instantiate_trainer(**kwargs)
 
 
-def run(verb: str, argv: list[str]) -> None:
-    """Parse ``argv`` and run one of Lightning's verbs."""
+def run(verb: str, argv: list[str]) -> CLI:
+    """Parse ``argv`` and run one of Lightning's verbs; the result has ``trainer``, ``model`` and ``datamodule``."""
     # of Lightning's own making, and nothing a user could act upon
     warnings.filterwarnings("ignore", ".*LeafSpec.*")
     logging.getLogger("lightning.pytorch.utilities.rank_zero").addFilter(lambda r: "litlogger" not in r.getMessage())
     argv = _expand(argv)
     registry.import_plugins(_plugins(argv))
-    CLI(verb, argv)
+    return CLI(verb, argv)

@@ -92,7 +92,7 @@ class TextData(L.LightningDataModule):
     @property
     def tasks(self) -> list[str]:
         """Names of all tasks, after :meth:`setup`."""
-        return sorted({task for table in self.tables.values() for task in table.unique("task")})
+        return sorted({task for table in self.tables.values() for task in table["task"]})
 
     # -- preparation ------------------------------------------------------------------------------------------------
 

@@ -1,0 +1,46 @@
+"""``python -m talklora_pl quickstart``: train on the generated skills, show what was learned and by which experts.
+
+Further options go to ``fit``: ``quickstart --config method/lora``, ``quickstart --model.adapter.communication none``.
+"""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+FOLDER = Path("quickstart")
+NEXT = """\
+What is where
+  {adapter}   the adapter: load_adapter(model, "{adapter}") gives it to the base model
+  {log}   checkpoints, scores and TensorBoard logs: tensorboard --logdir {log}
+  {folder}/train.jsonl   what it was trained on
+What to type next
+  python -m talklora_pl quickstart --config method/lora                       the same with plain LoRA
+  python -m talklora_pl quickstart --model.adapter.communication attention    another way for experts to talk
+  python -m talklora_pl components                                            all parts there are
+  python -m talklora_pl fit --config method/talklora --model.base.path MODEL --data.train YOUR.jsonl"""
+
+
+def main(argv: list[str]) -> int:
+    """Train, test, export and explain; the files go to ``./quickstart``."""
+    from talklora_pl.quickstart import skills
+
+    if not {"-h", "--help"} & set(argv):
+        skills.write(FOLDER)
+        print(f"{len(skills.SKILLS)} skills: {', '.join(skills.SKILLS)} (written to {FOLDER})", file=sys.stderr)
+    import rich
+
+    from talklora_pl import save_adapter
+    from talklora_pl.lightning_cli import run
+    from talklora_pl.quickstart.report import experts_by_task, specialist_table
+
+    cli = run("fit", ["--config", "method/talklora", "--config", "quickstart", *argv])
+    trainer, tuner = cli.trainer, cli.model
+    trainer.test(tuner, datamodule=cli.datamodule, verbose=False)
+    by_layer = experts_by_task(tuner, trainer.test_dataloaders)
+    if trainer.is_global_zero:
+        if by_layer:
+            rich.print(specialist_table(by_layer))
+        adapter = save_adapter(tuner.model, FOLDER / "adapter")
+        print(NEXT.format(adapter=adapter, log=trainer.log_dir, folder=FOLDER))
+    return 0

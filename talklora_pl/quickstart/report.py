@@ -1,0 +1,81 @@
+"""Which experts serve which task.
+
+T tokens, E experts, J tasks.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from talklora_pl.routing import RoutingCollector
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+    from talklora_pl.module import FineTuner
+
+
+@torch.no_grad()
+def experts_by_task(tuner: FineTuner, batches: Iterable[dict[str, Any]]) -> dict[str, dict[str, Tensor]]:
+    """Mean routing weight of every expert over all real tokens of a task: ``{layer: {task: share_E}}``, layers with
+    one expert left out."""
+    sums: dict[str, dict[str, Tensor]] = {}
+    tuner.model.eval()
+    for batch in batches:
+        batch = {k: v.to(tuner.model.device) if isinstance(v, Tensor) else v for k, v in batch.items()}
+        mask_BS = batch["attention_mask"]
+        with RoutingCollector(mask_BS) as collector:
+            tuner.token_logits(batch)
+        rows_of = {
+            task: torch.tensor([batch["task"][q] == task for q in batch["group"].tolist()], device=mask_BS.device)
+            for task in batch["task"]
+        }
+        for record in collector.records:
+            weights_TE = record.routing.weights_TE
+            if weights_TE.shape[1] < 2 or len(weights_TE) != mask_BS.numel():
+                continue
+            layer = sums.setdefault(record.layer, {})
+            for task, rows_B in rows_of.items():
+                chosen_T = (mask_BS.bool() & rows_B[:, None]).reshape(-1)
+                total_E = weights_TE[chosen_T].sum(0).double().cpu()
+                layer[task] = layer.get(task, torch.zeros_like(total_E)) + total_E
+    return {
+        layer: {task: total_E / total_E.sum() for task, total_E in sorted(tasks.items())}
+        for layer, tasks in sums.items()
+    }
+
+
+def specialisation(share_JE: Tensor) -> float:
+    """Mutual information of task and expert in bits, all tasks weighted alike: 0 if every task is routed alike,
+    log2(min(J, E)) at most. H(mean over j of p_j) - mean over j of H(p_j)."""
+
+    def entropy(p: Tensor) -> Tensor:
+        return -torch.xlogy(p, p).sum(-1) / torch.log(torch.tensor(2.0))
+
+    return float(entropy(share_JE.mean(0)) - entropy(share_JE).mean())
+
+
+def specialist_table(by_layer: dict[str, dict[str, Tensor]]) -> Table:
+    """The routing weights of the layer in which tasks differ most, one line per task."""
+    from rich.table import Table
+
+    scores = {layer: specialisation(torch.stack(list(tasks.values()))) for layer, tasks in by_layer.items()}
+    layer = max(scores, key=scores.__getitem__)
+    mean = sum(scores.values()) / len(scores)
+    out = Table(
+        title="Which experts serve which skill (mean routing weight)",
+        caption=f"{layer}: of {len(scores)} layers the one where skills differ most, "
+        f"{scores[layer]:.3f} bits of mutual information (mean of all layers {mean:.3f}).",
+    )
+    out.add_column("skill")
+    tasks = by_layer[layer]
+    for e in range(len(next(iter(tasks.values())))):
+        out.add_column(f"expert {e}", justify="right")
+    for task, share_E in tasks.items():
+        best = int(share_E.argmax())
+        out.add_row(task, *(f"[bold]{p:.2f}[/bold]" if e == best else f"{p:.2f}" for e, p in enumerate(share_E)))
+    return out
