@@ -230,8 +230,10 @@ class Scores(Metric):
 
 
 def table(tuned: dict[str, dict[str, float]], base: dict[str, dict[str, float]] | None) -> Table:
-    """Results of :meth:`Scores.compute` for people: the base model's number beside it. The loss is
-    shown where nothing else was measured; the JSON file always has it."""
+    """Results of :meth:`Scores.compute` for people: one line per task, the base model's number beside the adapter's.
+
+    The loss is shown where nothing else was measured; the JSON file always has it.
+    """
     from rich.table import Table
 
     out = Table(title="Test scores")
