@@ -245,7 +245,7 @@ def table(tuned: dict[str, dict[str, float]], base: dict[str, dict[str, float]] 
         if task == "mean":
             out.add_section()
         n = int(scores.get("questions", 0))
-        judged = [name for name in ("accuracy", "exact_match") if name in scores]
+        judged: list[str] = [name for name in ("accuracy", "exact_match") if name in scores]
         for name in judged or ["loss"]:
             if name in scores:
                 p = scores[name]

@@ -37,7 +37,7 @@ def main(argv: list[str]) -> int:
     cli = run("fit", ["--config", "method/talklora", "--config", "quickstart", *argv])
     trainer, tuner = cli.trainer, cli.model
     trainer.test(tuner, datamodule=cli.datamodule, verbose=False)
-    by_layer = experts_by_task(tuner, trainer.test_dataloaders)
+    by_layer = experts_by_task(tuner, cli.datamodule.test_dataloader())
     if trainer.is_global_zero:
         if by_layer:
             rich.print(specialist_table(by_layer))

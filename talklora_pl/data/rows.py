@@ -8,7 +8,8 @@
 | `choice`         | `question`, `choices`: list of texts, `label`: index, text or letter of the right one         |
 | `classification` | `text`, `label`: index or name of the class                                                   |
 
-`id` and `task` are optional everywhere. Data to predict for needs no `output`, `completion`, `label` or last assistant message.
+`id` and `task` are optional everywhere. Data to predict for needs no `output`, `completion`, `label` or last assistant
+message.
 """
 
 from __future__ import annotations

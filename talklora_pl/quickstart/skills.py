@@ -1,5 +1,7 @@
 """Eight skills as prompt and completion: every row is a function of its seed, and no test prompt is ever trained on."""
 
+# ruff: noqa: SIM905 (lists of words read better as a text)
+
 from __future__ import annotations
 
 import hashlib
@@ -21,7 +23,9 @@ SHORT = (
     "ice joy kid lip mud nut oil pot rug sky toe urn wax yak zip ant bed car den egg fan gas hot ink jet log man nap "
     "bird cake door fish game hand iron jump king lamp milk nest open park rain salt tree unit vest wind yard zone"
 ).split()
-NAMES = "Anna Boris Carla David Elena Felix Greta Henry Irene Jonas Karin Louis Maria Nadia Oscar Paula Ravi Sofia".split()
+NAMES = (
+    "Anna Boris Carla David Elena Felix Greta Henry Irene Jonas Karin Louis Maria Nadia Oscar Paula Ravi Sofia".split()
+)
 CITIES = "Oslo Paris Lima Cairo Delhi Tokyo Quito Accra Hanoi Sofia Dublin Berlin Madrid Athens Lisbon Prague".split()
 UNITS = {("km", "m"): 1000, ("kg", "g"): 1000, ("m", "cm"): 100, ("hours", "minutes"): 60, ("minutes", "seconds"): 60}
 
