@@ -1,5 +1,6 @@
 """Lightning callbacks; imported as ``talklora_pl.callbacks``."""
 
+from talklora_pl.callbacks.adapter_export import AdapterExport
 from talklora_pl.callbacks.allocation import ExpertAllocation
 from talklora_pl.callbacks.checkpoint import Checkpoint
 from talklora_pl.callbacks.guard import FiniteGuard
@@ -7,4 +8,4 @@ from talklora_pl.callbacks.load_balance import LoadBalance
 from talklora_pl.callbacks.preemption import Preemption
 from talklora_pl.callbacks.resume import ExactResume
 
-__all__ = ["Checkpoint", "ExactResume", "ExpertAllocation", "FiniteGuard", "LoadBalance", "Preemption"]
+__all__ = ["AdapterExport", "Checkpoint", "ExactResume", "ExpertAllocation", "FiniteGuard", "LoadBalance", "Preemption"]

@@ -147,6 +147,7 @@ class CLI(LightningCLI):
         )
         parser.link_arguments("model.base", "data.base")
         parser.add_lightning_class_args(callbacks.Checkpoint, "checkpoint")
+        parser.add_lightning_class_args(callbacks.AdapterExport, "export")
         parser.add_lightning_class_args(callbacks.LoadBalance, "load_balance")
         parser.add_lightning_class_args(callbacks.ExactResume, "resume")
         parser.add_lightning_class_args(callbacks.FiniteGuard, "guard")

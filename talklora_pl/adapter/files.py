@@ -37,14 +37,10 @@ MAX_EXPERTS = 4096
 
 def write_files(folder: Path, tensors: dict[str, Tensor], about: dict[str, Any]) -> None:
     """Write both files; each appears whole or not at all, and the digest tells a mixture of old and new ones."""
-    ready = {k: _whole(v.detach()).contiguous().cpu() for k, v in tensors.items()}
+    ready = {k: v.detach().contiguous().cpu() for k, v in tensors.items()}
     folder.mkdir(parents=True, exist_ok=True)
     write_whole(folder / TENSORS, lambda p: save_file(ready, p, {"format": "pt"}))
     write_json(folder / CONFIG, {**about, "tensors_sha256": sha256(folder / TENSORS)})
-
-
-def _whole(tensor: Any) -> Tensor:
-    return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
 
 
 def write_whole(path: Path, write: Callable[[Path], object]) -> None:

@@ -96,7 +96,7 @@ def describe(model: nn.Module, name: str = "default", base: dict[str, Any] | Non
 
 
 def save_adapter(model: nn.Module, folder: str | os.PathLike[str], name: str = "default", **base: Any) -> Path:
-    """Write an adapter of ``model`` to ``folder``. Under FSDP2 every process has to call this; each writes.
+    """Write an adapter of ``model`` to ``folder``.
 
     Args:
         base: what to remember of the base in place of what the model says of itself: ``name_or_path``, ``revision``.

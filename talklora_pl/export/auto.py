@@ -30,6 +30,7 @@ def from_pretrained(
     base_revision: str | None = None,
     revision: str | None = None,
     check_base: bool = True,
+    plugins: list[str] | str | None = None,
     **options: Any,
 ) -> Any:
     """The base model with the adapter of ``folder`` on, in eval mode; an instance of the base's own class.
@@ -41,7 +42,7 @@ def from_pretrained(
         base: another place of the base (hub name, folder), or the loaded base itself.
         base_revision: of the base on the hub.
         revision: of the adapter on the hub.
-        check_base: as in :func:`talklora_pl.load_adapter`.
+        check_base, plugins: as in :func:`talklora_pl.load_adapter`.
         options: of the base's ``from_pretrained`` (dtype, device_map, attn_implementation, ...). The base's own remote
             code is never run; load such a base yourself and pass it as ``base``.
 
@@ -63,7 +64,8 @@ def from_pretrained(
             _take_labels(here, about, base_config)
         loaded = _load(getattr(transformers, auto_class), path, config=base_config, **hub, **options)
         model, info = loaded if options.get("output_loading_info") else (loaded, None)
-    load_adapter(model, here, check_base=check_base)
+    plugins = [plugins] if isinstance(plugins, str) else plugins
+    load_adapter(model, here, check_base=check_base, plugins=plugins)
     model.eval()
     return model if info is None else (model, info)
 

@@ -23,6 +23,7 @@ class Facts:
         metrics: newest values by name.
         routing: how the experts were used, newest values by name.
         steps: optimiser steps.
+        labels: names of the classes.
         license: of the adapter, an identifier of the hub such as ``apache-2.0``.
     """
 
@@ -30,6 +31,7 @@ class Facts:
     metrics: dict[str, float] = field(default_factory=dict)
     routing: dict[str, float] = field(default_factory=dict)
     steps: int | None = None
+    labels: list[str] = field(default_factory=list)
     license: str | None = None
 
 

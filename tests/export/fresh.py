@@ -1,4 +1,4 @@
-"""Run in a process of its own: loads every exported folder under argv[1] in both ways, prints the differences as JSON."""
+"""A process of its own: loads every exported folder under argv[1] in both ways, prints the differences as JSON."""
 
 from __future__ import annotations
 

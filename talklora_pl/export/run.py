@@ -1,0 +1,163 @@
+"""From a run, or a checkpoint of one, to an exported folder."""
+
+from __future__ import annotations
+
+import math
+import os
+import tempfile
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+import torch
+from torch import Tensor
+from transformers import AutoTokenizer
+
+from talklora_pl.adapter.config import AdapterConfig
+from talklora_pl.base import BaseModel, load_config, load_tokenizer, pad_id
+from talklora_pl.distributed.checkpoint import read_checkpoint
+from talklora_pl.errors import UserError
+from talklora_pl.export import CLASSES, write_folder
+from talklora_pl.export.auto import from_pretrained
+from talklora_pl.export.card import Facts
+from talklora_pl.export.merge import ALTERNATIVES, merge_adapter, why_not
+
+RUN = "talklora_run"
+"""Entry of a checkpoint with what the model card tells of its run."""
+
+
+def facts_of(trainer: L.Trainer) -> Facts:
+    """What the model card tells of a run: plain data."""
+    numbers = {k: float(v) for k, v in trainer.callback_metrics.items()}
+    numbers = {k: v for k, v in numbers.items() if math.isfinite(v)}
+    data: Any = getattr(trainer, "datamodule", None)
+    sources = getattr(data, "sources", {})
+    labels = getattr(data, "labels", None)
+    return Facts(
+        data=[f"{split}: {_data_name(s)}" for split in ("train", "val") for s in sources.get(split, [])],
+        metrics={k: v for k, v in sorted(numbers.items()) if not k.startswith(("load/", "val_load/", "alerts/"))},
+        routing={k: v for k, v in sorted(numbers.items()) if k.startswith("load/") and k.count("/") == 1},
+        steps=trainer.global_step,
+        labels=list(labels) if isinstance(labels, (list, tuple)) else [],
+    )
+
+
+def _data_name(source: Any) -> str:
+    """Name of a data set, without the folders of this machine."""
+    local = os.path.exists(os.path.expanduser(source.path)) or os.path.isabs(source.path)
+    return Path(source.path).name if local else source.path
+
+
+def export_tensors(
+    folder: str | os.PathLike[str], tensors: dict[str, Tensor], about: dict[str, Any], base: BaseModel, facts: Facts
+) -> Path:
+    """:func:`~talklora_pl.export.write_folder` with the configuration and the tokenizer of ``base``."""
+    config: Any = load_config(base)
+    try:
+        tokenizer = load_tokenizer(base)
+    except UserError:
+        tokenizer = None  # a base without one has been trained, so it can be exported
+    if base.task == "sequence_classification":
+        if config.pad_token_id is None and tokenizer is not None:
+            config.pad_token_id = pad_id(tokenizer)
+        if len(facts.labels) == config.num_labels:
+            config.id2label = dict(enumerate(facts.labels))
+            config.label2id = {name: i for i, name in enumerate(facts.labels)}
+    return write_folder(folder, tensors, about, config, tokenizer, facts)
+
+
+def export_checkpoint(
+    checkpoint: str | os.PathLike[str],
+    folder: str | os.PathLike[str],
+    base: str | None = None,
+    license: str | None = None,
+    trust_remote_code: bool = False,
+) -> Path:
+    """Write the adapter folder of a checkpoint.
+
+    Args:
+        checkpoint: a file, or the folder of a run: its best checkpoint, or the last where there is no best.
+        base: another place of the base's configuration and tokenizer; it is also what the folder will name.
+        license: of the adapter, for the model card.
+        trust_remote_code: run Python code that comes with the base.
+
+    Raises:
+        UserError: no checkpoint of ours, or its base cannot be found.
+    """
+    path = find_checkpoint(Path(checkpoint))
+    data = read_checkpoint(path)
+    about = data["talklora"]
+    if base is not None:
+        about = {**about, "base": {**about["base"], "name_or_path": base, "revision": None}}
+    info = about["base"]
+    model = BaseModel(
+        path=info["name_or_path"],
+        task=info["task"],
+        revision=info["revision"],
+        num_labels=info["num_labels"],
+        trust_remote_code=trust_remote_code,
+    )
+    facts = Facts(**data[RUN]) if RUN in data else Facts(steps=data["global_step"])
+    return export_tensors(folder, tensors_of(data), about, model, replace(facts, license=license or facts.license))
+
+
+def merge_checkpoint(
+    checkpoint: str | os.PathLike[str], folder: str | os.PathLike[str], base: str | None = None
+) -> Path:
+    """Write the whole model of a checkpoint with its adapter merged into the weights, as ``save_pretrained`` does.
+
+    Args:
+        folder: must not hold anything yet.
+
+    Raises:
+        UserError: the adapter cannot be merged (before any weights are loaded), or as :func:`export_checkpoint`.
+    """
+    path, folder = find_checkpoint(Path(checkpoint)), Path(folder)
+    about = read_checkpoint(path)["talklora"]
+    if reason := why_not(AdapterConfig.from_dict(about["adapter"]), about["experts_per_layer"]):
+        raise UserError(f"The adapter of {path} cannot be merged: {reason}. {ALTERNATIVES}")
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise UserError(f"{folder} exists and is not empty; choose another place.")
+    with tempfile.TemporaryDirectory() as scratch:
+        adapter = export_checkpoint(path, Path(scratch) / "adapter", base)
+        model = from_pretrained(CLASSES[about["base"]["task"]][0], adapter)
+        merge_adapter(model)
+        model.save_pretrained(folder)
+        if (adapter / "tokenizer_config.json").is_file():
+            AutoTokenizer.from_pretrained(adapter).save_pretrained(folder)
+    return folder
+
+
+def tensors_of(checkpoint: dict[str, Any]) -> dict[str, Tensor]:
+    """The tensors of an adapter file, from a checkpoint's."""
+    ours = "model.talklora.default."
+    out: dict[str, Tensor] = {}
+    for key, value in checkpoint["state_dict"].items():
+        out[key.removeprefix(ours) if key.startswith(ours) else f"base.{key.removeprefix('model.')}"] = value
+    return out
+
+
+def find_checkpoint(path: Path) -> Path:
+    """The checkpoint to export: ``path`` itself, or in the folder of a run the best, else the last."""
+    if not path.is_dir():
+        return path
+    for name in ("best.ckpt", "last.ckpt"):
+        for place in (path / name, path / "checkpoints" / name):
+            if place.is_file():
+                return place
+    raise UserError(f"There is no best.ckpt or last.ckpt in {path} or in {path / 'checkpoints'}.")
+
+
+def remember(checkpoint: dict[str, Any], facts: Facts) -> None:
+    """Leave the facts in a checkpoint."""
+    checkpoint[RUN] = asdict(facts)
+
+
+def whole(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Copies in memory of this process; every process has to call this, since a tensor may be spread over several."""
+    out: dict[str, Any] = {}
+    for key, value in tensors.items():
+        full = value.full_tensor() if hasattr(value, "full_tensor") else value
+        out[key] = full.detach().to("cpu", copy=True, memory_format=torch.contiguous_format)
+    return out
