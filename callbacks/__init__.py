@@ -7,5 +7,15 @@ from talklora_pl.callbacks.guard import FiniteGuard
 from talklora_pl.callbacks.load_balance import LoadBalance
 from talklora_pl.callbacks.preemption import Preemption
 from talklora_pl.callbacks.resume import ExactResume
+from talklora_pl.callbacks.routing_sensitivity import RoutingSensitivity
 
-__all__ = ["AdapterExport", "Checkpoint", "ExactResume", "ExpertAllocation", "FiniteGuard", "LoadBalance", "Preemption"]
+__all__ = [
+    "AdapterExport",
+    "Checkpoint",
+    "ExactResume",
+    "ExpertAllocation",
+    "FiniteGuard",
+    "LoadBalance",
+    "Preemption",
+    "RoutingSensitivity",
+]

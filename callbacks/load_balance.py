@@ -13,6 +13,7 @@ from torch import Tensor
 from talklora_pl.callbacks.alerts import AlertRules, Alerts
 from talklora_pl.metrics import Load, RoutingLoad, overlap, top_experts
 from talklora_pl.routing import RoutingCollector, RoutingRecord
+from talklora_pl.sensitivity import DecisionInputs, communication_matrices
 from talklora_pl.tensorboard import Board
 
 PROBE_TOKENS = 2048
@@ -53,6 +54,7 @@ class LoadBalance(L.Callback):
         self._observing = False
         self._step = 0
         self._evaluation = ExitStack()
+        self._inputs: dict[str, Tensor] = {}
         self._probe: dict[str, Tensor] = {}
         self._probe_text = 0
         self._probe_left = 0
@@ -121,8 +123,12 @@ class LoadBalance(L.Callback):
     def on_validation_batch_start(
         self, trainer: L.Trainer, pl_module: Any, batch: Any, batch_idx: int, dataloader_idx: int = 0
     ) -> None:
-        if self.val_load is not None:
-            self._collector = self._evaluation.enter_context(RoutingCollector(batch["attention_mask"]))
+        if self.val_load is None:
+            return
+        if self.figures and batch_idx == 0 and trainer.is_global_zero:
+            inputs = DecisionInputs(pl_module.adapter, batch["attention_mask"])
+            self._inputs = self._evaluation.enter_context(inputs).x
+        self._collector = self._evaluation.enter_context(RoutingCollector(batch["attention_mask"]))
 
     def on_validation_batch_end(
         self, trainer: L.Trainer, pl_module: Any, outputs: Any, batch: Any, batch_idx: int, dataloader_idx: int = 0
@@ -174,7 +180,7 @@ class LoadBalance(L.Callback):
         board.figure("experts/load", figures.load(load))
         if len(load.tasks) > 1:
             board.figure("experts/tasks", figures.tasks(load))
-        matrices = figures.communication_matrices(pl_module.adapter)
+        matrices = communication_matrices(pl_module.adapter, self._inputs)
         if matrices:
             board.figure("experts/communication", figures.communication(matrices))
 

@@ -16,7 +16,7 @@ from matplotlib.axes import Axes
 from matplotlib.cm import ScalarMappable
 from matplotlib.colors import Normalize, TwoSlopeNorm
 from matplotlib.figure import Figure
-from torch import Tensor, nn
+from torch import Tensor
 
 from talklora_pl.metrics import Load
 
@@ -173,17 +173,6 @@ def short(name: str) -> str:
     """``model.layers.3.self_attn.q_proj`` -> ``3 self_attn.q_proj``."""
     kind, index = kind_and_index(name)
     return kind if index is None else f"{index} {kind}"
-
-
-def communication_matrices(adapter: nn.Module) -> dict[str, Tensor]:
-    """Who listens to whom, by layer, where the communication has such a matrix."""
-    found = {}
-    for module in adapter.modules():
-        talk = getattr(module, "communication", None)
-        matrix = talk.matrix() if isinstance(talk, nn.Module) else None  # type: ignore[operator]
-        if matrix is not None and len(matrix) > 1:
-            found[str(module.name)] = matrix.detach().float().cpu()
-    return found
 
 
 def communication(matrices: Mapping[str, Tensor]) -> Figure:

@@ -93,7 +93,8 @@ class RoutingCollector:
         _active.pop()
 
     def add(self, layer: str, routing: Routing, leading_shape: torch.Size) -> None:
-        if self.mask is not None and self.mask.shape == leading_shape:
+        # by number, not by shape: some models flatten (batch, sequence) before their feed-forward Linears (OPT)
+        if self.mask is not None and self.mask.numel() == routing.weights_TE.shape[0]:
             mask_T = self.mask.reshape(-1).bool()
         else:  # a layer that does not see one row per token, such as a pooler
             mask_T = torch.ones(routing.weights_TE.shape[0], dtype=torch.bool, device=routing.weights_TE.device)

@@ -75,6 +75,10 @@ class Board:
             }
         for name, n, row in zip(load.layers, load.experts_L.tolist(), load.relative_LE.tolist(), strict=True):
             values |= {f"{prefix}_experts/{name}/{i}": v for i, v in enumerate(row[:n])}
+        self.scalars(values)
+
+    def scalars(self, values: dict[str, float]) -> None:
+        """Scalars that are too many for the trainer's own bookkeeping."""
         for logger in self.trainer.loggers:
             logger.log_metrics(values, self.step)
 

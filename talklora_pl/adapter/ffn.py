@@ -74,6 +74,11 @@ class AdaptedFFN(Mixture):
         z_TQ = torch.cat(r_ETR, dim=-1) * self.scale
         return torch.addmm(y_TD, z_TQ.to(y_TD.dtype), e.down.up().to(y_TD.dtype)).view(x.shape)
 
+    def say(self, x_TD: Tensor) -> Tensor:
+        sides = (self.experts.gate, self.experts.up)
+        m_TEF: Tensor = self.experts.say(*(s.split(F.linear(x_TD.to(s.A.dtype), s.down())) for s in sides))
+        return m_TEF
+
     def _add(self, frozen_tH: Tensor, h_tR: Tensor, B_RH: Tensor) -> Tensor:
         return torch.addmm(frozen_tH, h_tR.to(frozen_tH.dtype), B_RH.to(frozen_tH.dtype), alpha=self.scale)
 

@@ -48,6 +48,11 @@ class AdaptedLinear(Mixture):
         y_TO = add_up(y_TO, z_TQ, self.experts.up(), self.dropout_output, self.training)
         return y_TO.view(*x.shape[:-1], -1)
 
+    def say(self, x_TD: Tensor) -> Tensor:
+        A_PD = self.experts.down()
+        m_TEF: Tensor = self.experts.say(self.experts.split(F.linear(x_TD.to(A_PD.dtype), A_PD)))
+        return m_TEF
+
     def rank_space(self, x_TD: Tensor, h_TP: Tensor, leading_shape: torch.Size) -> Tensor:
         """Everything between the down and the up projection: z_TQ, in the dtype of the trained tensors."""
         # small tensors: full precision costs nothing, and selection wants it

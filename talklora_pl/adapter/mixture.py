@@ -38,6 +38,10 @@ class Mixture(nn.Module):
                 f"per expert that communication {config.communication.name!r} gives; set experts_see_talk to false."
             )
 
+    def say(self, x_TD: Tensor) -> Tensor:
+        """What the experts say of an input by themselves, m_TEF: for measurements, which need the decision alone."""
+        raise NotImplementedError
+
     def decide(self, x_TD: Tensor, m_TEF: Tensor, leading_shape: torch.Size) -> tuple[Routing, Tensor]:
         """The routing of every token, and what the experts have heard."""
         m_TEG = self.communication(m_TEF, x_TD)
@@ -93,13 +97,15 @@ class BlockMixture(Mixture):
         finally:
             self._routing = outer
 
+    def say(self, x_TD: Tensor) -> Tensor:
+        if not self.heard:
+            return x_TD.new_zeros(x_TD.shape[0], self.num_experts, 0)
+        experts = self._speaker[0]
+        A_PD = experts.down()
+        m_TEF: Tensor = experts.say(experts.split(F.linear(x_TD.to(A_PD.dtype), A_PD)))
+        return m_TEF
+
     def _decide(self, x: Tensor) -> Routing:
         x_TD = x.reshape(-1, x.shape[-1])
         with torch.autocast(x_TD.device.type, enabled=False):
-            if self.heard:
-                experts = self._speaker[0]
-                A_PD = experts.down()
-                m_TEF = experts.say(experts.split(F.linear(x_TD.to(A_PD.dtype), A_PD)))
-            else:
-                m_TEF = x_TD.new_zeros(x_TD.shape[0], self.num_experts, 0)
-            return self.decide(x_TD, m_TEF, x.shape[:-1])[0]
+            return self.decide(x_TD, self.say(x_TD), x.shape[:-1])[0]

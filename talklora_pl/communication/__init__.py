@@ -36,8 +36,12 @@ class CommunicationModule(nn.Module):
         """
         raise NotImplementedError
 
-    def matrix(self) -> Tensor | None:
-        """Who listens to whom, (E, E) with listeners in rows, for pictures; None where there is no such matrix."""
+    def matrix(self, m_TEF: Tensor | None = None) -> Tensor | None:
+        """Who listens to whom, (E, E) with listeners in rows, for pictures; None where there is no such matrix.
+
+        Args:
+            m_TEF: what the experts say, where the matrix depends on it: the mean over tokens is returned.
+        """
         return None
 
 

