@@ -12,10 +12,10 @@ from talklora_pl.tensorboard import Board
 
 
 class RoutingSensitivity(L.Callback):
-    """Logs how strongly routing weights react to the layers' inputs; for the equations see :mod:`talklora_pl.sensitivity`.
+    """Logs how strongly routing weights react to the layers' inputs; equations: :mod:`talklora_pl.sensitivity`.
 
-    ``sensitivity/change`` and ``sensitivity/jacobian`` are means over layers; ``sensitivity_layers/*`` is every layer. The
-    tokens are those of the first validation batches of every process, the same in every evaluation.
+    ``sensitivity/change`` and ``sensitivity/jacobian`` are means over layers; ``sensitivity_layers/*`` is every layer.
+    The tokens are those of the first validation batches of every process, the same in every evaluation.
 
     Args:
         batches: how many of them.

@@ -1,4 +1,4 @@
-"""How much a small change of a layer's input changes who speaks: TalkLoRA's claim that talk smooths routing, as a number.
+"""How much a small change of a layer's input changes who speaks: "communication smooths routing", as a number.
 
 T tokens, D input width, E experts, F features per expert.
 
