@@ -83,6 +83,9 @@ def _add(root: nn.Module, name: str, module: nn.Module) -> None:
         if part not in root._modules:
             root.add_module(part, nn.Module())
         root = root._modules[part]  # type: ignore[assignment]
+    if (container := root._modules.get(leaf)) is not None:
+        for child, inside in container.named_children():
+            module.add_module(child, inside)
     root.add_module(leaf, module)
 
 
@@ -214,7 +217,17 @@ def _build(
                 layer = AdaptedFFN(spec, config, adapter.bank, gated_ffn(module))
             else:
                 if config.router.per == "block":
-                    block = _block_of(n, model, spec, config, blocks)
+                    path = n.rpartition(".")[0]
+                    if path not in blocks:
+                        blocks[path] = _block(n, path, model, spec, config)
+                        # before its Linears, which become its children
+                        add(path, model.get_submodule(path), blocks[path])
+                    block = blocks[path]
+                    if block.num_experts != spec.num_experts:
+                        raise UserError(
+                            f"router.per: block: the Linears of {path!r} have unequal numbers of experts in the "
+                            "allocation; give all of them the same, or use router.per: linear."
+                        )
                 layer = AdaptedLinear(spec, config, adapter.bank, block)
                 if block is not None and not block.decides and spec.in_features == block.width:
                     block.listen_to(layer.experts, spec, config)
@@ -228,7 +241,6 @@ def _build(
                 f"router.per: block: no target in {n!r} takes the block's own input (width {block.width}); add one to "
                 "targets, or use router.per: linear."
             )
-        add(n, model.get_submodule(n), block)
         adapter.decisions[n] = block.num_experts
     return built
 
@@ -258,22 +270,12 @@ def _spec(name: str, module: nn.Module, config: AdapterConfig, num_experts: int,
     )
 
 
-def _block_of(
-    name: str, model: nn.Module, spec: LayerSpec, config: AdapterConfig, blocks: dict[str, BlockMixture]
-) -> BlockMixture:
-    """The decision that ``name`` shares with the other Linears of the module that directly contains it."""
-    path = name.rpartition(".")[0]
-    if path not in blocks:
-        if not path:
-            raise UserError(f"router.per: block: {name!r} is in no block; use router.per: linear.")
-        first = next(m for m in model.get_submodule(path).children() if is_linear(m))
-        blocks[path] = BlockMixture(replace(spec, name=path, in_features=widths(first)[0]), config)
-    if blocks[path].num_experts != spec.num_experts:
-        raise UserError(
-            f"router.per: block: the Linears of {path!r} have unequal numbers of experts in the allocation; give all "
-            "of them the same, or use router.per: linear."
-        )
-    return blocks[path]
+def _block(name: str, path: str, model: nn.Module, spec: LayerSpec, config: AdapterConfig) -> BlockMixture:
+    """The decision that the Linear ``name`` shares with the others of the module that directly contains it."""
+    if not path:
+        raise UserError(f"router.per: block: {name!r} is in no block; use router.per: linear.")
+    first = next(m for m in model.get_submodule(path).children() if is_linear(m))
+    return BlockMixture(replace(spec, name=path, in_features=widths(first)[0]), config)
 
 
 def adapted_modules(model: nn.Module) -> dict[str, Adapted]:
