@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import inspect
 import json
 from typing import Any
@@ -65,8 +64,7 @@ def main(argv: list[str]) -> int:
     options = parser.parse_args(argv)
     registry.import_plugins(options.plugins)
     if options.json:
-        plain = lambda v: dataclasses.asdict(v) if dataclasses.is_dataclass(v) else str(v)  # noqa: E731
-        print(json.dumps(components(), indent=1, default=plain))
+        print(json.dumps(components(), indent=1, default=str))
     else:
         # markup off: types such as list[str] are no style
         Console(markup=False).print(components_table())
