@@ -85,15 +85,18 @@ def read_checkpoint(path: str | os.PathLike[str]) -> dict[str, Any]:
             raise zipfile.BadZipFile(f"wrong checksum of record {damaged}")
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:
-        raise UserError(f"The checkpoint {path} is torn, damaged or no checkpoint ({error}). {instead}") from error
+        # torch explains at length how to load objects that are not plain data; nobody should
+        found = re.search(r"WeightsUnpickler error:\s*(.*?)(?:\. |\n|$)", str(error))
+        reason = f"it is not plain data: {found[1]}" if found else str(error)
+        raise UserError(f"The checkpoint {path} is torn, damaged or no checkpoint ({reason}). {instead}") from error
     if not isinstance(checkpoint, dict) or "state_dict" not in checkpoint or "loops" not in checkpoint:
         raise UserError(f"{path} is not a training checkpoint (it has no state_dict and loops). {instead}")
-    found = checkpoint.get(KEY)
-    if not isinstance(found, dict):
+    about = checkpoint.get(KEY)
+    if not isinstance(about, dict):
         raise UserError(f"{path} is a checkpoint of another program: it lacks the entry {KEY!r}. {instead}")
-    if found.get("format_version") != FORMAT_VERSION:
+    if about.get("format_version") != FORMAT_VERSION:
         raise UserError(
-            f"{path} has format version {found.get('format_version')!r}, this talklora-pl reads {FORMAT_VERSION}. "
+            f"{path} has format version {about.get('format_version')!r}, this talklora-pl reads {FORMAT_VERSION}. "
             f"Resume it with the version that wrote it, or start anew from an exported adapter. {instead}"
         )
     return checkpoint

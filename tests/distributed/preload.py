@@ -1,5 +1,6 @@
 """Imported once by the server that test runs are forked from."""
 
+import datasets  # noqa: F401
 import lightning.pytorch.cli  # noqa: F401
 import tensorboard.compat  # noqa: F401
 import torch.utils.tensorboard  # noqa: F401

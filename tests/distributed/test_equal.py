@@ -8,19 +8,13 @@ import numpy as np
 import pytest
 import torch
 
-from tests.distributed.runs import curve, distance, fit, load, make_project
+from tests.distributed.runs import curve, distance, fit, load
 
 TWO = ("--data.batch_size", "2")
 
 
-@pytest.fixture(scope="module")
-def config(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return make_project(tmp_path_factory.mktemp("project"))
 
 
-@pytest.fixture(scope="module")
-def reference(config: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return fit(config, tmp_path_factory.mktemp("reference"))
 
 
 def same_curve(one: Path, other: Path) -> bool:

@@ -1,0 +1,75 @@
+"""Callbacks that hurt a run at a chosen moment."""
+
+from __future__ import annotations
+
+import os
+import signal
+import time
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+import torch
+
+
+class SignalAt(L.Callback):
+    """Send this process a signal in optimiser step `step` (counted from 0).
+
+    Args:
+        step: in which step.
+        where: ``train`` (before its first micro-batch), ``validation`` (amid the validation after it).
+        name: of the signal.
+        rank: which process gets it.
+    """
+
+    def __init__(self, step: int, where: str = "train", name: str = "SIGTERM", rank: int = 0) -> None:
+        self.step, self.where, self.number, self.rank = step, where, getattr(signal, name), rank
+
+    def _fire(self, trainer: L.Trainer, where: str) -> None:
+        if trainer.global_step == self.step and where == self.where and trainer.global_rank == self.rank:
+            self.step = -1
+            os.kill(os.getpid(), self.number)
+
+    def on_train_batch_start(self, trainer: L.Trainer, *args: Any) -> None:
+        self._fire(trainer, "train")
+
+    def on_validation_batch_end(self, trainer: L.Trainer, *args: Any) -> None:
+        if not trainer.sanity_checking:
+            self._fire(trainer, "validation")
+
+
+class Progress(L.Callback):
+    """Tell the outside where the run is, in the file `folder`/step.<rank>; and take time."""
+
+    def __init__(self, folder: str, sleep: float = 0.0) -> None:
+        self.folder, self.sleep = Path(folder), sleep
+
+    def on_train_batch_start(self, trainer: L.Trainer, *args: Any) -> None:
+        time.sleep(self.sleep)
+        part = self.folder / f".step.{trainer.global_rank}"
+        part.write_text(f"{trainer.global_step} {os.getpid()}")
+        part.replace(self.folder / f"step.{trainer.global_rank}")
+
+
+class Poison(L.Callback):
+    """Make the loss or the gradient of some micro-batches NaN.
+
+    Args:
+        batches: micro-batches, counted over the whole run.
+        what: ``loss`` or ``gradient``.
+        rank: in which process.
+    """
+
+    def __init__(self, batches: list[int], what: str = "gradient", rank: int = 0) -> None:
+        self.batches, self.what, self.rank = batches, what, rank
+
+    def _hit(self, trainer: L.Trainer) -> bool:
+        return trainer.fit_loop.epoch_loop.total_batch_idx in self.batches and trainer.global_rank == self.rank
+
+    def on_before_backward(self, trainer: L.Trainer, pl_module: L.LightningModule, loss: torch.Tensor) -> None:
+        if self.what == "loss" and self._hit(trainer):
+            loss.data.fill_(float("inf"))
+
+    def on_after_backward(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        if self.what == "gradient" and self._hit(trainer):
+            next(p for p in pl_module.parameters() if p.requires_grad).grad.fill_(float("nan"))

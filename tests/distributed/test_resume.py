@@ -1,0 +1,71 @@
+"""Interrupted and resumed equals uninterrupted."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from tests.distributed.runs import Run, curve, distance, fit, load, newest
+
+LONG = ("--trainer.max_steps", "12")
+# everything whose state a resumed run could lose: dropout, accumulation, a schedule, loader processes, momentum
+RICH = (
+    *("--model.adapter.dropout_input", "0.1", "--trainer.accumulate_grad_batches", "2", "--data.num_workers", "1"),
+    *("--model.lr_scheduler", "torch.optim.lr_scheduler.OneCycleLR", "--model.lr_scheduler.max_lr", "0.02"),
+    *("--model.lr_scheduler.total_steps", "20", "--trainer.val_check_interval", "6", "--trainer.max_steps", "10"),
+)
+
+
+def interrupt(config: Path, folder: Path, step: int, *options: str, where: str = "train", ranks: int = 1) -> None:
+    """Run until a signal at `step`, from the last checkpoint if there is one."""
+    fault = ["--trainer.callbacks+=tests.distributed.faults.SignalAt", "--trainer.callbacks.step", str(step)]
+    fault += ["--trainer.callbacks.where", where, "--trainer.callbacks.rank", str(ranks - 1)]
+    argv = ["fit", "--config", str(config), "--trainer.default_root_dir", str(folder), "--ckpt_path", "last"]
+    run = Run.start(folder, [*argv, *options, *fault], ranks)
+    codes = run.wait()
+    assert codes == [143] * ranks, (step, codes, run.log())
+
+
+def same_runs(folder: Path, full: Path, tolerance: float = 0.0) -> None:
+    assert distance(newest(folder), newest(full)) <= tolerance
+    for name in ("train_loss", "val_loss"):
+        a, b = curve(folder, name), curve(full, name)
+        assert [step for step, _ in a] == [step for step, _ in b], name
+        assert a == b if tolerance == 0 else [x for _, x in a] == pytest.approx([x for _, x in b], rel=1e-6), name
+    assert len(list(folder.glob("version_*"))) == 1  # a resumed run continues its folder
+
+
+@pytest.mark.slow
+def test_interrupted_at_every_step_is_bit_for_bit(config: Path, tmp_path: Path) -> None:
+    fit(config, tmp_path / "full", *RICH)
+    for step in range(10):
+        interrupt(config, tmp_path / "cut", step, *RICH)
+        assert load(newest(tmp_path / "cut"))["global_step"] == step + 1
+    fit(config, tmp_path / "cut", *RICH, "--ckpt_path", "last")
+    same_runs(tmp_path / "cut", tmp_path / "full")
+
+
+def test_interrupted_in_step_epoch_end_and_validation(config: Path, tmp_path: Path) -> None:
+    fit(config, tmp_path / "full", *LONG)
+    fit(config, tmp_path / "cut", "--trainer.max_steps", "1")  # a finished run goes on, too
+    interrupt(config, tmp_path / "cut", 2, *LONG)
+    interrupt(config, tmp_path / "cut", 7, *LONG)  # the epoch's last step, before its validation
+    interrupt(config, tmp_path / "cut", 8, *LONG, where="validation")
+    interrupt(config, tmp_path / "cut", 9, *LONG)
+    fit(config, tmp_path / "cut", *LONG, "--ckpt_path", "last")
+    same_runs(tmp_path / "cut", tmp_path / "full")
+
+
+@pytest.mark.slow
+def test_across_strategies(config: Path, tmp_path: Path) -> None:
+    """Two processes, sharded on two, one that accumulates, one."""
+    fit(config, tmp_path / "full", *LONG)
+    cut = tmp_path / "cut"
+    two = (*LONG, "--data.batch_size", "2", "--trainer.strategy")
+    interrupt(config, cut, 2, *two, "ddp", ranks=2)
+    interrupt(config, cut, 5, *two, "fsdp", ranks=2)
+    interrupt(config, cut, 6, *LONG, "--data.batch_size", "2", "--trainer.accumulate_grad_batches", "2")
+    interrupt(config, cut, 9, *two, "ddp", ranks=2)
+    fit(config, cut, *LONG, "--ckpt_path", "last")
+    same_runs(cut, tmp_path / "full", 1e-11)
