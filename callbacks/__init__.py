@@ -5,6 +5,7 @@ from talklora_pl.callbacks.allocation import ExpertAllocation
 from talklora_pl.callbacks.checkpoint import Checkpoint
 from talklora_pl.callbacks.guard import FiniteGuard
 from talklora_pl.callbacks.load_balance import LoadBalance
+from talklora_pl.callbacks.peers import Peers
 from talklora_pl.callbacks.preemption import Preemption
 from talklora_pl.callbacks.resume import ExactResume
 from talklora_pl.callbacks.routing_sensitivity import RoutingSensitivity
@@ -16,6 +17,7 @@ __all__ = [
     "ExpertAllocation",
     "FiniteGuard",
     "LoadBalance",
+    "Peers",
     "Preemption",
     "RoutingSensitivity",
 ]

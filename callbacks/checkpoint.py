@@ -31,6 +31,8 @@ class Checkpoint(ModelCheckpoint):
         self._last_step = 0
 
     def on_train_batch_end(self, trainer: L.Trainer, *args: Any, **kwargs: Any) -> None:
+        if trainer.fit_loop._should_accumulate():
+            return  # the gradients of a half-finished step are in no checkpoint
         super().on_train_batch_end(trainer, *args, **kwargs)
         step = trainer.global_step
         due = self.every_n_steps > 0 and step % self.every_n_steps == 0
@@ -57,8 +59,3 @@ class Checkpoint(ModelCheckpoint):
     def _save_topk_checkpoint(self, trainer: L.Trainer, monitor_candidates: dict[str, Tensor]) -> None:
         if self.monitor in monitor_candidates:
             super()._save_topk_checkpoint(trainer, monitor_candidates)
-
-    def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """``last.ckpt`` holds the end of training also where the last steps were followed by no validation."""
-        if self._last_global_step_saved != trainer.global_step and not trainer.fast_dev_run:
-            self._save_last_checkpoint(trainer, self._monitor_candidates(trainer))

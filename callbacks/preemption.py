@@ -95,28 +95,35 @@ class Preemption(L.Callback):
         self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         # the gradients of a half-finished step are in no checkpoint
-        if not trainer.fit_loop._should_accumulate():
-            self._stop_if_asked(trainer)
+        if not trainer.fit_loop._should_accumulate() and self._asked(trainer):
+            # what the step logged would be written after this hook
+            trainer._logger_connector.on_batch_end()
+            trainer._logger_connector.update_train_step_metrics()
+            self._stop(trainer)
 
     def on_validation_batch_start(
         self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, batch_idx: int, dataloader_idx: int = 0
     ) -> None:
-        if self._phase == "training" and trainer.validating:
-            self._stop_if_asked(trainer)
+        if self._phase == "training" and trainer.validating and self._asked(trainer):
+            self._stop(trainer)
 
-    def _stop_if_asked(self, trainer: L.Trainer) -> None:
+    def _asked(self, trainer: L.Trainer) -> bool:
+        """Whether any rank received a signal; all ranks get the same answer."""
         here = torch.tensor(self._received, device=trainer.strategy.root_device)
-        received = int(trainer.strategy.reduce(here, reduce_op="max"))
-        if not received:
-            return
+        agreed = int(trainer.strategy.reduce(here, reduce_op="max"))
+        if agreed:  # else leave alone what the handler may have set meanwhile
+            self._received = agreed
+        return bool(agreed)
+
+    def _stop(self, trainer: L.Trainer) -> None:
         path = directory(trainer) / "last.ckpt"
         trainer.save_checkpoint(path)
         rank_zero_info(
-            f"{signal.Signals(received).name}: saved {path} after step {trainer.global_step}. "
+            f"{signal.Signals(self._received).name}: saved {path} after step {trainer.global_step}. "
             "Resume with --ckpt_path last."
         )
         job = slurm_job()
-        if self.requeue and received == signal.SIGUSR1 and job and trainer.is_global_zero:
+        if self.requeue and self._received == signal.SIGUSR1 and job and trainer.is_global_zero:
             subprocess.run(["scontrol", "requeue", job], check=False)
         sys.exit(self._exit_code())
 

@@ -152,6 +152,7 @@ class CLI(LightningCLI):
         parser.add_lightning_class_args(callbacks.ExactResume, "resume")
         parser.add_lightning_class_args(callbacks.FiniteGuard, "guard")
         parser.add_lightning_class_args(callbacks.Preemption, "preemption")
+        parser.add_lightning_class_args(callbacks.Peers, "peers")
 
     def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
         # Lightning warns where args meet a non-empty sys.argv, which its launcher of further processes needs later
