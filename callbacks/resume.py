@@ -6,6 +6,7 @@ from typing import Any
 
 import lightning as L
 
+from talklora_pl.distributed.checkpoint import KEY as ABOUT
 from talklora_pl.distributed.checkpoint import refuse_differences
 from talklora_pl.distributed.seeding import seed_step
 from talklora_pl.errors import UserError
@@ -19,7 +20,8 @@ class ExactResume(L.Callback):
     1. Random numbers are reseeded before every micro-batch from (seed, micro-batch, rank), so dropout resumes exactly.
     2. A checkpoint that is written while a validation is due or running says so; Lightning would leave it out.
     3. Optimiser and scheduler options that differ from those of the interrupted run win over the checkpoint's.
-    4. The position within an epoch is converted if the same optimiser step is now made of other micro-batches (two
+    4. Another adapter, base or allocation than that of the interrupted run is refused by name.
+    5. The position within an epoch is converted if the same optimiser step is now made of other micro-batches (two
        processes, or one that accumulates twice); a step of another size mid-epoch is refused.
     """
 
@@ -63,13 +65,15 @@ class ExactResume(L.Callback):
             config.scheduler.load_state_dict({**config.scheduler.state_dict(), **changed})
         self._saved = None
 
-    # ------------------------------------------------------------------ 4
+    # ------------------------------------------------------------------ 4, 5
 
     def on_load_checkpoint(self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
         saved = checkpoint.get(KEY)
         if saved is None or trainer.state.fn != "fit":
             return
         self._saved = saved
+        before, now = (_method(about) for about in (checkpoint[ABOUT], pl_module.describe()))  # type: ignore[operator]
+        refuse_differences(before, now, trainer.ckpt_path or "")
         batches = checkpoint["loops"]["fit_loop"]["epoch_loop.batch_progress"]
         done = batches["current"]["processed"]
         if done == 0 or batches["is_last_batch"]:
@@ -84,6 +88,13 @@ class ExactResume(L.Callback):
         if ratio != 1:
             for count in (batches["current"], batches["total"]):
                 count.update({k: math.ceil(v * ratio) for k, v in count.items()})
+
+
+def _method(about: dict[str, Any]) -> dict[str, Any]:
+    """What may not differ: the adapter, the experts per layer, and the base, by its weights rather than its place."""
+    elsewhere = ("name_or_path", "revision") if about["base"].get("fingerprint") else ()
+    base = {k: v for k, v in about["base"].items() if k not in elsewhere}
+    return {"base": base, **{k: about[k] for k in ("adapter", "experts_per_layer", "plain_layers")}}
 
 
 def _data(trainer: L.Trainer) -> dict[str, Any]:

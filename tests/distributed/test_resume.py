@@ -69,3 +69,31 @@ def test_across_strategies(config: Path, tmp_path: Path) -> None:
     interrupt(config, cut, 9, *two, "ddp", ranks=2)
     fit(config, cut, *LONG, "--ckpt_path", "last")
     same_runs(cut, tmp_path / "full", 1e-11)
+
+
+@pytest.mark.parametrize(
+    ("typed", "named"),
+    [
+        (["--model.adapter.num_experts", "2"], "adapter.num_experts: 4 in the checkpoint, 2 in this run"),
+        (["--data.batch_size", "2"], "rows of an optimiser step"),
+    ],
+)
+def test_another_method_is_refused_by_name(
+    config: Path, started: Path, tmp_path: Path, typed: list[str], named: str
+) -> None:
+    argv = ["fit", "--config", str(config), "--trainer.default_root_dir", str(tmp_path), "--ckpt_path", str(started)]
+    run = Run.start(tmp_path, [*argv, *typed])
+    assert run.wait() == [2]
+    assert named in run.log() and "Traceback" not in run.log(), run.log()
+
+
+@pytest.fixture(scope="module")
+def started(config: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return fit(config, tmp_path_factory.mktemp("started"), "--trainer.max_steps", "3")
+
+
+def test_what_is_typed_wins(config: Path, started: Path, tmp_path: Path) -> None:
+    """Learning rate 0 from step 3 on: nothing moves any more, though the checkpoint remembers 0.01."""
+    last = fit(config, tmp_path, "--ckpt_path", str(started), "--model.optimizer.lr", "0.0")
+    a, b = load(started)["state_dict"], load(last)["state_dict"]
+    assert load(last)["global_step"] == 8 and all((a[k] == b[k]).all() for k in a)
