@@ -12,7 +12,9 @@ import lightning as L
 import torch.distributed as dist
 
 # what gloo, NCCL and the store say of a peer that does not answer or is gone
-LOST = re.compile(r"timed? ?out|timeout|connection (closed|reset|refused)|broken pipe|no route|gloo|nccl", re.IGNORECASE)
+LOST = re.compile(
+    r"timed? ?out|timeout|connection (closed|reset|refused)|broken pipe|no route|gloo|nccl", re.IGNORECASE
+)
 
 
 @dataclass(frozen=True)

@@ -23,7 +23,7 @@ SERVER = multiprocessing.get_context("forkserver")
 SERVER.set_forkserver_preload(["tests.distributed.preload"])
 ROOT = Path(__file__).parents[2]
 ENVIRONMENT = {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "PYTHONWARNINGS": "ignore", "PYTHONPATH": str(ROOT)}
-TIMEOUT = 90
+TIMEOUT = 300  # a busy machine is no failure
 
 
 def make_project(folder: Path) -> Path:

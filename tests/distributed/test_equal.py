@@ -13,10 +13,6 @@ from tests.distributed.runs import curve, distance, fit, load
 TWO = ("--data.batch_size", "2")
 
 
-
-
-
-
 def same_curve(one: Path, other: Path) -> bool:
     a, b = curve(one), curve(other)
     return len(a) == len(b) > 0 and np.allclose(a, b, rtol=1e-6, atol=0)  # event files hold float32

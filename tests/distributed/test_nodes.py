@@ -74,8 +74,10 @@ def start(nodes: list[Node], how: str, folder: Path, argv: list[str], each: int 
         meet = {
             "static": [f"--node-rank={i}", f"--master-addr={nodes[0].address}", "--master-port=29400"],
             # in a namespace nobody recognises itself as the host: say who it is
-            "c10d": ["--rdzv-backend=c10d", f"--rdzv-endpoint={nodes[0].address}:29400", "--rdzv-id=job"]
-            + [f"--rdzv-conf=is_host={int(i == 0)}", f"--local-addr={node.address}"],
+            "c10d": [
+                *("--rdzv-backend=c10d", f"--rdzv-endpoint={nodes[0].address}:29400", "--rdzv-id=job"),
+                *(f"--rdzv-conf=is_host={int(i == 0)}", f"--local-addr={node.address}"),
+            ],
         }[how]
         command = ["ip", "netns", "exec", node.namespace, TORCHRUN, "--nnodes=2", f"--nproc-per-node={each}", *meet]
         command += ["-m", "talklora_pl", *argv]

@@ -15,7 +15,7 @@ from tests.distributed.runs import Run, distance, fit, newest
 
 # validations and checkpoints are frequent, so that many of the random moments fall into them
 LONG = ("--trainer.val_check_interval", "3", "--trainer.max_epochs", "-1", "--trainer.log_every_n_steps", "50")
-GRACE = 30.0
+GRACE = 60.0  # on a machine that does other things, too
 RANKS = {
     "one": (1, ()),
     "ddp": (2, ("--trainer.strategy", "ddp", "--data.batch_size", "2")),
