@@ -95,7 +95,7 @@ class RoutingCollector:
     def add(self, layer: str, routing: Routing, leading_shape: torch.Size) -> None:
         # by number, not by shape: some models flatten (batch, sequence) before their feed-forward Linears (OPT)
         if self.mask is not None and self.mask.numel() == routing.weights_TE.shape[0]:
-            mask_T = self.mask.reshape(-1).bool()
+            mask_T, leading_shape = self.mask.reshape(-1).bool(), self.mask.shape
         else:  # a layer that does not see one row per token, such as a pooler
             mask_T = torch.ones(routing.weights_TE.shape[0], dtype=torch.bool, device=routing.weights_TE.device)
         self.records.append(RoutingRecord(layer, routing, mask_T, tuple(leading_shape), self.task_types))
