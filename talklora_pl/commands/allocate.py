@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -162,7 +163,10 @@ class _Parser(ArgumentParser):
 def main(argv: list[str]) -> int:
     """Entry of the command line; errors of the user are UserErrors."""
     parser = _Parser(prog="python -m talklora_pl allocate", description=(allocate.__doc__ or "").split("\n")[0])
-    parser.add_function_arguments(allocate)
+    parser.add_function_arguments(allocate, skip={"no_cache"})
+    parser.add_argument("--no_cache", action="store_true", help="compute the spectra even where they are known")
+    # --no-cache and --num-experts are as good as --no_cache and --num_experts
+    argv = [re.sub(r"^--[\w-]+", lambda m: "--" + m[0][2:].replace("-", "_"), arg) for arg in argv]
     given = parser.parse_args(argv)
     allocate(**parser.instantiate_classes(given).as_dict())
     return 0

@@ -13,7 +13,7 @@ from lightning.pytorch.loggers import TensorBoardLogger
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from talklora_pl import AdapterConfig, FineTuner, TextData, UserError, load_adapter, save_adapter
-from talklora_pl.allocation import Allocation, rules
+from talklora_pl.allocation import Allocation, cache, rules
 from talklora_pl.allocation.alpha import Alpha
 from talklora_pl.base import BaseModel, load_base
 from talklora_pl.callbacks import ExpertAllocation
@@ -24,7 +24,7 @@ ROOT = Path(__file__).parents[2]
 
 @pytest.fixture
 def base(tmp_path, monkeypatch) -> BaseModel:
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    monkeypatch.setattr(cache, "cache_root", lambda: tmp_path / "cache")
     monkeypatch.chdir(tmp_path)
     rows = [{"prompt": f"{i} and one is", "completion": f" {i + 1}"} for i in range(16)]
     (tmp_path / "train.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
@@ -168,7 +168,7 @@ class Counting(Allocation):
     out = subprocess.run(
         [sys.executable, "-m", "talklora_pl", "fit", "--config", "run.yaml"],
         cwd=tmp_path,
-        env={**os.environ, "PYTHONPATH": str(ROOT)},
+        env={**os.environ, "PYTHONPATH": str(ROOT), "XDG_CACHE_HOME": str(tmp_path)},
         capture_output=True,
         text=True,
         timeout=120,

@@ -30,7 +30,7 @@ def naive_peak(eig: np.ndarray) -> float:
     return best[1]
 
 
-@pytest.mark.parametrize("shape", [(700, 60), (60, 2500), (90, 90), (1200, 1100)])
+@pytest.mark.parametrize("shape", [(700, 60), (60, 2500), (90, 90), (1100, 600)])
 def test_eigenvalues_and_peak_against_plain_definitions(shape):
     weight = heavy(*shape)
     found = eigenvalues(weight)
