@@ -1,0 +1,88 @@
+"""docs/components.md, executed: one file, one class, and everything else follows."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from talklora_pl import UserError
+from talklora_pl.adapter import AdapterConfig, inject
+from talklora_pl.adapter.io import load_adapter, save_adapter
+from talklora_pl.registry import import_plugins
+from tests.conftest import tiny_llama
+
+ROOT = Path(__file__).parents[2]
+IDS = torch.arange(12).reshape(2, 6)
+
+
+@pytest.fixture
+def plugin(tmp_path: Path) -> Path:
+    blocks = re.findall(r"```python\n(.*?)```", (ROOT / "docs/components.md").read_text(), re.S)
+    code = next(b for b in blocks if b.startswith("# gossip.py"))
+    assert len(code.splitlines()) <= 40
+    path = tmp_path / "gossip.py"
+    path.write_text(code)
+    return path
+
+
+def run(*argv: str) -> str:
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "PYTHONWARNINGS": "ignore", "OMP_NUM_THREADS": "1"}
+    done = subprocess.run([sys.executable, *argv], env=environment, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr[-2000:]
+    return done.stdout
+
+
+def test_options_training_saving_loading(plugin: Path, tmp_path: Path) -> None:
+    import_plugins([str(plugin)])
+    config = AdapterConfig.from_dict(
+        {"rank": 8, "dropout_input": 0.0, "communication": {"name": "gossip", "start": 1.0}}
+    )
+    model = tiny_llama()
+    adapter = inject(model, config)
+    assert adapter.layers.get_submodule("model.layers.0.self_attn.q_proj").communication.logit.item() == 1.0
+    for name, p in adapter.named_parameters():
+        if name.startswith("bank"):
+            torch.nn.init.normal_(p)
+    model(input_ids=IDS, labels=IDS).loss.backward()
+    assert all(p.grad is not None for p in adapter.parameters())
+    save_adapter(model, tmp_path / "adapter")
+    stored = json.loads((tmp_path / "adapter" / "talklora.json").read_text())["adapter"]["communication"]
+    assert stored == {"name": "gossip", "start": 1.0}
+    want = model(IDS).logits
+    again: Any = tiny_llama()
+    load_adapter(again, tmp_path / "adapter", plugins=[str(plugin)])
+    torch.testing.assert_close(again(IDS).logits, want)
+    with pytest.raises(UserError, match="no option 'strat'"):
+        AdapterConfig.from_dict({"rank": 8, "communication": {"name": "gossip", "strat": 1.0}})
+
+
+@pytest.mark.slow
+def test_in_fresh_processes(plugin: Path, tmp_path: Path) -> None:
+    """Listed, in --help, and loaded where it is named; unknown where it is not."""
+    table = json.loads(run("-m", "talklora_pl", "components", "--json", "--plugins", f"[{plugin}]"))
+    row = next(r for r in table if r["name"] == "gossip")
+    assert row["family"] == "communication" and row["description"].startswith("Experts pass on")
+    assert row["options"] == [{"name": "start", "type": "float", "default": 0.0}]
+    text = run("-m", "talklora_pl", "fit", "--plugins", f"[{plugin}]", "--model.adapter.communication.help", "gossip")
+    assert "--model.adapter.communication.start" in text
+    import_plugins([str(plugin)])
+    model = tiny_llama()
+    inject(model, AdapterConfig.from_dict({"rank": 8, "communication": "gossip"}))
+    save_adapter(model, tmp_path / "adapter")
+    code = (
+        "import sys; from tests.conftest import tiny_llama; from talklora_pl.adapter.io import load_adapter\n"
+        "from talklora_pl import UserError\n"
+        "try:\n    load_adapter(tiny_llama(), sys.argv[1])\n"
+        "except UserError as e:\n    print(e)\n"
+        "load_adapter(tiny_llama(), sys.argv[1], plugins=[sys.argv[2]]); print('loaded')"
+    )
+    out = run("-c", code, str(tmp_path / "adapter"), str(plugin))
+    assert "Unknown communication 'gossip'" in out and "plugins" in out and out.endswith("loaded\n")
