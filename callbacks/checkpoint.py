@@ -9,6 +9,8 @@ import lightning as L
 from lightning.pytorch.callbacks import ModelCheckpoint
 from torch import Tensor
 
+from talklora_pl.callbacks.resume import validation_due
+
 
 class Checkpoint(ModelCheckpoint):
     """Keeps ``last.ckpt``, the newest state, and ``best.ckpt``, the best validation so far.
@@ -36,17 +38,15 @@ class Checkpoint(ModelCheckpoint):
         super().on_train_batch_end(trainer, *args, **kwargs)
         step = trainer.global_step
         due = self.every_n_steps > 0 and step % self.every_n_steps == 0
-        if due or step == trainer.max_steps:
+        # in on_train_epoch_end Lightning's counters are in a state from which it does not resume exactly
+        epoch_over = trainer.fit_loop.epoch_loop.batch_progress.is_last_batch and not validation_due(trainer)
+        if due or epoch_over or step == trainer.max_steps:
             self._save_newest(trainer)
 
     def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         super().on_validation_end(trainer, pl_module)
         if trainer.state.fn == "fit" and not trainer.sanity_checking:
             self._save_newest(trainer)
-
-    def on_train_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        super().on_train_epoch_end(trainer, pl_module)
-        self._save_newest(trainer)
 
     def _save_newest(self, trainer: L.Trainer) -> None:
         # at most once a step: the second of two micro-batches, or the end of an epoch, would add nothing

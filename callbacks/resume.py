@@ -42,7 +42,7 @@ class ExactResume(L.Callback):
     def on_save_checkpoint(self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
         checkpoint[KEY] = {"options": self._now, "data": _data(trainer), "accumulate": trainer.accumulate_grad_batches}
         loops = checkpoint.get("loops", {}).get("fit_loop")
-        if loops is not None and not trainer.sanity_checking and _validation_due(trainer):
+        if loops is not None and not trainer.sanity_checking and validation_due(trainer):
             _before_validation(loops)
 
     # ------------------------------------------------------------------ 3
@@ -54,6 +54,12 @@ class ExactResume(L.Callback):
         }
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        loop: Any = trainer.fit_loop
+        epoch = loop.epoch_progress.current
+        if loop.restarted_mid_epoch and epoch.started == epoch.processed:
+            # The checkpoint was written after an epoch's last batch. Lightning has counted that epoch as done, and
+            # would not count the next one as started: a checkpoint of that one could not be resumed.
+            loop.reset_restart_stage()
         if self._saved is None:
             return
         before = self._saved["options"]
@@ -121,7 +127,7 @@ def _options(state: dict[str, Any]) -> dict[str, Any]:
     return {k: v for k, v in state.items() if k != "params" and is_plain(v)}
 
 
-def _validation_due(trainer: L.Trainer) -> bool:
+def validation_due(trainer: L.Trainer) -> bool:
     """Whether the newest training batch is to be followed by a validation that has not ended yet."""
     loop = trainer.fit_loop.epoch_loop
     if trainer.validating:

@@ -80,7 +80,8 @@ def describe(model: nn.Module, name: str = "default", base: dict[str, Any] | Non
         "name_or_path": getattr(config, "_name_or_path", "") or "",
         "revision": getattr(config, "_commit_hash", None),
         "model_type": getattr(config, "model_type", None),
-        "class": type(model).__name__,
+        # FSDP2 puts a class of its own, FSDPxyz, in front of the model's
+        "class": type(model).__name__.removeprefix("FSDP"),
         **(base or {}),
     }
     if "fingerprint" not in about:

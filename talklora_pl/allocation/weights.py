@@ -141,7 +141,24 @@ class SafetensorsWeights(WeightSource):
             self._find(module)
 
     def matrix(self, module: str) -> Tensor:
-        place = self._find(module)
+        return self._mapped(self._find(module))
+
+    def names(self) -> set[str]:
+        """All stored tensors, by the names that the files give them."""
+        return set(self._places)
+
+    def tensor(self, name: str) -> Tensor:
+        """A stored tensor by the name that the files give it. Read it only, and drop it before asking for the next.
+
+        Raises:
+            UserError: it is stored in a type that is no plain floating-point number.
+        """
+        place = self._places[name]
+        if place.dtype not in _DTYPES:
+            raise UserError(f"{self.path}: {name!r} is stored as {place.dtype}, a floating-point type is needed.")
+        return self._mapped(place)
+
+    def _mapped(self, place: _Place) -> Tensor:
         page = place.start - place.start % mmap.ALLOCATIONGRANULARITY
         with open(place.file, "rb") as file:
             pages = mmap.mmap(file.fileno(), place.start - page + place.size, access=mmap.ACCESS_READ, offset=page)

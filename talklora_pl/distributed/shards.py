@@ -3,18 +3,14 @@
 A process never holds more of the base than its share and one tensor's slice.
 """
 
-import json
-from collections import defaultdict
-from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
 from torch import nn
 from torch.distributed.tensor import DTensor
 from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
-from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, cached_file
 
+from talklora_pl.allocation.weights import SafetensorsWeights
 from talklora_pl.errors import UserError
 
 
@@ -37,23 +33,20 @@ def fill_from_files(model: Any, shard_device: torch.device, device: torch.device
     meta |= {name: b for name, b in model.named_buffers(remove_duplicate=False) if b.is_meta}
     if not meta:
         return
-    files = weight_files(model)
+    try:
+        files = SafetensorsWeights.of(model.config._name_or_path, getattr(model.config, "_commit_hash", None))
+    except UserError as e:
+        raise UserError(
+            f"strategy fsdp reads the base slice by slice: {e} Or pass --trainer.strategy.meta_init false, if every "
+            "process can hold the whole base."
+        ) from e
+    names = files.names()
     prefix = f"{getattr(model, 'base_model_prefix', '')}."
-    stored = {
-        name: next((key for key in (name, name.removeprefix(prefix), prefix + name) if key in files), None)
-        for name in meta
-    }
-    by_file: dict[Path, list[str]] = defaultdict(list)
-    for name, key in stored.items():
-        if key is not None:
-            by_file[files[key]].append(name)
     content: dict[int, Any] = {}  # by identity of the meta tensor, so that tied parameters stay one
-    for file, names in by_file.items():
-        with safe_open(file, framework="pt") as opened:
-            for name in names:
-                if id(meta[name]) not in content:
-                    rows = opened.get_slice(stored[name])
-                    content[id(meta[name])] = _local_content(meta[name], rows, name, shard_device, device)
+    for name, tensor in meta.items():
+        key = next((key for key in (name, name.removeprefix(prefix), prefix + name) if key in names), None)
+        if key is not None and id(tensor) not in content:
+            content[id(tensor)] = _local_content(tensor, files.tensor(key), name, shard_device, device)
     read = {name: content[id(t)] for name, t in meta.items() if id(t) in content}
     model.load_state_dict(read, strict=False, assign=True)
     for tensor in [*model.parameters(), *model.buffers()]:
@@ -61,45 +54,23 @@ def fill_from_files(model: Any, shard_device: torch.device, device: torch.device
     _initialise_rest(model, device)
 
 
-def weight_files(model: Any) -> dict[str, Path]:
-    """Tensor name -> safetensors file that holds it, for the folder or hub name in the model's configuration.
-
-    Raises:
-        UserError: there are no safetensors files.
-    """
-    source: str = model.config._name_or_path
-    options = {"revision": getattr(model.config, "_commit_hash", None)}
-    optional: dict[str, Any] = {"_raise_exceptions_for_missing_entries": False}
-    index = cached_file(source, SAFE_WEIGHTS_INDEX_NAME, **options, **optional)
-    if index is not None:
-        weight_map: dict[str, str] = json.loads(Path(index).read_text())["weight_map"]
-        paths = {shard: Path(str(cached_file(source, shard, **options))) for shard in sorted(set(weight_map.values()))}
-        return {name: paths[shard] for name, shard in weight_map.items()}
-    single = cached_file(source, SAFE_WEIGHTS_NAME, **options, **optional)
-    if single is None:
+def _local_content(
+    like: torch.Tensor, stored: torch.Tensor, name: str, shard_device: torch.device, device: torch.device
+) -> Any:
+    """A copy of this rank's part of a stored tensor, shaped and typed as the meta tensor `like`."""
+    if stored.shape != like.shape:
         raise UserError(
-            f"strategy fsdp reads the base slice by slice from safetensors files, and {source!r} has none. Save it "
-            "with save_pretrained, or pass --trainer.strategy.meta_init false if every process can hold all of it."
-        )
-    with safe_open(single, framework="pt") as opened:
-        return dict.fromkeys(opened.keys(), Path(single))
-
-
-def _local_content(like: torch.Tensor, rows: Any, name: str, shard_device: torch.device, device: torch.device) -> Any:
-    """This rank's part of the stored tensor `rows`, shaped and typed as the meta tensor `like`."""
-    if list(rows.get_shape()) != list(like.shape):
-        raise UserError(
-            f"The weight files hold {name} with shape {list(rows.get_shape())}, the model needs {list(like.shape)}. "
+            f"The weight files hold {name} with shape {list(stored.shape)}, the model needs {list(like.shape)}. "
             "Pass --trainer.strategy.meta_init false, so that Hugging Face converts the weights."
         )
     if isinstance(like, DTensor):
         shape, offset = compute_local_shape_and_global_offset(like.shape, like.device_mesh, like.placements)
-        local = rows[tuple(slice(o, o + s) for o, s in zip(offset, shape))].to(shard_device, like.dtype)
+        local = stored[tuple(slice(o, o + s) for o, s in zip(offset, shape))].to(shard_device, like.dtype, copy=True)
         full = DTensor.from_local(
             local, like.device_mesh, like.placements, run_check=False, shape=like.shape, stride=like.stride()
         )
     else:
-        full = rows[...].to(device, like.dtype)
+        full = stored.to(device, like.dtype, copy=True)
     return nn.Parameter(full, requires_grad=like.requires_grad) if isinstance(like, nn.Parameter) else full
 
 

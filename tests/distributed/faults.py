@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import resource
 import signal
 import time
 from pathlib import Path
@@ -73,3 +74,16 @@ class Poison(L.Callback):
     def on_after_backward(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         if self.what == "gradient" and self._hit(trainer):
             next(p for p in pl_module.parameters() if p.requires_grad).grad.fill_(float("nan"))
+
+
+class MemoryLimit(L.Callback):
+    """From here on the process may take so many more megabytes (not counting files mapped read-only)."""
+
+    def __init__(self, megabytes: int) -> None:
+        self.megabytes = megabytes
+
+    def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
+        status = Path("/proc/self/status").read_text()
+        data = int(status.split("VmData:")[1].split()[0]) * 1024
+        most = data + self.megabytes * 2**20
+        resource.setrlimit(resource.RLIMIT_DATA, (most, most))

@@ -97,3 +97,13 @@ def test_what_is_typed_wins(config: Path, started: Path, tmp_path: Path) -> None
     last = fit(config, tmp_path, "--ckpt_path", str(started), "--model.optimizer.lr", "0.0")
     a, b = load(started)["state_dict"], load(last)["state_dict"]
     assert load(last)["global_step"] == 8 and all((a[k] == b[k]).all() for k in a)
+
+
+def test_interrupted_after_an_epoch_without_validation(config: Path, tmp_path: Path) -> None:
+    """And again in the epoch that follows: its beginning must have been counted."""
+    options = ("--trainer.max_steps", "11", "--trainer.val_check_interval", "3")
+    fit(config, tmp_path / "full", *options)
+    for step in (7, 8):
+        interrupt(config, tmp_path / "cut", step, *options)
+    fit(config, tmp_path / "cut", *options, "--ckpt_path", "last")
+    same_runs(tmp_path / "cut", tmp_path / "full")
