@@ -23,7 +23,14 @@ from tests.export import models
 from tests.methods.test_configs import METHODS, config_of
 
 PLAIN = AdapterConfig.from_dict(
-    {"targets": "all-linear", "num_experts": 1, "rank": 4, "experts": "lora", "communication": "none", "router": "uniform"}
+    {
+        "targets": "all-linear",
+        "num_experts": 1,
+        "rank": 4,
+        "experts": "lora",
+        "communication": "none",
+        "router": "uniform",
+    }
 )
 
 
@@ -207,3 +214,27 @@ def test_merging_what_the_token_routes_says_why(method: str, base: Path) -> None
     with pytest.raises(UserError, match=r"cannot be merged: router '\w+' weighs the experts anew.*load_adapter"):
         merge_adapter(model)
     assert torch.equal(models.logits(model), want)
+
+
+def test_a_base_spread_over_devices_by_accelerate(base: Path, tmp_path: Path) -> None:
+    """accelerate replaces the forward of every layer; the adapter has to run inside of it."""
+    from accelerate.hooks import AlignDevicesHook, add_hook_to_module
+
+    for method in ("talklora", "mixlora"):
+        want = saved(base, tmp_path / method, config_of(method))
+        model = models.load(base)
+        alone = models.logits(model)
+        for module in model.modules():
+            if not list(module.children()) or type(module).__name__ == "LlamaMLP":
+                add_hook_to_module(module, AlignDevicesHook("cpu"))
+        load_adapter(model, tmp_path / method)
+        assert torch.allclose(models.logits(model), want, atol=1e-6)
+        with disable_adapter(model):
+            assert torch.equal(models.logits(model), alone)
+        remove_adapter(model)
+        assert torch.equal(models.logits(model), alone)
+    model = models.load(base)
+    model.model.layers[0].mlp.up_proj.forward = lambda x: x
+    with pytest.raises(UserError, match="forward of .*up_proj' was replaced"):
+        load_adapter(model, tmp_path / "talklora")
+    assert not hasattr(model, "talklora")

@@ -28,10 +28,37 @@ from tests.export import models
 from tests.methods.test_configs import config_of
 
 HOSTILE: list[Any] = [
-    *(None, True, -1, 0, 1, 3, 4097, 2**31, 2**63, 2**70, 1e308, 0.5, -0.5, "", "a" * 10_000, [], {}, [[]], [None], [""]),
+    *(
+        None,
+        True,
+        -1,
+        0,
+        1,
+        3,
+        4097,
+        2**31,
+        2**63,
+        2**70,
+        1e308,
+        0.5,
+        -0.5,
+        "",
+        "a" * 10_000,
+        [],
+        {},
+        [[]],
+        [None],
+        [""],
+    ),
     *("../../../etc/passwd", "/etc/passwd", "..", "os.system", "__import__('os')", "talklora_pl.experts.lora.LoRA"),
     *("(a+)+$", "((a|a)*)*b", "all-linear", ".*", "model", "default", "\x00", "\ud800", "💥", "talklora.default"),
-    *({"name": "os.system"}, {"name": "lora", "x": 1}, {"class_path": "os.system"}, {"name": ["lora"]}, list(range(5000))),
+    *(
+        {"name": "os.system"},
+        {"name": "lora", "x": 1},
+        {"class_path": "os.system"},
+        {"name": ["lora"]},
+        list(range(5000)),
+    ),
     {"name": "gnn", "rounds": 10**9},
     {"name": "gnn", "nodes": "embeddings", "width": 10**9},
     {"name": "attention", "heads": 10**9},
@@ -93,7 +120,9 @@ def mutate_json(data: bytes, rng: random.Random) -> bytes:
         return json.dumps(mutate_data(json.loads(data), rng)).encode()
     if action < 0.8:
         deep = rng.choice((b"[" * 100_000, b'{"a":' * 100_000, b"[" * 5000 + b"]" * 5000))
-        return rng.choice((deep, data.replace(b'"adapter": {', b'"adapter": {"deep": ' + deep + b","), b"NaN", b"1" * 5000))
+        return rng.choice(
+            (deep, data.replace(b'"adapter": {', b'"adapter": {"deep": ' + deep + b","), b"NaN", b"1" * 5000)
+        )
     return mutate_bytes(data, rng)
 
 
@@ -157,7 +186,12 @@ class Watch:
 
 def state(model: Any) -> list[Any]:
     parameters = [(n, id(p), p.requires_grad, p.data_ptr(), p._version) for n, p in model.named_parameters()]
-    return [*parameters, *((n, type(m)) for n, m in model.named_modules()), sorted(vars(model)), model.config.vocab_size]
+    return [
+        *parameters,
+        *((n, type(m)) for n, m in model.named_modules()),
+        sorted(vars(model)),
+        model.config.vocab_size,
+    ]
 
 
 @pytest.fixture(scope="module")
