@@ -153,7 +153,7 @@ def check_attachable(name: str, module: nn.Module) -> None:
     """Raises: UserError if the class's forward is not what runs, so that exchanging the class would do nothing."""
     if "forward" in module.__dict__ and not isinstance(module, Adapted) and not hasattr(module, "_old_forward"):
         raise UserError(
-            f"The forward of {name!r} was replaced by another program, past which no adapter comes; load it before that."
+            f"The forward of {name!r} was replaced by other code, past which no adapter comes; load the adapter before."
         )
 
 

@@ -235,6 +235,6 @@ def test_a_base_spread_over_devices_by_accelerate(base: Path, tmp_path: Path) ->
         assert torch.equal(models.logits(model), alone)
     model = models.load(base)
     model.model.layers[0].mlp.up_proj.forward = lambda x: x
-    with pytest.raises(UserError, match="forward of .*up_proj' was replaced"):
+    with pytest.raises(UserError, match=r"forward of .*up_proj' was replaced"):
         load_adapter(model, tmp_path / "talklora")
     assert not hasattr(model, "talklora")

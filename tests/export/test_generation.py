@@ -1,4 +1,4 @@
-"""With the cache, token for token what full forwards give; a token's routing does not depend on the rest of its batch."""
+"""With the cache, token for token what full forwards give; a token's routing depends on nothing else in its batch."""
 
 from __future__ import annotations
 
