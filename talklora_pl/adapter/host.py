@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from types import MethodType
 from typing import Any
 
 from torch import Tensor, nn
@@ -148,11 +149,21 @@ def get_adapter(model: nn.Module, name: str = "default") -> Any:
     return adapters[name]
 
 
+def check_attachable(name: str, module: nn.Module) -> None:
+    """Raises: UserError if the class's forward is not what runs, so that exchanging the class would do nothing."""
+    if "forward" in module.__dict__ and not isinstance(module, Adapted) and not hasattr(module, "_old_forward"):
+        raise UserError(
+            f"The forward of {name!r} was replaced by other code, past which no adapter comes; load the adapter before."
+        )
+
+
 def attach(module: Any, switch: Switch, name: str, layer: nn.Module) -> None:
     """Give one frozen module the adapter layer ``layer`` under the adapter's name."""
     if not isinstance(module, Adapted):
         module.__class__ = _adapted_class(type(module))
         module.talklora_slot = Slot(switch)
+        if "_old_forward" in module.__dict__:  # accelerate moves inputs to the layer's device, then calls this
+            module._old_forward = MethodType(type(module).forward, module)
     module.talklora_slot.layers[name] = layer
 
 
@@ -163,6 +174,8 @@ def detach(module: nn.Module, name: str) -> None:
         if not module.talklora_slot.layers:
             del module.talklora_slot
             module.__class__ = module.frozen_class  # type: ignore[assignment]
+            if "_old_forward" in module.__dict__:
+                module._old_forward = MethodType(type(module).forward, module)
 
 
 def remove_adapter(model: nn.Module, name: str = "default") -> None:

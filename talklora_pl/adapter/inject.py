@@ -16,7 +16,7 @@ from talklora_pl.adapter.allocation import decide
 from talklora_pl.adapter.config import AdapterConfig
 from talklora_pl.adapter.ffn import AdaptedFFN
 from talklora_pl.adapter.gated import find_modules, gated_ffn
-from talklora_pl.adapter.host import Adapted, AdapterSet, attach
+from talklora_pl.adapter.host import Adapted, AdapterSet, attach, check_attachable
 from talklora_pl.adapter.layers import AdaptedLinear
 from talklora_pl.adapter.mixture import BlockMixture
 from talklora_pl.adapter.targets import is_linear, layer_index, widths
@@ -201,6 +201,7 @@ def _build(
     def add(n: str, module: nn.Module, layer: nn.Module) -> None:
         if n in built or n in adapter.experts_per_layer:
             raise UserError(f"{n!r} is a target twice; targets of plain LoRA and of the mixture must differ.")
+        check_attachable(n, module)
         _add(adapter.layers, n, layer)
         built[n] = (module, layer)
 
