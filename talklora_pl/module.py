@@ -287,8 +287,8 @@ class FineTuner(L.LightningModule):
     def on_test_epoch_end(self) -> None:
         tuned, base = self.scores.compute(), self.base_scores.compute() if self._compare_base else None
         self._log_scores("test", tuned)
+        path = self._output("test_scores.json")
         if self.trainer.is_global_zero:
-            path = self._output("test_scores.json")
             write_json(path, tuned, base)
             rich.print(table(tuned, base), f"Scores as JSON: {path}", sep="\n")
 
@@ -305,8 +305,8 @@ class FineTuner(L.LightningModule):
         if self.trainer.world_size > 1:
             every = [[] for _ in range(self.trainer.world_size)]
             torch.distributed.all_gather_object(every, self.predictions)
+        path = self._output("predictions.jsonl")
         if self.trainer.is_global_zero:
-            path = self._output("predictions.jsonl")
             records = sorted((r for rank in every for r in rank), key=lambda r: r.pop("index"))
             path.write_text("".join(json.dumps(r, ensure_ascii=False) + "\n" for r in records), encoding="utf-8")
             rich.print(f"{len(records)} predictions: {path}")
@@ -321,13 +321,16 @@ class FineTuner(L.LightningModule):
     def _log_scores(self, stage: str, scores: dict[str, dict[str, float]]) -> None:
         several = len(scores) > 2  # one task, and the mean
         for task, values in scores.items():
-            for name in values.keys() - {"questions"}:
+            for name in values:  # in one order on all ranks: logging is a collective
+                if name == "questions":
+                    continue
                 if task == "mean":
                     self.log(f"{stage}_{name}", values[name], prog_bar=stage == "val", sync_dist=True)
                 elif several:
                     self.log(f"{stage}_{name}/{task}", values[name], sync_dist=True)
 
     def _output(self, name: str) -> Path:
+        """Where a file of results goes; asked on all ranks, since the log folder is broadcast."""
         folder = Path(self.trainer.log_dir or self.trainer.default_root_dir)
         folder.mkdir(parents=True, exist_ok=True)
         return folder / name

@@ -38,9 +38,10 @@ def main(argv: list[str]) -> int:
     trainer, tuner = cli.trainer, cli.model
     trainer.test(tuner, datamodule=cli.datamodule, verbose=False)
     by_layer = experts_by_task(tuner, cli.datamodule.test_dataloader())
+    log = trainer.log_dir  # a collective: outside of the condition
     if trainer.is_global_zero:
         if by_layer:
             rich.print(specialist_table(by_layer))
         adapter = save_adapter(tuner.model, FOLDER / "adapter")
-        print(NEXT.format(adapter=adapter, log=trainer.log_dir, folder=FOLDER))
+        print(NEXT.format(adapter=adapter, log=log, folder=FOLDER))
     return 0
