@@ -140,18 +140,19 @@ def tasks(load: Load, shown: int = 6) -> Figure:
     E = int(load.experts_L[top_layers].max())
     across = 2 if E > 8 else 3
     small = max(E * 1.3 * CELL, 1.6)  # width of a lower panel
-    upper, lower = len(kinds) * (N * CELL + GAP), math.ceil(len(top_layers) / across) * (N * CELL + GAP)
+    flat = min(CELL, max(0.14, 1.2 / N))  # height of a row of the upper panels
+    upper, lower = len(kinds) * (N * flat + GAP), math.ceil(len(top_layers) / across) * (N * CELL + GAP)
     width = max(max(map(len, kinds.values())) * CELL, across * (small + 0.3))
     sheet = Sheet(width, upper + lower + 1.2, "Routing by task")
     top = 0.55
     sheet.text(0.05, "Distance of a task's load from that of all tokens (total variation; 0 same, 1 disjoint)")
     for kind, rows in kinds.items():
-        ax = sheet.panel(0, top, len(rows) * CELL, N * CELL)
+        ax = sheet.panel(0, top, len(rows) * CELL, N * flat)
         heat(ax, distance_LN[rows].numpy().T, norm, "viridis")
         number_layers(ax, [load.layers[i] for i in rows])
-        ax.set_yticks(np.arange(N) + 0.5, names)
+        ax.set_yticks(np.arange(N) + 0.5, names, fontsize=8 if flat > 0.17 else 6.5)
         ax.set_title(kind, fontsize=10, loc="left", pad=4)
-        top += N * CELL + GAP
+        top += N * flat + GAP
     sheet.colours(norm, "viridis", 0.55, min(2.5, upper - GAP))
     sheet.text(top, "Load of every expert (1 is ideal) in the layers where the tasks differ most")
     top += 0.5

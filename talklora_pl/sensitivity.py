@@ -135,8 +135,11 @@ class Sensitivity(Metric):
 
     def update(self, inputs: DecisionInputs) -> None:
         """Measure at the inputs of one forward pass."""
-        # Lightning evaluates in inference mode, whose tensors take no part in gradients
+        # evaluation may run in inference mode, whose tensors take no part in gradients and must not be changed outside
         with torch.inference_mode(False), torch.enable_grad():
+            sums = {
+                state: torch.zeros(len(self.rows), device=self.device) for state in ("change", "jacobian", "tokens")
+            }
             for name, x_TD in inputs.x.items():
                 if name not in self.rows or not len(x_TD):
                     continue
@@ -144,9 +147,11 @@ class Sensitivity(Metric):
                 with torch.autocast(x_TD.device.type, enabled=False):
                     x_TD = x_TD.clone().to(next(layer.router.parameters(), torch.zeros(())).dtype)
                     with torch.no_grad():
-                        self.change[row] += relative_change(layer, x_TD, self.eps, self.directions).sum()
-                    self.jacobian[row] += relative_jacobian(layer, x_TD).sum()
-                    self.tokens[row] += len(x_TD)
+                        sums["change"][row] = relative_change(layer, x_TD, self.eps, self.directions).sum()
+                    sums["jacobian"][row] = relative_jacobian(layer, x_TD).sum()
+                    sums["tokens"][row] = len(x_TD)
+        for state, value_L in sums.items():
+            setattr(self, state, getattr(self, state) + value_L)
 
     def compute(self) -> dict[str, Tensor]:
         """``change`` and ``jacobian``, (L,); no number for a layer without tokens."""

@@ -19,7 +19,8 @@ if TYPE_CHECKING:
 # charts of the custom scalars tab: title -> regular expressions of tags
 LAYOUT = {
     "Loss": {
-        "task loss": ["train_loss.*", "val_loss"],
+        "task loss": ["train_loss", "val_loss"],
+        "task loss by task": ["val_loss/.*"],
         "balance losses": ["balance/.*"],
     },
     "Load": {
