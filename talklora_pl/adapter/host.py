@@ -175,7 +175,7 @@ def detach(module: nn.Module, name: str) -> None:
             del module.talklora_slot
             module.__class__ = module.frozen_class  # type: ignore[assignment]
             if "_old_forward" in module.__dict__:
-                module._old_forward = MethodType(type(module).forward, module)
+                module._old_forward = MethodType(type(module).forward, module)  # type: ignore[assignment]
 
 
 def remove_adapter(model: nn.Module, name: str = "default") -> None:

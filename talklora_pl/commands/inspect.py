@@ -156,9 +156,9 @@ def summary(found: Inspection, facts: dict[str, str]) -> None:
         for j, name in enumerate(load.tasks):
             i = int(distance_LN[:, j].argmax())
             n = int(load.experts_L[i])
-            loads = "  ".join(f"{v:.2f}" for v in (load.task_share_LNE[i, j, :n] * n).tolist())
+            relative = "  ".join(f"{v:.2f}" for v in (load.task_share_LNE[i, j, :n] * n).tolist())
             row = (name or "(none)", str(int(load.tokens_N[j])), f"{float(distance_LN[:, j].mean()):.3f}")
-            table.add_row(*row, short(load.layers[i]), loads)
+            table.add_row(*row, short(load.layers[i]), relative)
         console.print(table)
 
 

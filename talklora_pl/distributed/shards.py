@@ -66,7 +66,7 @@ def _local_content(
     if isinstance(like, DTensor):
         shape, offset = compute_local_shape_and_global_offset(like.shape, like.device_mesh, like.placements)
         local = stored[tuple(slice(o, o + s) for o, s in zip(offset, shape))].to(shard_device, like.dtype, copy=True)
-        full = DTensor.from_local(
+        full: torch.Tensor = DTensor.from_local(
             local, like.device_mesh, like.placements, run_check=False, shape=like.shape, stride=like.stride()
         )
     else:
