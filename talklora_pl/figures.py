@@ -54,7 +54,7 @@ class Sheet:
         """Axes whose upper left corner is (left, top) inside of the margins."""
         x, y = LEFT + left, self.height - TOP - top - height
         ax: Axes = self.fig.add_axes((x / self.width, y / self.height, width / self.width, height / self.height))
-        ax.tick_params(labelsize=8, length=2)
+        ax.tick_params(labelsize=9, length=2)
         return ax
 
     def text(self, top: float, words: str) -> None:
@@ -65,7 +65,7 @@ class Sheet:
         x, y = self.width - RIGHT + 0.25, self.height - TOP - top - height
         place = (x / self.width, y / self.height, 0.15 / self.width, height / self.height)
         bar = self.fig.colorbar(ScalarMappable(norm, cmap), cax=self.fig.add_axes(place), **options)
-        bar.ax.tick_params(labelsize=8, length=2)
+        bar.ax.tick_params(labelsize=9, length=2)
 
 
 def heat(ax: Axes, values: np.ndarray, norm: Normalize, cmap: str, digits: int | None = None) -> None:
@@ -91,7 +91,7 @@ def number_layers(ax: Axes, layers: Sequence[str], most: int = 16) -> None:
     labels = ["" if (i := kind_and_index(name)[1]) is None else str(i) for name in layers]
     step = math.ceil(len(labels) / most)
     ax.set_xticks(np.arange(0, len(labels), step) + 0.5, labels[::step])
-    ax.set_xlabel("decoder layer", fontsize=8, labelpad=1)
+    ax.set_xlabel("decoder layer", fontsize=9, labelpad=1)
 
 
 def relative_norm(experts: int) -> TwoSlopeNorm:
@@ -103,7 +103,7 @@ def load(load: Load) -> Figure:
     """Heat maps experts × layers of the relative load, one per kind of layer."""
     kinds = by_kind(load.layers)
     columns = max(map(len, kinds.values()))
-    cell = CELL if columns > 16 else 1.4 * CELL
+    cell = 0.7 * CELL if columns > 16 else 1.4 * CELL
     sizes = {kind: int(load.experts_L[rows].max()) for kind, rows in kinds.items()}
     norm = relative_norm(int(load.experts_L.max()))
     sheet = Sheet(
@@ -117,8 +117,8 @@ def load(load: Load) -> Figure:
         ax = sheet.panel(0, top, len(rows) * cell, sizes[kind] * CELL)
         heat(ax, values.T, norm, "cividis", 2 if columns <= 16 else None)
         number_layers(ax, [load.layers[i] for i in rows])
-        ax.set_ylabel("expert", fontsize=8)
-        ax.set_title(kind, fontsize=10, loc="left", pad=4)
+        ax.set_ylabel("expert", fontsize=9)
+        ax.set_title(kind, fontsize=11, loc="left", pad=4)
         top += sizes[kind] * CELL + GAP
     sheet.colours(norm, "cividis", 0.15, min(2.5, top - GAP - 0.15), ticks=_load_ticks(norm))
     return sheet.fig
@@ -151,7 +151,7 @@ def tasks(load: Load, shown: int = 6) -> Figure:
         heat(ax, distance_LN[rows].numpy().T, norm, "viridis")
         number_layers(ax, [load.layers[i] for i in rows])
         ax.set_yticks(np.arange(N) + 0.5, names, fontsize=8 if flat > 0.17 else 6.5)
-        ax.set_title(kind, fontsize=10, loc="left", pad=4)
+        ax.set_title(kind, fontsize=11, loc="left", pad=4)
         top += N * flat + GAP
     sheet.colours(norm, "viridis", 0.55, min(2.5, upper - GAP))
     sheet.text(top, "Load of every expert (1 is ideal) in the layers where the tasks differ most")
@@ -224,6 +224,6 @@ def allocation(experts: Mapping[str, int]) -> Figure:
         number_layers(ax, kinds[0])
         ax.set(xlim=(0, len(bars)), ylim=(0, 1.25 * max(counts)))
         ax.set_ylabel("experts", fontsize=8)
-        ax.set_title(", ".join(kind_and_index(layers[0])[0] for layers in kinds), fontsize=10, loc="left", pad=4)
+        ax.set_title(", ".join(kind_and_index(layers[0])[0] for layers in kinds), fontsize=11, loc="left", pad=4)
         ax.spines[["top", "right"]].set_visible(False)
     return sheet.fig

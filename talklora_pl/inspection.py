@@ -69,7 +69,7 @@ def inspect(
     load, sensitivity = load.to(device), sensitivity.to(device)
     shown: dict[str, list[Example]] = {}
     texts = 0
-    inputs: DecisionInputs | None = None
+    x: dict[str, Tensor] = {}
     for batch in batches:
         ids_BS, mask_BS = batch["input_ids"].to(device), batch["attention_mask"].to(device)
         groups = batch["group"].tolist() if "group" in batch else range(len(ids_BS))
@@ -78,6 +78,7 @@ def inspect(
             model(input_ids=ids_BS, attention_mask=mask_BS)
         load.update(collector.records, tasks)
         sensitivity.update(inputs)
+        x = inputs.x
         texts += len(ids_BS)
         seen_groups: set[int] = set()
         for row, (group, task) in enumerate(zip(groups, tasks, strict=True)):
@@ -90,7 +91,7 @@ def inspect(
         load=load.summary(),
         layers=list(layers),
         sensitivity={key: value_L.cpu() for key, value_L in sensitivity.compute().items()},
-        communication=communication_matrices(adapter, inputs.x if inputs is not None else None),
+        communication=communication_matrices(adapter, x),
         experts=adapter.experts_per_layer,
         examples=turns[:examples],
         texts=texts,

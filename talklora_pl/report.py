@@ -100,7 +100,7 @@ def _texts(examples: list[Example]) -> str:
     return (
         "<h2>Who speaks for which token</h2><p class=controls><label>layer <select id=layer>"
         f"{options}</select></label><label>show <select id=expert></select></label> <span id=legend></span></p>"
-        "<p><small>The small number is the expert with the largest weight; the stronger the colour, the larger the weight. "
+        "<p><small>Above a token: the expert with the largest weight; the stronger the colour, the larger that weight. "
         "Point at a token to see all weights; arrow keys in the list of layers walk through the model.</small></p>"
         f"<div id=texts></div><script type='application/json' id=data>{packed}</script>"
     )
@@ -135,9 +135,9 @@ img { max-width: 100%; } small { color: #555; } table { border-collapse: collaps
 .card b { display: block; font-size: 1.35rem; }
 .controls { display: flex; flex-wrap: wrap; gap: 1rem; align-items: center; position: sticky; top: 0; background: #fff;
   padding: .4rem 0; border-bottom: 1px solid #ddd; } select { font: inherit; margin-left: .3rem; }
-.text { border-left: 3px solid #ddd; padding: .2rem .8rem; margin: .8rem 0; line-height: 2; white-space: pre-wrap; }
+.text { border-left: 3px solid #ddd; padding: .2rem .8rem; margin: .8rem 0; line-height: 2.3; white-space: pre-wrap; }
 .text small { display: block; line-height: 1.2; }
-.token { border-radius: 3px; padding: 1px 0; border-bottom: 2px solid; } .token sub { font-size: .6rem; color: #444; }
+.token { border-radius: 3px; padding: 1px 0; border-bottom: 2px solid; } .token rt { font-size: .6rem; color: #555; }
 .key { display: inline-block; margin-right: .7rem; } .key i { display: inline-block; width: .9rem; height: .9rem;
   border-radius: 3px; margin-right: .25rem; vertical-align: -2px; }
 .layers td { text-align: right; padding: .1rem .6rem; } .layers th { text-align: left; padding: .1rem .6rem; }
@@ -155,7 +155,8 @@ if (source) {
   function draw() {
     const layer = +get("layer").value, colours = data.colours[layer], n = colours.length, one = get("expert").value;
     const rows = data.texts.flatMap(t => t.weights[layer]);
-    const largest = Math.max(...rows.flatMap(w => one === "all" ? w : [w[one]])) || 1, floor = one === "all" ? 1000 / n : 0;
+    const largest = Math.max(...rows.flatMap(w => one === "all" ? w : [w[one]])) || 1;
+    const floor = one === "all" ? 1000 / n : 0;
     get("legend").replaceChildren(...colours.map((c, i) => {
       const key = make("span", "key"), box = make("i", ""); box.style.background = c;
       key.append(box, "expert " + i); return key;
@@ -165,12 +166,12 @@ if (source) {
       t.tokens.forEach((token, k) => {
         const w = t.weights[layer][k], best = w.indexOf(Math.max(...w)), e = one === "all" ? best : +one;
         const strength = (w[e] - floor) / Math.max(1, largest - floor);
-        const span = make("span", "token", token.replace(/\\n/g, "⏎\\n"));
+        const span = make("ruby", "token", token.replace(/\\n/g, "⏎"));
         span.style.background = fade(colours[e], (one === "all" ? .12 : 0) + .75 * strength);
         span.style.borderColor = one === "all" ? colours[e] : "transparent";
         span.title = w.map((v, i) => "expert " + i + ": " + (v / 10).toFixed(1) + " %").join("\\n");
-        if (one === "all") span.append(make("sub", "", e));
-        text.append(span);
+        span.append(make("rt", "", one === "all" ? e : ""));
+        text.append(span, token.includes("\\n") ? "\\n" : "");
       });
       return text;
     }));

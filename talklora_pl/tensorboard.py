@@ -107,23 +107,21 @@ def hyperparameters(trainer: L.Trainer, pl_module: Any) -> dict[str, str | int |
     """What a run is compared by, flat."""
     config = pl_module.adapter.config
     params: dict[str, Any] = {part: getattr(config, part).name for part in ("experts", "communication", "router")}
-    params["balance"] = " + ".join(b.name for b in config.balance) or "none"
     params |= {
-        "method": getattr(pl_module, "method", None)
-        or " / ".join(params[p] for p in ("experts", "communication", "router")),
+        # TensorBoard shows the first few in alphabetical order
+        "adapter": " / ".join(params.values()),
+        "balance": " + ".join(b.name for b in config.balance) or "none",
         "num_experts": config.num_experts,
         "expert_rank": config.rank_per_expert(),
         "scale": config.scale(),
         "targets": config.targets if isinstance(config.targets, str) else ", ".join(config.targets),
         "base": pl_module.base.path.rstrip("/").rsplit("/", 1)[-1],
         "trained_parameters": sum(p.numel() for p in pl_module.trained().values()),
-        "accumulate": trainer.accumulate_grad_batches,
-        "world_size": trainer.world_size,
         "precision": str(trainer.precision),
     }
     for optimizer in trainer.optimizers[:1]:
         params |= {"optimizer": type(optimizer).__name__, "lr": optimizer.defaults.get("lr", 0.0)}
     batch_size = getattr(getattr(trainer, "datamodule", None), "batch_size", None)
     if batch_size:
-        params["batch_size"] = batch_size
+        params["global_batch"] = batch_size * trainer.accumulate_grad_batches * trainer.world_size
     return params

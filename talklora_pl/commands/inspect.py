@@ -51,7 +51,7 @@ def inspect(
         output: HTML file to write.
         rows: what a row of the data is: instruction, completion, chat, choice or classification.
         format: how a row is written as text, as in training.
-        limit: rows of each file.
+        limit: rows to read in all, spread evenly over the data.
         examples: texts to show token by token.
         batch_size: rows at a time.
         max_length: tokens of a text; by default 512, or the model's context where that is less.
@@ -82,11 +82,13 @@ def inspect(
         max_length = min(512, getattr(load_config(model_of), "max_position_embeddings", None) or 512)
     batches = list(_texts(tokenizer, [text], max_length)) if text else []
     if data:
-        sources: list[str | Source] = [Source(name.strip(), limit=limit) for name in data.split(",")]
+        sources: list[str | Source] = [Source(name.strip()) for name in data.split(",")]
         module = TextData(
             predict=sources, rows=rows, format=format, base=model_of, eval_batch_size=batch_size, max_length=max_length
         )
         module.setup("predict")
+        table = module.tables["predict"]
+        module.tables["predict"] = table.select(range(0, len(table), -(-len(table) // limit)))
         batches += list(module.predict_dataloader())
 
     model = load_base(model_of, device or ("cuda" if torch.cuda.is_available() else "cpu"))

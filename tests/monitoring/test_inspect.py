@@ -135,7 +135,7 @@ def test_page_in_a_browser(case: tuple[str, str, str], tmp_path: Path) -> None:
     page = tmp_path / "page.html"
     data = data_of(run(case, page))
     document = browse(tmp_path, page.as_uri(), "--dump-dom")
-    spans = re.findall(r'<span class="token"[^>]*style="background: ?(?:rgba|color|rgb)\(', document)
+    spans = re.findall(r'<ruby class="token"[^>]*style="background: ?(?:rgba|color|rgb)\(', document)
     assert len(spans) == sum(len(t["tokens"]) for t in data["texts"])
     assert "<b>bold</b>" not in document.split('id="texts"')[1].split("<script")[0]  # text stays text
     assert document.count('class="key"') == 4
