@@ -15,7 +15,7 @@ quickstart: venv   ## train on a small generated task and show what the experts 
 	$(BIN)/python -m talklora_pl quickstart
 
 tensorboard: venv   ## look at the newest run
-	$(BIN)/tensorboard --logdir "$$(dirname "$$(ls -td runs/* quickstart/version_* 2>/dev/null | head -n 1)")"
+	$(BIN)/tensorboard --logdir "$$(dirname "$$(ls -td runs/* quickstart/version_* 2>/dev/null | head -n 1)")" --samples_per_plugin images=200
 
 test: venv    ## everything fast
 	$(BIN)/python -m pytest
