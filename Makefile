@@ -21,7 +21,7 @@ test: venv    ## everything fast
 	$(BIN)/python -m pytest
 
 test-slow: venv   ## real model, several processes, other programs
-	$(BIN)/python -m pytest -m "slow and not gpu"
+	$(BIN)/python -m pytest -m "slow and not gpu" $(SLOW)
 
 lint: venv    ## style and types
 	$(BIN)/python -m ruff check .

@@ -139,7 +139,9 @@ class Run:
 
     def log(self) -> str:
         return "\n".join(
-            f"--- {f.name}\n{f.read_text(errors='replace')[-4000:]}" for f in sorted(self.folder.glob("log*"))
+            f"--- {f.name}\n{f.read_text(errors='replace')[-4000:]}"
+            for f in sorted(self.folder.glob("log*"))
+            if f.is_file()
         )
 
 
