@@ -12,6 +12,16 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedModel
 
+LLAMA3_8B = dict(
+    hidden_size=4096,
+    intermediate_size=14336,
+    num_hidden_layers=32,
+    num_attention_heads=32,
+    num_key_value_heads=8,
+    vocab_size=128256,
+)
+"""Sizes of Llama-3-8B, for counts on the meta device."""
+
 
 def tiny_llama(**changes: int) -> PreTrainedModel:
     """A random 2-layer Llama of width 32, with key/value heads fewer than query heads."""

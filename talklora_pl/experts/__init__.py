@@ -16,7 +16,8 @@ from talklora_pl.spec import Bank, LayerSpec
 
 
 class LinearExperts(nn.Module):
-    """Experts of one Linear. The layer's path is: h = x Aᵀ, features, mix, y += z B.
+    """Experts of one Linear. The layer's path is: h = x Aᵀ, features, mix, y += z B. Every kind defines the methods
+    that raise NotImplementedError here.
 
     Attributes:
         features: F, width of what one expert says to the others and to a router that listens to it.
@@ -37,8 +38,8 @@ class LinearExperts(nn.Module):
         return h_TER
 
     def mix(self, h_TER: Tensor, w_TE: Tensor) -> Tensor:
-        """h_TER weighted in rank space -> z_TQ."""
-        raise NotImplementedError
+        """h_TER weighted in rank space -> z_TQ. A kind with a core applies it first."""
+        return (h_TER * w_TE.unsqueeze(-1)).flatten(1)
 
     def up(self) -> Tensor:
         """B_QO, all up projections stacked."""

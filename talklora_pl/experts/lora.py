@@ -25,9 +25,6 @@ class PrivateA(LinearExperts):
     def split(self, h_TP: Tensor) -> Tensor:
         return h_TP.unflatten(-1, self.A.shape[:2])
 
-    def mix(self, h_TER: Tensor, w_TE: Tensor) -> Tensor:
-        return (h_TER * w_TE.unsqueeze(-1)).flatten(1)
-
 
 class PrivateExperts(PrivateA):
     """y += sum_i w_i B_i A_i x, with B (E,R,O) zero."""

@@ -35,9 +35,6 @@ class SharedAExperts(LinearExperts):
     def say(self, h_TER: Tensor) -> Tensor:
         return h_TER if self.embedding is None else h_TER + self.embedding
 
-    def mix(self, h_TER: Tensor, w_TE: Tensor) -> Tensor:
-        return (h_TER * w_TE.unsqueeze(-1)).flatten(1)
-
     def up(self) -> Tensor:
         return self.B.flatten(0, 1)
 

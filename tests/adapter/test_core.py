@@ -16,7 +16,7 @@ from talklora_pl.communication.silent import NoCommunication
 from talklora_pl.communication.talking import Talking
 from talklora_pl.experts.lora import LoRA, SplitLoRA
 from talklora_pl.routers.softmax import Softmax, Uniform
-from tests.conftest import tiny_llama
+from tests.conftest import LLAMA3_8B, tiny_llama
 
 METHODS: dict[str, dict[str, Any]] = {
     "talklora": {},
@@ -241,14 +241,6 @@ def test_unequal_counts_share_the_first_experts() -> None:
     assert [la.scale for la in layers] == [1.0, 1.0]
 
 
-LLAMA3_8B = dict(
-    hidden_size=4096,
-    intermediate_size=14336,
-    num_hidden_layers=32,
-    num_attention_heads=32,
-    num_key_value_heads=8,
-    vocab_size=128256,
-)
 LLAMA2_7B = dict(LLAMA3_8B, intermediate_size=11008, num_key_value_heads=32, vocab_size=32000)
 QWEN25_7B = dict(
     hidden_size=3584,

@@ -10,6 +10,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedModel
 
 from talklora_pl.lightning_cli import CLI, _expand, shipped_configs
 from talklora_pl.module import FineTuner
+from tests.conftest import LLAMA3_8B
 from tests.data.tiny import tokenizer
 
 
@@ -20,15 +21,7 @@ def parsed(*argv: str, monkeypatch: pytest.MonkeyPatch) -> FineTuner:
 
 
 def test_the_papers_run_on_llama3_8b(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    LlamaConfig(
-        hidden_size=4096,
-        intermediate_size=14336,
-        num_hidden_layers=32,
-        num_attention_heads=32,
-        num_key_value_heads=8,
-        vocab_size=128256,
-        max_position_embeddings=8192,
-    ).save_pretrained(tmp_path)
+    LlamaConfig(**LLAMA3_8B, max_position_embeddings=8192).save_pretrained(tmp_path)
     tokenizer().save_pretrained(tmp_path)
     rows = tmp_path / "rows.json"
     rows.write_text('[{"instruction": "a", "output": "b"}]')

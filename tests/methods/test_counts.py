@@ -9,12 +9,10 @@ import torch
 from transformers import AutoModelForCausalLM, LlamaConfig, MistralConfig
 
 from talklora_pl.adapter import AdapterConfig, inject
+from tests.conftest import LLAMA3_8B
 from tests.methods.test_configs import config_of
 
-LLAMA3_8B = LlamaConfig(
-    vocab_size=128256, hidden_size=4096, intermediate_size=14336, num_hidden_layers=32, num_attention_heads=32,
-    num_key_value_heads=8,
-)  # fmt: skip
+LLAMA3_8B_CONFIG = LlamaConfig(**LLAMA3_8B)
 LLAMA2_7B = LlamaConfig(hidden_size=4096, intermediate_size=11008, num_hidden_layers=32, num_attention_heads=32)
 MISTRAL_7B = MistralConfig(
     hidden_size=4096, intermediate_size=14336, num_hidden_layers=32, num_attention_heads=32, num_key_value_heads=8
@@ -34,9 +32,9 @@ def changed(method: str, **options: Any) -> AdapterConfig:
 
 def test_graphlora() -> None:
     """methods.md counts two numbers of the losses per layer: λ and σ."""
-    assert count(LLAMA3_8B, config_of("graphlora")) == 64_622_656
+    assert count(LLAMA3_8B_CONFIG, config_of("graphlora")) == 64_622_656
     wide = config_of("graphlora").to_dict()["communication"] | {"width": 256}
-    assert count(LLAMA3_8B, changed("graphlora", communication=wide)) == 101_326_912
+    assert count(LLAMA3_8B_CONFIG, changed("graphlora", communication=wide)) == 101_326_912
 
 
 @pytest.mark.parametrize(
@@ -50,7 +48,7 @@ def test_graphlora() -> None:
     ],
 )
 def test_whole_ffn_methods(method: str, options: dict[str, Any], total: int) -> None:
-    assert count(LLAMA3_8B, changed(method, **options)) == total
+    assert count(LLAMA3_8B_CONFIG, changed(method, **options)) == total
 
 
 @pytest.mark.parametrize("config, total", [(LLAMA2_7B, 105_635_840), (MISTRAL_7B, 111_083_520)])
