@@ -15,9 +15,20 @@ from talklora_pl.routing import Routing
 from talklora_pl.spec import LayerSpec
 
 
+TIE = 1e-5
+"""Logits this close, relative to the token's largest, are equal up to rounding."""
+
+
 def keep_best(logits_TE: Tensor, k: int) -> tuple[Tensor, Tensor]:
-    """(weights_TE, selected_TK): softmax over the K largest logits, which is p_k / sum_K p; 0 elsewhere."""
-    best_TK, selected_TK = logits_TE.topk(k, dim=-1)
+    """(weights_TE, selected_TK): softmax over the K largest logits, which is p_k / sum_K p; 0 elsewhere.
+
+    Of experts that are equal up to rounding the first is selected. Two experts that a graph without residual links to
+    each other only have equal logits whatever its parameters; whom a token gets must not depend on who multiplies.
+    """
+    late_E = TIE * torch.arange(logits_TE.shape[-1], device=logits_TE.device, dtype=logits_TE.dtype)
+    known_TE = logits_TE.detach()
+    selected_TK = (known_TE - late_E * known_TE.abs().amax(-1, keepdim=True)).topk(k, dim=-1).indices
+    best_TK = logits_TE.gather(-1, selected_TK)
     return torch.zeros_like(logits_TE).scatter(-1, selected_TK, best_TK.softmax(-1)), selected_TK
 
 
