@@ -14,7 +14,6 @@ from talklora_pl.routers.scores import Scored, Scores
 from talklora_pl.routing import Routing
 from talklora_pl.spec import LayerSpec
 
-
 TIE = 1e-5
 """Logits this close, relative to the token's largest, are equal up to rounding."""
 
