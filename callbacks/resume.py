@@ -21,7 +21,8 @@ class ExactResume(L.Callback):
     2. A checkpoint that is written while a validation is due or running says so; Lightning would leave it out.
     3. Optimiser and scheduler options that differ from those of the interrupted run win over the checkpoint's.
     4. Another adapter, base or allocation than that of the interrupted run is refused by name.
-    5. The position within an epoch is converted if the same optimiser step is now made of other micro-batches (two
+    5. Logged values keep their steps; Lightning's own count is off by one after some resumes.
+    6. The position within an epoch is converted if the same optimiser step is now made of other micro-batches (two
        processes, or one that accumulates twice); a step of another size mid-epoch is refused.
     """
 
@@ -29,13 +30,23 @@ class ExactResume(L.Callback):
         self._now: dict[str, Any] = {}  # options of optimisers and schedulers as this run made them
         self._saved: dict[str, Any] | None = None
 
-    # ------------------------------------------------------------------ 1
+    # ------------------------------------------------------------------ 1, 5
 
     def on_train_batch_start(
         self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, batch_idx: int
     ) -> None:
         seed = int(os.environ.get("PL_GLOBAL_SEED", "0"))
         seed_step(seed, trainer.fit_loop.epoch_loop.total_batch_idx, trainer.global_rank)
+        trainer.fit_loop.epoch_loop._batches_that_stepped = trainer.global_step
+
+    def on_validation_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        if trainer.state.fn == "fit" and not trainer.sanity_checking:
+            loop = trainer.fit_loop.epoch_loop
+            # Lightning counts a step after the validation that follows it
+            loop._batches_that_stepped = trainer.global_step - 1
+            # and would take the batch in which this validation was once interrupted for a new interruption
+            count = loop.val_loop.batch_progress.total
+            count.ready = count.started = count.processed
 
     # ------------------------------------------------------------------ 2
 
@@ -71,7 +82,7 @@ class ExactResume(L.Callback):
             config.scheduler.load_state_dict({**config.scheduler.state_dict(), **changed})
         self._saved = None
 
-    # ------------------------------------------------------------------ 4, 5
+    # ------------------------------------------------------------------ 4, 6
 
     def on_load_checkpoint(self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
         saved = checkpoint.get(KEY)
@@ -93,7 +104,8 @@ class ExactResume(L.Callback):
         ratio = trainer.accumulate_grad_batches / saved["accumulate"]
         if ratio != 1:
             for count in (batches["current"], batches["total"]):
-                count.update({k: math.ceil(v * ratio) for k, v in count.items()})
+                done, running = math.ceil(count["processed"] * ratio), count["processed"] - count["completed"]
+                count.update(ready=done, started=done, processed=done, completed=done - running)
 
 
 def _method(about: dict[str, Any]) -> dict[str, Any]:

@@ -86,6 +86,7 @@ class FineTuner(L.LightningModule):
         # checkpoints hold what is trained; on_load_checkpoint checks that all of it is there
         self.strict_loading = False
         self._fingerprint: str | None = None
+        self._step_loss: Tensor | float = 0.0  # of the micro-batches so far of the optimiser step
 
     def configure_callbacks(self) -> list[L.Callback]:
         """Allocation needs a hook that runs before :meth:`configure_model`."""
@@ -215,8 +216,11 @@ class FineTuner(L.LightningModule):
         accumulate = self.trainer.accumulate_grad_batches
         step_tokens = batch.get("step_tokens") or self._tokens_of_all_ranks(tokens) * accumulate
         task = loss_sum * (self.trainer.world_size * accumulate / step_tokens)
-        # the mean over ranks is the mean over all tokens, whatever the number of processes
-        self.log("train_loss", task.detach(), prog_bar=True, sync_dist=True, batch_size=1)
+        self._step_loss += task.detach() / accumulate
+        if not self.trainer.fit_loop._should_accumulate():
+            # its mean over ranks is the mean over all tokens of the step, however they are spread
+            self.log("train_loss", self._step_loss, prog_bar=True, sync_dist=True, batch_size=1)
+            self._step_loss = 0.0
         return task + self.balance_loss() * (accumulate / batch.get("micro_steps", accumulate))
 
     def optimizer_step(self, *args: Any, **kwargs: Any) -> None:

@@ -70,6 +70,7 @@ def make_project(folder: Path) -> Path:
             "max_length": 64,
             "cache_dir": str(folder / "cache"),
         },
+        "load_balance": {"figures": False},
     }
     path = folder / "config.yaml"
     path.write_text(yaml.safe_dump(config))
@@ -88,6 +89,7 @@ def _child(argv: list[str], environment: dict[str, str], log: str) -> None:
     os.dup2(stream, 1)
     os.dup2(stream, 2)
     os.environ.update(ENVIRONMENT | environment)
+    multiprocessing.set_start_method("fork", force=True)  # a real command's; not the server's
     from talklora_pl.cli import main
 
     code = 1
@@ -217,14 +219,14 @@ def distance(one: Path, other: Path) -> float:
     return max(float((x.double() - y.double()).abs().max()) for x, y in pairs if x.numel())
 
 
-def curve(folder: Path, name: str = "train_loss") -> list[tuple[int, float]]:
-    """A metric's logged values, (step, value), over all event files of a folder in the order of steps."""
+def curves(folder: Path) -> dict[str, list[tuple[int, float]]]:
+    """Every metric's logged values, (step, value), over all event files of a folder in the order of steps."""
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-    found: dict[int, float] = {}
+    found: dict[str, dict[int, float]] = {}
     for file in sorted(folder.glob("**/events.out.tfevents.*"), key=lambda p: p.stat().st_mtime):
         events = EventAccumulator(str(file))
         events.Reload()
-        if name in events.Tags()["scalars"]:
-            found.update({e.step: e.value for e in events.Scalars(name)})
-    return sorted(found.items())
+        for name in events.Tags()["scalars"]:
+            found.setdefault(name, {}).update({e.step: e.value for e in events.Scalars(name)})
+    return {name: sorted(values.items()) for name, values in found.items()}

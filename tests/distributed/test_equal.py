@@ -8,13 +8,13 @@ import numpy as np
 import pytest
 import torch
 
-from tests.distributed.runs import curve, distance, fit, load
+from tests.distributed.runs import curves, distance, fit, load
 
 TWO = ("--data.batch_size", "2")
 
 
 def same_curve(one: Path, other: Path) -> bool:
-    a, b = curve(one), curve(other)
+    a, b = (curves(folder)["train_loss"] for folder in (one, other))
     return len(a) == len(b) > 0 and np.allclose(a, b, rtol=1e-6, atol=0)  # event files hold float32
 
 
@@ -42,12 +42,14 @@ def test_variants_equal_one(config: Path, tmp_path: Path, variant: str) -> None:
 
 @pytest.mark.slow
 def test_accumulation_equals_one(config: Path, reference: Path, tmp_path: Path) -> None:
-    """4 rows a step: one process, one that accumulates, two that accumulate."""
+    """4 rows a step, 2 in the epoch's last: one process, one that accumulates, two that accumulate."""
     twice = ("--trainer.accumulate_grad_batches", "2")
     assert distance(fit(config, tmp_path / "one", *TWO, *twice), reference) < 1e-11
+    assert same_curve(tmp_path / "one", reference.parents[1])
     for strategy in ("ddp", "fsdp"):
         options = ("--trainer.strategy", strategy, "--data.batch_size", "1", *twice)
         assert distance(fit(config, tmp_path / strategy, *options, ranks=2), reference) < 1e-11, strategy
+        assert same_curve(tmp_path / strategy, reference.parents[1])
 
 
 @pytest.mark.slow
