@@ -79,12 +79,19 @@ def read_json(path: Path) -> dict[str, Any]:
     if path.stat().st_size > MAX_JSON:
         raise UserError(f"{path} is larger than {MAX_JSON >> 20} MiB; no adapter needs that.")
     try:
-        data = json.loads(path.read_text(encoding="utf-8"), parse_constant=_no_constant)
+        text = path.read_text(encoding="utf-8")
+        data = json.loads(text, parse_constant=_no_constant, parse_float=_finite)
     except (ValueError, RecursionError) as e:
         raise UserError(f"{path} is not readable as JSON: {short(e)}") from None
     if not isinstance(data, dict):
         raise UserError(f"{path} holds a {type(data).__name__}, not a mapping.")
     return data
+
+
+def _finite(text: str) -> float:
+    if not math.isfinite(number := float(text)):
+        raise ValueError(f"{text} is too large for a number")
+    return number
 
 
 def _no_constant(name: str) -> float:
@@ -132,7 +139,11 @@ def open_tensors(folder: Path, digest: str) -> Iterator[Any]:
     if not path.is_file():
         raise UserError(f"{folder} is no adapter folder: there is no {TENSORS} in it.")
     try:
-        with safe_open(path, "pt") as f:
+        file = safe_open(path, "pt")
+    except (SafetensorError, OSError, RuntimeError) as e:  # RuntimeError: it says that it is larger than the memory
+        raise UserError(f"{path} is damaged or not a safetensors file: {short(e)}") from None
+    try:
+        with file as f:
             if sha256(path) != digest:
                 raise UserError(f"{path} is damaged, or not the file that {CONFIG} belongs to: the digests differ.")
             yield f

@@ -13,9 +13,11 @@ tokenizer files            the base's tokenizer
 
 from __future__ import annotations
 
+import ctypes
 import json
 import os
 import shutil
+import sys
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -118,12 +120,19 @@ def replaced_folder(target: Path) -> Iterator[Path]:
         umask = os.umask(0)
         os.umask(umask)
         work.chmod(0o777 & ~umask)
-        if target.exists():
+        if not target.exists():
+            work.rename(target)
+        elif not _exchange(work, target):
             before = Path(tempfile.mkdtemp(prefix=f".{target.name}-old-", dir=target.parent))
             target.rename(before / target.name)
             work.rename(target)
             shutil.rmtree(before, ignore_errors=True)
-        else:
-            work.rename(target)
     finally:
         shutil.rmtree(work, ignore_errors=True)
+
+
+def _exchange(one: Path, other: Path) -> bool:
+    """Swap two folders in one step, so that there is one at every moment; False where the system has no such step."""
+    renameat2 = getattr(ctypes.CDLL(None), "renameat2", None) if sys.platform == "linux" else None
+    here, swap = -100, 2  # AT_FDCWD, RENAME_EXCHANGE
+    return renameat2 is not None and renameat2(here, os.fsencode(one), here, os.fsencode(other), swap) == 0

@@ -53,6 +53,18 @@ def change_tensors(folder: Path, **tensors: torch.Tensor) -> None:
     change(folder / "talklora.json", tensors_sha256=sha256(file.read_bytes()).hexdigest())
 
 
+def grow(folder: Path, numbers: int) -> None:
+    """One more tensor of so many float32 numbers, as a hole in the file: it takes no room on the disk."""
+    file = folder / "adapter.safetensors"
+    data = file.read_bytes()
+    length = int.from_bytes(data[:8], "little")
+    header, end = json.loads(data[8 : 8 + length]), len(data) - 8 - length
+    header["x"] = {"dtype": "F32", "shape": [numbers], "data_offsets": [end, end + 4 * numbers]}
+    text = json.dumps(header).encode()
+    file.write_bytes(len(text).to_bytes(8, "little") + text + data[8 + length :])
+    os.truncate(file, 8 + len(text) + end + 4 * numbers)
+
+
 def test_no_pattern_of_a_file_is_run(base: Path, folder: Path) -> None:
     want = models.logits(AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True))
     change(folder / "talklora.json", adapter__targets="(.*.*.*.*.*.*.*)*x", adapter__exclude="((a*)*)*b")
@@ -85,6 +97,13 @@ MISTAKES: dict[str, tuple[Any, str]] = {
         lambda f: change(f / "talklora.json", **{"experts_per_layer__model.layers.0.mlp.up_proj": 10**9}),
         "not a number of experts",
     ),
+    "no number": (
+        lambda f: (f / "talklora.json").write_text(
+            (f / "talklora.json").read_text().replace('"alpha": ', '"alpha": 1e999, "was": ')
+        ),
+        "1e999 is too large for a number",
+    ),
+    "a tensor larger than any memory": (lambda f: grow(f, 2**40), "damaged or not a safetensors file"),
     "a huge rank": (
         lambda f: change(f / "talklora.json", adapter__rank=4 * 10**9),
         "more than the tensors in the file",
@@ -218,6 +237,24 @@ def test_export_replaces_adapters_only_and_whole(folder: Path, base: Path, tmp_p
     with pytest.raises(UserError, match="exists and is no adapter folder"):
         export_adapter(model, tmp_path / "mine")
     assert os.listdir(tmp_path / "mine") == ["thesis.tex"]
+
+
+@pytest.mark.parametrize("one_step", [True, False])
+def test_replacing_a_folder(one_step: bool, folder: Path, base: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """On Linux in one step, so that who loads at that moment finds the old one or the new one; elsewhere in two."""
+    model = models.load(base)
+    models.train(model, AdapterConfig(rank=8), seed=5)
+    if one_step:
+        if sys.platform != "linux":
+            pytest.skip("no system call for it")
+        monkeypatch.setattr(Path, "rename", None)
+    else:
+        monkeypatch.setattr("talklora_pl.export._exchange", lambda one, other: False)
+    export_adapter(model, folder)
+    again = models.load(base)
+    load_adapter(again, folder)
+    assert torch.equal(models.logits(again), models.logits(model))
+    assert not list(folder.parent.glob(".adapter*"))
 
 
 def test_save_and_load_again_keeps_everything(base: Path, folder: Path, tmp_path: Path) -> None:
