@@ -87,7 +87,8 @@ def get(family: type[Component], name: str) -> type[Component]:
     if name not in family._members:
         raise UserError(
             f"Unknown {family.family} {name!r}.{did_you_mean(name, family._members)} "
-            "A component of your own must be listed under 'plugins:' so that its registration runs."
+            "A component of your own must be listed under 'plugins:' (--plugins FILE, in Python plugins=[FILE]) so "
+            "that its registration runs."
         )
     return family._members[name]
 
