@@ -6,10 +6,10 @@ from typing import Any
 import lightning as L
 import torch
 import torch.distributed as dist
-from lightning.pytorch.utilities import rank_zero_warn
 
 from talklora_pl.callbacks.preemption import directory
 from talklora_pl.errors import UserError
+from talklora_pl.tensorboard import Board
 
 
 class FiniteGuard(L.Callback):
@@ -70,10 +70,12 @@ class FiniteGuard(L.Callback):
         culprits = [ids for ids, finite in where if not finite] or [ids for ids, _ in where]
         what = "loss" if not all(finite for _, finite in where) else "gradient"
         message = f"The {what} of step {trainer.global_step + 1} is not finite; example ids: {culprits}."
+        board = Board(trainer)
         if self.skipped > self.skip:
             self._stop = message
+            board.text("nonfinite", message)
         else:
-            rank_zero_warn(f"{message} The step is left out ({self.skipped} of at most {self.skip}).")
+            board.warn("nonfinite", f"{message} The step is left out ({self.skipped} of at most {self.skip}).")
 
     def on_train_batch_end(
         self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int

@@ -64,6 +64,10 @@ class Board:
     def warn(self, key: str, message: str) -> None:
         """One line on the terminal, and text in the log."""
         rank_zero_warn(message)
+        self.text(key, message)
+
+    def text(self, key: str, message: str) -> None:
+        """Text in the log alone, for what is said elsewhere."""
         for writer in self.writers:
             writer.add_text(f"alerts/{key}", message, self.step)
 

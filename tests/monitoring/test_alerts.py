@@ -11,7 +11,8 @@ import pytest
 import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from talklora_pl.callbacks import LoadBalance
+from talklora_pl import UserError
+from talklora_pl.callbacks import FiniteGuard, LoadBalance
 from talklora_pl.callbacks.alerts import AlertRules, Alerts
 from talklora_pl.metrics import Load
 from talklora_pl.routing import Routing, RoutingRecord
@@ -88,3 +89,22 @@ def test_one_line_in_the_terminal_and_text_in_tensorboard(fit: Callable[..., L.T
     (event,) = events.Tensors("alerts/dead_experts/text_summary")
     assert b"dead_experts: step 2" in event.tensor_proto.string_val[0]
     assert [e.value for e in events.Scalars("alerts/dead_experts")] == [0, 10, 10, 10, 10, 10]
+
+
+class Spoil(L.Callback):
+    """A weight that is no number, from the third step on."""
+
+    def on_train_batch_start(self, trainer: L.Trainer, pl_module: Any, batch: Any, batch_idx: int) -> None:
+        if trainer.global_step == 2:
+            next(iter(pl_module.trained().values())).data.fill_(float("nan"))
+
+
+def test_a_loss_that_is_no_number_is_in_tensorboard_too(fit: Callable[..., L.Trainer], tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"loss of step 3 is not finite; example ids: \[.*\d") as stopped:
+        fit(FiniteGuard(), Spoil(), LoadBalance(figures=False), limit_val_batches=0, default_root_dir=tmp_path)
+    assert len(list(tmp_path.rglob("nonfinite.ckpt"))) == 1
+    events = EventAccumulator(str(tmp_path / "run"), size_guidance={"tensors": 0})
+    events.Reload()
+    (event,) = events.Tensors("alerts/nonfinite/text_summary")
+    (text,) = event.tensor_proto.string_val
+    assert str(stopped.value).startswith(text.decode())
