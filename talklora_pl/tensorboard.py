@@ -5,11 +5,11 @@ Scalars work with every Lightning logger; the rest is left out where the logger 
 
 from __future__ import annotations
 
+import warnings
 from typing import TYPE_CHECKING, Any
 
 import lightning as L
 from lightning.pytorch.loggers import TensorBoardLogger
-from lightning.pytorch.utilities import rank_zero_warn
 
 from talklora_pl.metrics import Load
 
@@ -63,7 +63,8 @@ class Board:
 
     def warn(self, key: str, message: str) -> None:
         """One line on the terminal, and text in the log."""
-        rank_zero_warn(message)
+        if self.trainer.is_global_zero:  # without a place in the code, whose line Python would print below
+            warnings.warn_explicit(message, UserWarning, "talklora_pl", 0)
         self.text(key, message)
 
     def text(self, key: str, message: str) -> None:

@@ -87,6 +87,27 @@ def test_weights_on_the_page_are_the_models(case: tuple[str, str, str], tmp_path
         torch.testing.assert_close(torch.tensor(weights) / 1000, r.routing.weights_TE, atol=6e-3, rtol=0)
 
 
+def test_loads_counted_by_hand_as_the_docs_do(
+    base: BaseModel, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from talklora_pl.metrics import RoutingLoad
+
+    docs = (Path(__file__).parents[2] / "docs" / "monitoring.md").read_text()
+    (code,) = re.findall(r"```python\n(.*?)```", docs, re.S)
+    model = load_base(base)
+    adapter = inject(model, AdapterConfig(rank=8, dropout_input=0.0))
+    batch = {"input_ids": torch.arange(12).view(2, 6), "attention_mask": torch.tensor([[1] * 6, [0] * 3 + [1] * 3])}
+    names = {"model": model, "batch": batch}
+    exec(code, names)
+    metric = RoutingLoad(adapter.routed_layers())
+    metric.update(names["collector"].records)  # type: ignore[attr-defined]
+    load = metric.summary()
+    lines = dict(line.split(" ", 1) for line in capsys.readouterr().out.splitlines())
+    assert list(lines) == load.layers and len(lines) == 10
+    for name, row_E in zip(load.layers, load.relative_LE, strict=True):
+        torch.testing.assert_close(torch.tensor(json.loads(lines[name])), row_E.float())
+
+
 def test_one_expert(base: BaseModel, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     adapter = make_adapter(base, tmp_path / "lora", num_experts=1, communication="none", router="uniform")
     page = tmp_path / "page.html"
