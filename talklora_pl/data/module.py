@@ -29,7 +29,8 @@ class TextData(L.LightningDataModule):
     """Text to fine-tune on: files or hub data sets, each a task, tokenised once and cached.
 
     Args:
-        train: one path, or a list of paths and sources.
+        train: one path, or a list of paths and sources. (That the type names `Path` keeps jsonargparse from reading the
+            file as if it were a part of the config.)
         val: validation data; None: split off from `train`.
         test: data to score at the end.
         predict: data to answer (it needs no answers of its own); None: `test`.
@@ -43,7 +44,8 @@ class TextData(L.LightningDataModule):
         seed: of the split and of the order of the rows.
         batch_size: rows of a micro-batch of one process.
         eval_batch_size: rows (choices) of an evaluation batch of one process.
-        max_length: tokens of a sequence; a longer prompt loses its first tokens (BOS and response marker stay).
+        max_length: tokens of a sequence; a longer prompt loses its first tokens (BOS and response marker stay). None: 512,
+            or the model's context if that is shorter.
         length_grouped: batches of similar lengths.
         eos_token: for a tokenizer without one.
         on_bad_row: stop at rows that are wrong, or leave them out and list them in `bad_row_report`.
@@ -55,10 +57,10 @@ class TextData(L.LightningDataModule):
 
     def __init__(
         self,
-        train: str | list[str | Source] | None = None,
-        val: str | list[str | Source] | None = None,
-        test: str | list[str | Source] | None = None,
-        predict: str | list[str | Source] | None = None,
+        train: str | Path | list[str | Source] | None = None,
+        val: str | Path | list[str | Source] | None = None,
+        test: str | Path | list[str | Source] | None = None,
+        predict: str | Path | list[str | Source] | None = None,
         rows: str | None = None,
         format: str | None = None,
         columns: dict[str, str | list[str]] | None = None,
@@ -67,7 +69,7 @@ class TextData(L.LightningDataModule):
         seed: int = 0,
         batch_size: int = 8,
         eval_batch_size: int = 64,
-        max_length: int = 512,
+        max_length: int | None = None,
         length_grouped: bool = True,
         eos_token: str | None = None,
         on_bad_row: Literal["error", "skip"] = "error",
@@ -79,7 +81,9 @@ class TextData(L.LightningDataModule):
         super().__init__()
         defaults = Source("", rows=rows, format=format, columns=columns or {})
         self.sources = {
-            name: [_source(entry, defaults) for entry in ([given] if isinstance(given, str) else given or [])]
+            name: [
+                _source(entry, defaults) for entry in (given if isinstance(given, list) else [given] if given else [])
+            ]
             for name, given in {"train": train, "val": val, "test": test, "predict": predict}.items()
         }
         self.labels, self.val_size, self.seed = labels, val_size, seed
@@ -126,8 +130,9 @@ class TextData(L.LightningDataModule):
         self.classify = base.task == "sequence_classification"
         config, tokenizer = load_config(base), load_tokenizer(base)
         context = getattr(config, "max_position_embeddings", None)
-        if context is not None and self.max_length > context:
-            raise UserError(f"data.max_length: {self.max_length} is more than the model's context of {context} tokens.")
+        max_length = self.max_length or min(512, context or 512)
+        if context is not None and max_length > context:
+            raise UserError(f"data.max_length: {max_length} is more than the model's context of {context} tokens.")
         classes = self._classes()
         num_classes = config.num_labels if self.classify else None
         if classes and self.classify and len(classes) != num_classes:
@@ -135,7 +140,7 @@ class TextData(L.LightningDataModule):
                 f"data.labels: {len(classes)} classes, but the model has {num_classes} (model.base.num_labels)."
             )
         self.pad_id = pad_id(tokenizer)
-        tokenize = Tokenize(tokenizer, self.max_length, self.eos_token, self.classify)
+        tokenize = Tokenize(tokenizer, max_length, self.eos_token, self.classify)
         self.eos_id = tokenize.eos
         given = self.sources
         wanted = {
@@ -261,8 +266,8 @@ class TextData(L.LightningDataModule):
         return Position(epoch.processed + over, 0 if over else done, accumulate, length)
 
 
-def _source(entry: str | Source, defaults: Source) -> Source:
-    source = Source(entry) if isinstance(entry, str) else entry
+def _source(entry: str | Path | Source, defaults: Source) -> Source:
+    source = entry if isinstance(entry, Source) else Source(str(entry))
     return replace(
         source,
         rows=source.rows or defaults.rows,

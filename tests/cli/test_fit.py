@@ -6,11 +6,13 @@ import json
 from pathlib import Path
 from typing import Any
 
+import pandas as pd
 import pytest
 import torch
 import yaml
 
 from talklora_pl.cli import main
+from talklora_pl.lightning_cli import run
 from tests.data.tiny import save_model
 
 
@@ -159,3 +161,22 @@ def test_broken_configs_are_named(folder: Path, tmp_path: Path, capsys: Any) -> 
 def test_unknown_verb(capsys: Any) -> None:
     assert main(["fitt"]) == 2
     assert "Did you mean 'fit'" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("kind", ["json", "jsonl", "csv", "tsv", "parquet"])
+def test_a_file_of_any_kind_is_a_path_not_a_piece_of_config(folder: Path, tmp_path: Path, kind: str) -> None:
+    """JSON and CSV are valid YAML too, so the parser of the command line might take the file for an option's value."""
+    table = pd.DataFrame([{"prompt": f'Repeat {i}, "please"\nnow', "completion": str(i)} for i in range(8)])
+    path = tmp_path / f"rows.{kind}"
+    write: dict[str, Any] = {
+        "json": lambda: path.write_text(table.to_json(orient="records")),
+        "jsonl": lambda: table.to_json(path, orient="records", lines=True),
+        "csv": lambda: table.to_csv(path, index=False),
+        "tsv": lambda: table.to_csv(path, index=False, sep="\t"),
+        "parquet": lambda: table.to_parquet(path),
+    }
+    write[kind]()
+    options = f"--data.train {path} --data.rows completion --data.format plain --data.val_size 0".split()
+    options += f"--trainer.default_root_dir {tmp_path} --trainer.max_steps 1".split()
+    cli = run("fit", ["--config", str(folder / "config.yaml"), *options])
+    assert len(cli.datamodule.tables["train"]) == 8
