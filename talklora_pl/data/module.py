@@ -44,8 +44,8 @@ class TextData(L.LightningDataModule):
         seed: of the split and of the order of the rows.
         batch_size: rows of a micro-batch of one process.
         eval_batch_size: rows (choices) of an evaluation batch of one process.
-        max_length: tokens of a sequence; a longer prompt loses its first tokens (BOS and response marker stay). None: 512,
-            or the model's context if that is shorter.
+        max_length: tokens of a sequence; a longer prompt loses its first tokens (BOS and response marker stay);
+            None: 512, or the model's context if that is shorter.
         length_grouped: batches of similar lengths.
         eos_token: for a tokenizer without one.
         on_bad_row: stop at rows that are wrong, or leave them out and list them in `bad_row_report`.
