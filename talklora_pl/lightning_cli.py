@@ -14,6 +14,7 @@ import jsonargparse._typehints as typehints
 import yaml
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.loggers import TensorBoardLogger
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
 import talklora_pl
 from talklora_pl import callbacks, registry
@@ -21,6 +22,7 @@ from talklora_pl.data import TextData
 from talklora_pl.distributed.launch import resume_from, trainer_arguments, version_of
 from talklora_pl.errors import UserError
 from talklora_pl.module import FineTuner
+from talklora_pl.problems import all_problems, readable
 
 RUNS = "runs"
 """Where runs are kept unless ``--trainer.default_root_dir`` says otherwise."""
@@ -106,7 +108,7 @@ class Parser(LightningArgumentParser):
     """One message per mistake, with the nearest options where one is unknown."""
 
     def error(self, message: str, ex: Exception | None = None) -> Any:
-        message = " ".join(message.split())
+        message = readable(message)
         if unknown := re.search(r"unrecognized arguments: --([^ =]+)|does not accept option '([\w.]+)'", message):
             option = unknown[1] or unknown[2]
             known = [o.removeprefix("--") for a in self._all_options() for o in a.option_strings if o.startswith("--")]
@@ -159,11 +161,28 @@ class CLI(LightningCLI):
         program, sys.argv = sys.argv, sys.argv[:1]
         try:
             super().parse_arguments(parser, args)
+        except UserError as e:
+            verb, *options = args
+            problems = all_problems(lambda some: parser.parse_args([verb, *some]), options)
+            raise UserError(
+                "\n  ".join(["The configuration cannot be used:", *problems]) if problems else str(e)
+            ) from None
         finally:
             sys.argv = program
 
     def after_instantiate_classes(self) -> None:
-        self.model.check()
+        try:
+            self.model.check()
+        except UserError as e:
+            # what is wrong with the data would come next: say it now (good data only get cached by this)
+            raise UserError("\n".join(dict.fromkeys([str(e), *self._data_problems()]))) from None
+
+    def _data_problems(self) -> list[str]:
+        try:
+            self.datamodule.check(self.subcommand)
+        except UserError as e:
+            return [str(e)]
+        return []
 
     def _parse_ckpt_path(self) -> None:
         """Find and check the checkpoint; what the user typed wins, nothing is taken from its hyperparameters."""
@@ -178,7 +197,10 @@ class CLI(LightningCLI):
             root = config.get("default_root_dir") or RUNS
             version = version_of(self._get(self.config_init, "ckpt_path"), root)
             kwargs["logger"] = TensorBoardLogger(root, name="", version=version)
-        return super().instantiate_trainer(**kwargs)
+        try:
+            return super().instantiate_trainer(**kwargs)
+        except (MisconfigurationException, ValueError) as e:
+            raise UserError(f"trainer: {' '.join(str(e).split())}") from e
 
 
 def run(verb: str, argv: list[str]) -> CLI:

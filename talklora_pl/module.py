@@ -116,8 +116,15 @@ class FineTuner(L.LightningModule):
         Raises:
             UserError: about the base, the adapter's options or targets, or the parameter groups.
         """
-        self.adapter_config.validate()
-        self.model = load_base(self.base, meta=True)
+        problems = []
+        for part in (self.adapter_config.validate, lambda: setattr(self, "model", load_base(self.base, meta=True))):
+            try:
+                part()
+            except UserError as e:
+                problems.append(str(e))
+        if problems:
+            self.model = None
+            raise UserError("\n".join(problems))
         try:
             # a rule that reads weights has none to read here
             self._inject(replace(self.adapter_config, allocation=Uniform()))

@@ -109,6 +109,14 @@ class TextData(L.LightningDataModule):
         stage = self.trainer.state.fn if self.trainer is not None else None
         self._report(self._prepare(str(stage.value) if stage else "fit"))
 
+    def check(self, stage: str) -> None:
+        """Read everything that a stage needs.
+
+        Raises:
+            UserError: all problems of all files in one message.
+        """
+        self._prepare(stage)
+
     def setup(self, stage: str) -> None:
         """Open what :meth:`prepare_data` has left in the cache.
 

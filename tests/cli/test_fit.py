@@ -180,3 +180,56 @@ def test_a_file_of_any_kind_is_a_path_not_a_piece_of_config(folder: Path, tmp_pa
     options += f"--trainer.default_root_dir {tmp_path} --trainer.max_steps 1".split()
     cli = run("fit", ["--config", str(folder / "config.yaml"), *options])
     assert len(cli.datamodule.tables["train"]) == 8
+
+
+def test_all_mistakes_of_a_configuration_come_in_one_message(folder: Path, tmp_path: Path, capsys: Any) -> None:
+    config = {
+        "model": {
+            "adapter": {
+                "rank": "many",
+                "balance": ["switch", "nope"],
+                "communication": {"class_path": "gnn", "init_args": {"graph": "ring"}},
+            },
+            "optimizer": {"class_path": "torch.optim.AdamX"},
+        },
+        "data": {"train": [{"path": "x", "rowz": "choice"}], "on_bad_row": "skp"},
+        "trainer": {"max_stepz": 3},
+    }
+    path = tmp_path / "wrong.yaml"
+    path.write_text(yaml.safe_dump(config))
+    assert (
+        fit(folder, tmp_path, "--config", str(path), "--data.batch_sise=3", "--model.adapter.targets", "[qproj]") == 2
+    )
+    first, *problems = capsys.readouterr().err.strip().splitlines()
+    assert first == "error: The configuration cannot be used:"
+    for (start, *words), problem in zip(
+        (
+            (f"{path}: data.on_bad_row: 'skp'", "Did you mean 'skip'"),
+            (f"{path}: data.train: ", "'rowz'"),
+            (f"{path}: model.adapter.balance: Unknown balance loss 'nope'", "switch"),
+            (f"{path}: model.adapter.rank: many is not int or null.",),
+            (f"{path}: model.optimizer: ", "AdamX"),
+            (f"{path}: trainer.max_stepz: ", "trainer.max_steps"),
+            ("data.batch_sise: ", "data.batch_size"),
+        ),
+        problems,
+        strict=True,
+    ):
+        assert problem.strip().startswith(start), problem
+        assert all(word in problem for word in words), problem
+
+
+def test_a_wrong_adapter_and_wrong_data_come_in_one_message(folder: Path, tmp_path: Path, capsys: Any) -> None:
+    assert fit(folder, tmp_path, "--model.adapter.rank", "7", "--data.train", "none.csv") == 2
+    err = capsys.readouterr().err
+    assert "rank 7 is not divisible" in err and "none.csv: there is no such file" in err
+
+
+def test_what_is_missing_is_named(folder: Path, capsys: Any) -> None:
+    assert main(["fit", "--data.train", str(folder / "rows.jsonl")]) == 2
+    assert "model.base.path is required" in capsys.readouterr().err
+
+
+def test_a_trainer_option_that_lightning_refuses_has_no_traceback(folder: Path, tmp_path: Path, capsys: Any) -> None:
+    assert fit(folder, tmp_path, "--trainer.strategy", "dpp") == 2
+    assert "error: trainer: " in capsys.readouterr().err

@@ -1,0 +1,108 @@
+"""Every mistake in a command line and its configs, each named, in words that a user can act upon.
+
+jsonargparse stops at the first mistake. So the options are tried in halves, each together with all earlier ones that
+are right, until every wrong one is alone.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import yaml
+
+from talklora_pl.errors import UserError
+from talklora_pl.registry import did_you_mean
+
+
+class Option(NamedTuple):
+    """One option of the command line (as typed), or one leaf of a config file (as a config with this leaf alone)."""
+
+    file: str
+    key: str
+    args: list[str]
+
+    def problem(self, message: str) -> str:
+        return self.file + (message if message.startswith(self.key) else f"{self.key}: {message}")
+
+
+def all_problems(parse: Callable[[list[str]], Any], argv: list[str]) -> list[str]:
+    """What is wrong with each option.
+
+    Args:
+        parse: parser of a command line; raises UserError at the first mistake.
+        argv: options, with configs as paths.
+    """
+    right: list[str] = []
+    out: list[str] = []
+
+    def search(options: list[Option]) -> None:
+        args = [arg for option in options for arg in option.args]
+        try:
+            parse([*right, *args])
+        except UserError as e:
+            if " is required" not in str(e):  # it may come yet
+                if len(options) > 1:
+                    search(options[: len(options) // 2])
+                    search(options[len(options) // 2 :])
+                else:
+                    out.append(options[0].problem(str(e)))
+                return
+        right.extend(args)
+
+    search(list(_options(argv)))
+    try:
+        parse(right)
+    except UserError as e:
+        out.append(str(e))
+    return out
+
+
+def _options(argv: list[str]) -> Iterator[Option]:
+    at = 0
+    while at < len(argv):
+        count = 1 if "=" in argv[at] or at + 1 == len(argv) or argv[at + 1].startswith("--") else 2
+        args = argv[at : at + count]
+        name, _, value = args[0].partition("=")
+        at += count
+        if name in ("-c", "--config"):
+            path = args[-1] if count == 2 else value
+            for keys, leaf in _leaves(yaml.safe_load(Path(path).read_text(encoding="utf-8")) or {}):
+                for key in reversed(keys):
+                    leaf = {key: leaf}
+                yield Option(f"{path}: ", ".".join(keys), ["--config", yaml.safe_dump(leaf)])
+        else:
+            yield Option("", name.removeprefix("--"), args)
+
+
+def _leaves(config: dict[str, Any], keys: tuple[str, ...] = ()) -> Iterator[tuple[tuple[str, ...], Any]]:
+    """Lists, and classes with their options, are leaves."""
+    for key, value in config.items():
+        if isinstance(value, dict) and value and "class_path" not in value:
+            yield from _leaves(value, (*keys, str(key)))
+        else:
+            yield (*keys, str(key)), value
+
+
+def readable(message: str) -> str:
+    """A message of jsonargparse about a value, without its inner workings."""
+    if not (found := re.match(r'Parser key "([^"]+)":\s*(.*)', message, re.DOTALL)):
+        return " ".join(message.split())
+    key, text = found.groups()
+    if one_of := re.search(r"Expected a typing\.Literal\[(.*)\]\. Got value: (.*)", text):
+        choices, value = [c.strip(" '") for c in one_of[1].split(",")], one_of[2]
+        return f"{key}: {value!r} is not one of its values.{did_you_mean(value, choices)}"
+    if text.endswith("Got value: None"):
+        return f"{key} is required: --{key}, or the same in a config."
+    if "Union subtypes" not in text:
+        return f"{key}: {' '.join(text.split())}"
+    reasons, types = [], []
+    for line in re.findall(r"^\s+- (.*(?:\n\s{8,}[^\s-].*)?)", text, re.MULTILINE):
+        if kind := re.fullmatch(r"Expected a <class '(?:\w+\.)*(\w+)'>", line):
+            types.append({"NoneType": "null", "str": "text"}.get(kind[1], kind[1]))
+        elif not re.match(r"Not of type|Not a valid|Does not validate|Expected a|a class path|a dict with", line):
+            reasons.append(" ".join(line.split()))
+    value = text.rpartition("Given value: ")[2]
+    return f"{key}: {'; '.join(reasons)}" if reasons else f"{key}: {value} is not {' or '.join(types)}."
