@@ -134,8 +134,10 @@ class CLI(LightningCLI):
         super().__init__(
             FineTuner,
             TextData,
-            args=[verb, *argv],
+            # scores have a table of their own
+            args=[verb, *(["--verbose=false"] if verb == "test" else []), *argv],
             parser_class=Parser,
+            parser_kwargs={"prog": "python -m talklora_pl"},
             seed_everything_default=42,
             save_config_kwargs={"overwrite": True},
             auto_configure_optimizers=False,
