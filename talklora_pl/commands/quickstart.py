@@ -12,13 +12,13 @@ FOLDER = Path("quickstart")
 NEXT = """\
 What is where
   {adapter}   the adapter: load_adapter(model, "{adapter}") gives it to the base model
-  {log}   checkpoints, scores and TensorBoard logs: tensorboard --logdir {log}
+  {log}   checkpoints, scores and TensorBoard logs: {python} -m tensorboard.main --logdir {log}
   {folder}/train.jsonl   what it was trained on
 What to type next
-  python -m talklora_pl quickstart --config method/lora                       the same with plain LoRA
-  python -m talklora_pl quickstart --model.adapter.communication attention    another way for experts to talk
-  python -m talklora_pl components                                            all parts there are
-  python -m talklora_pl fit --config method/talklora --model.base.path MODEL --data.train YOUR.jsonl"""
+  {python} -m talklora_pl quickstart --config method/lora                       the same with plain LoRA
+  {python} -m talklora_pl quickstart --model.adapter.communication attention    another way for experts to talk
+  {python} -m talklora_pl components                                            all parts there are
+  {python} -m talklora_pl fit --config method/talklora --model.base.path MODEL --data.train YOUR.jsonl"""
 
 
 def main(argv: list[str]) -> int:
@@ -43,5 +43,11 @@ def main(argv: list[str]) -> int:
         if by_layer:
             rich.print(specialist_table(by_layer))
         adapter = save_adapter(tuner.model, FOLDER / "adapter")
-        print(NEXT.format(adapter=adapter, log=log, folder=FOLDER))
+        print(NEXT.format(adapter=adapter, log=log, folder=FOLDER, python=_python()))
     return 0
+
+
+def _python() -> str:
+    """How to type this interpreter: the environment that make has created need not be active."""
+    here, program = Path.cwd(), Path(sys.executable)
+    return str(program.relative_to(here)) if program.is_relative_to(here) else "python"
