@@ -1,5 +1,7 @@
 """Pictures of routing, made without a display and readable with any colour vision (viridis, cividis, PuOr).
 
+They are narrow, about five inches, so that text of 9 points can be read in TensorBoard's cards without enlarging them.
+
 L layers, N tasks, E experts. Layers are grouped by *kind*: what they are called inside of a decoder layer.
 """
 
@@ -21,8 +23,10 @@ from torch import Tensor
 from talklora_pl.metrics import Load
 
 EMPTY = "#e4e4e4"  # where a layer has no such expert
-CELL = 0.3  # width and height of a cell of a heat map, in inches
-LEFT, RIGHT, TOP, GAP = 1.3, 1.0, 0.6, 0.65  # margins around the panels, and the room between two of them
+CELL = 0.3  # height of a cell of a heat map, in inches
+WIDE = 3.3  # width of all columns of a heat map, at most
+LEFT, RIGHT, TOP, GAP = 0.85, 0.75, 0.5, 0.65  # margins around the panels, and the room between two of them
+DPI = 150
 
 
 def kind_and_index(name: str) -> tuple[str, int | None]:
@@ -45,14 +49,14 @@ def by_kind(layers: Sequence[str]) -> dict[str, list[int]]:
 class Sheet:
     """A figure with panels placed in inches from its upper left corner: no layout to solve, so it is drawn fast."""
 
-    def __init__(self, width: float, height: float, title: str) -> None:
-        self.width, self.height = width + LEFT + RIGHT, height + TOP
-        self.fig = Figure(figsize=(self.width, self.height), dpi=100)
-        self.fig.text(0.15 / self.width, 1 - 0.3 / self.height, title, fontsize=13, fontweight="bold", va="center")
+    def __init__(self, width: float, height: float, title: str, left: float = LEFT) -> None:
+        self.left, self.width, self.height = left, width + left + RIGHT, height + TOP
+        self.fig = Figure(figsize=(self.width, self.height), dpi=DPI)
+        self.fig.text(0.15 / self.width, 1 - 0.25 / self.height, title, fontsize=12, fontweight="bold", va="center")
 
     def panel(self, left: float, top: float, width: float, height: float) -> Axes:
         """Axes whose upper left corner is (left, top) inside of the margins."""
-        x, y = LEFT + left, self.height - TOP - top - height
+        x, y = self.left + left, self.height - TOP - top - height
         ax: Axes = self.fig.add_axes((x / self.width, y / self.height, width / self.width, height / self.height))
         ax.tick_params(labelsize=9, length=2)
         return ax
@@ -62,7 +66,7 @@ class Sheet:
 
     def colours(self, norm: Normalize, cmap: str, top: float, height: float, **options: Any) -> None:
         """A colour scale in the right margin."""
-        x, y = self.width - RIGHT + 0.25, self.height - TOP - top - height
+        x, y = self.width - RIGHT + 0.15, self.height - TOP - top - height
         place = (x / self.width, y / self.height, 0.15 / self.width, height / self.height)
         bar = self.fig.colorbar(ScalarMappable(norm, cmap), cax=self.fig.add_axes(place), **options)
         bar.ax.tick_params(labelsize=9, length=2)
@@ -86,7 +90,12 @@ def heat(ax: Axes, values: np.ndarray, norm: Normalize, cmap: str, digits: int |
                 ax.text(x + 0.5, y + 0.5, text, ha="center", va="center", fontsize=7, color="w" if dark else "k")
 
 
-def number_layers(ax: Axes, layers: Sequence[str], most: int = 16) -> None:
+def cell_width(columns: int) -> float:
+    """Width of a cell of a heat map with so many columns, in inches."""
+    return min(1.4 * CELL, WIDE / columns)
+
+
+def number_layers(ax: Axes, layers: Sequence[str], most: int = 13) -> None:
     """Decoder layers as labels of the x axis."""
     labels = ["" if (i := kind_and_index(name)[1]) is None else str(i) for name in layers]
     step = math.ceil(len(labels) / most)
@@ -103,11 +112,11 @@ def load(load: Load) -> Figure:
     """Heat maps experts × layers of the relative load, one per kind of layer."""
     kinds = by_kind(load.layers)
     columns = max(map(len, kinds.values()))
-    cell = 0.7 * CELL if columns > 16 else 1.4 * CELL
+    cell = cell_width(columns)
     sizes = {kind: int(load.experts_L[rows].max()) for kind, rows in kinds.items()}
     norm = relative_norm(int(load.experts_L.max()))
     sheet = Sheet(
-        max(columns * cell, 3), sum(n * CELL + GAP for n in sizes.values()), "Load of every expert (1 is ideal)"
+        max(columns * cell, 2.5), sum(n * CELL + GAP for n in sizes.values()), "Load of every expert (1 is ideal)"
     )
     top = 0.15
     for kind, rows in kinds.items():
@@ -115,7 +124,7 @@ def load(load: Load) -> Figure:
         for row, n in zip(values, load.experts_L[rows].tolist(), strict=True):
             row[n:] = np.nan
         ax = sheet.panel(0, top, len(rows) * cell, sizes[kind] * CELL)
-        heat(ax, values.T, norm, "cividis", 2 if columns <= 16 else None)
+        heat(ax, values.T, norm, "cividis", 2 if columns <= 10 else None)
         number_layers(ax, [load.layers[i] for i in rows])
         ax.set_ylabel("expert", fontsize=9)
         ax.set_title(kind, fontsize=11, loc="left", pad=4)
@@ -129,41 +138,43 @@ def _load_ticks(norm: TwoSlopeNorm) -> list[float]:
     return [0, 0.5, 1, *range(2, most + 1, max(1, (most - 1) // 4))]
 
 
-def tasks(load: Load, shown: int = 6) -> Figure:
+def tasks(load: Load) -> Figure:
     """How the tasks differ: distance of every task's load from the layer's, and the layers where it is largest."""
     kinds = by_kind(load.layers)
-    names = [t or "(none)" for t in load.tasks]
+    names = [(t if len(t) <= 20 else f"{t[:19]}…") or "(none)" for t in load.tasks]
     N = len(names)
     distance_LN = load.task_distance_LN()
     norm = Normalize(0, max(0.05, float(distance_LN.max())))
-    top_layers = distance_LN.mean(-1).argsort(descending=True)[:shown].tolist()
+    across = 2 if int(load.experts_L.max()) <= 5 else 1
+    top_layers = distance_LN.mean(-1).argsort(descending=True)[: 2 + 2 * across].tolist()
     E = int(load.experts_L[top_layers].max())
-    across = 2 if E > 8 else 3
-    small = max(E * 1.3 * CELL, 1.6)  # width of a lower panel
+    small = min(max(E * CELL, 1.5), WIDE)  # width of a lower panel
     flat = min(CELL, max(0.14, 1.2 / N))  # height of a row of the upper panels
     upper, lower = len(kinds) * (N * flat + GAP), math.ceil(len(top_layers) / across) * (N * CELL + GAP)
-    width = max(max(map(len, kinds.values())) * CELL, across * (small + 0.3))
-    sheet = Sheet(width, upper + lower + 1.2, "Routing by task")
+    columns = max(map(len, kinds.values()))
+    cell = cell_width(columns)
+    width = max(columns * cell, across * (small + 0.2))
+    sheet = Sheet(width, upper + lower + 1.2, "Routing by task", left=0.25 + 0.075 * max(map(len, names)))
     top = 0.55
-    sheet.text(0.05, "Distance of a task's load from that of all tokens (total variation; 0 same, 1 disjoint)")
+    sheet.text(0.05, "Distance of a task's load from that of all tokens\n(total variation; 0 same, 1 disjoint)")
     for kind, rows in kinds.items():
-        ax = sheet.panel(0, top, len(rows) * CELL, N * flat)
+        ax = sheet.panel(0, top, len(rows) * cell, N * flat)
         heat(ax, distance_LN[rows].numpy().T, norm, "viridis")
         number_layers(ax, [load.layers[i] for i in rows])
         ax.set_yticks(np.arange(N) + 0.5, names, fontsize=8 if flat > 0.17 else 6.5)
         ax.set_title(kind, fontsize=11, loc="left", pad=4)
         top += N * flat + GAP
     sheet.colours(norm, "viridis", 0.55, min(2.5, upper - GAP))
-    sheet.text(top, "Load of every expert (1 is ideal) in the layers where the tasks differ most")
+    sheet.text(top, "Load of every expert (1 is ideal)\nin the layers where the tasks differ most")
     top += 0.5
     norm = relative_norm(E)
     sheet.colours(norm, "cividis", top, min(2.5, lower - GAP), ticks=_load_ticks(norm))
     for place, i in enumerate(top_layers):
         n = int(load.experts_L[i])
-        line, column = divmod(place, across)
-        ax = sheet.panel(column * (small + 0.3), top + line * (N * CELL + GAP), small * n / E, N * CELL)
-        heat(ax, load.task_share_LNE[i, :, :n].numpy() * n, norm, "cividis", 2 if E <= 8 else None)
-        ax.set_yticks(np.arange(N) + 0.5, names if column == 0 else [])
+        line, there = divmod(place, across)
+        ax = sheet.panel(there * (small + 0.2), top + line * (N * CELL + GAP), small * n / E, N * CELL)
+        heat(ax, load.task_share_LNE[i, :, :n].numpy() * n, norm, "cividis", 1 if E <= 8 else None)
+        ax.set_yticks(np.arange(N) + 0.5, names if there == 0 else [])
         ax.set_xticks(np.arange(n) + 0.5, [str(e) for e in range(n)])
         ax.set_xlabel("expert", fontsize=8, labelpad=1)
         ax.set_title(short(load.layers[i]), fontsize=9, loc="left", pad=4)
@@ -180,29 +191,29 @@ def communication(matrices: Mapping[str, Tensor]) -> Figure:
     """Who listens to whom in every layer: listeners in rows, speakers in columns."""
     names = list(matrices)
     kinds = by_kind(names)
-    columns = min(10, max(map(len, kinds.values())))
+    columns = min(8, max(map(len, kinds.values())))
     lines = [(kind, rows[i : i + columns]) for kind, rows in kinds.items() for i in range(0, len(rows), columns)]
     E = max(map(len, matrices.values()))
     largest = max(float(m.abs().max()) for m in matrices.values())
     signed = any(bool((m < 0).any()) for m in matrices.values())
     norm, cmap = (Normalize(-largest, largest), "PuOr") if signed else (Normalize(0, largest), "viridis")
-    size, gap = 0.85, 0.15 * E  # inches of one matrix; cells between two of them
+    size, gap = 0.36, 0.2 * E  # inches of one matrix; cells between two of them
     pitch = size * (E + gap) / E
-    sheet = Sheet(max(columns * pitch, 3), len(lines) * (size + 0.45), "Who listens (rows) to whom (columns)")
+    sheet = Sheet(WIDE, max(len(lines) * (size + 0.25), 1.2), "Who listens (rows) to whom (columns), by layer")
     for row, (kind, layers) in enumerate(lines):
-        ax = sheet.panel(0, 0.1 + row * (size + 0.45), columns * pitch, size)
+        ax = sheet.panel(0, 0.15 + row * (size + 0.25), columns * pitch, size)
         for column, i in enumerate(layers):
             matrix, left = matrices[names[i]], column * (E + gap)
             n = len(matrix)
             ax.imshow(matrix, norm=norm, cmap=cmap, interpolation="nearest", extent=(left, left + n, n, 0))
             index = kind_and_index(names[i])[1]
             if index is not None:
-                ax.text(left, -0.06 * E, f"layer {index}", fontsize=8)
+                ax.text(left, -0.1 * E, str(index), fontsize=8)
         ax.set(xlim=(0, columns * (E + gap)), ylim=(E, 0), aspect="auto", xticks=[], yticks=[])
         ax.spines[:].set_visible(False)
         if row == 0 or lines[row - 1][0] != kind:
             ax.set_ylabel(kind.replace(".", ".\n"), fontsize=9, rotation=0, ha="right", va="center")
-    sheet.colours(norm, cmap, 0.1, min(2.5, len(lines) * (size + 0.45) - 0.3))
+    sheet.colours(norm, cmap, 0.15, min(2.5, max(len(lines) * (size + 0.25), 1.2) - 0.3))
     return sheet.fig
 
 
@@ -213,17 +224,17 @@ def allocation(experts: Mapping[str, int]) -> Figure:
     for rows in by_kind(names).values():
         layers = [names[i] for i in rows]
         groups.setdefault(tuple((kind_and_index(name)[1], experts[name]) for name in layers), []).append(layers)
-    width = max(CELL * max(map(len, groups)), 4)
-    sheet = Sheet(width, len(groups) * (1.2 + GAP), f"Experts per layer, {sum(experts.values())} in all")
+    sheet = Sheet(WIDE, len(groups) * (1.2 + GAP), f"Experts per layer, {sum(experts.values())} in all")
     for row, (bars, kinds) in enumerate(groups.items()):
-        ax = sheet.panel(0, 0.15 + row * (1.2 + GAP), len(bars) * CELL if len(bars) > 13 else 4, 1.2)
+        ax = sheet.panel(0, 0.15 + row * (1.2 + GAP), WIDE, 1.2)
         counts = [n for _, n in bars]
         drawn = ax.bar(np.arange(len(bars)) + 0.5, counts, color="#35608d", width=0.8)
-        if len(bars) <= 40:
-            ax.bar_label(drawn, fontsize=8)
+        if len(bars) <= 33:
+            ax.bar_label(drawn, fontsize=7)
         number_layers(ax, kinds[0])
         ax.set(xlim=(0, len(bars)), ylim=(0, 1.25 * max(counts)))
         ax.set_ylabel("experts", fontsize=8)
-        ax.set_title(", ".join(kind_and_index(layers[0])[0] for layers in kinds), fontsize=11, loc="left", pad=4)
+        titles = [kind_and_index(layers[0])[0].rsplit(".", 1)[-1] for layers in kinds]
+        ax.set_title(", ".join(titles), fontsize=10, loc="left", pad=4)
         ax.spines[["top", "right"]].set_visible(False)
     return sheet.fig

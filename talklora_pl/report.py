@@ -42,7 +42,7 @@ def palette(experts: int) -> list[str]:
 def picture(figure: Figure, words: str) -> str:
     """An ``img`` with the picture inside of it."""
     data = io.BytesIO()
-    figure.savefig(data, format="png", dpi=110)
+    figure.savefig(data, format="png")
     return f'<img alt="{escape(words)}" src="data:image/png;base64,{base64.b64encode(data.getvalue()).decode()}">'
 
 
@@ -128,7 +128,7 @@ PAGE = """<!doctype html>
 body { font: 15px/1.5 system-ui, sans-serif; color: #1b1b1b; background: #fff; max-width: 1180px; margin: 1.5rem auto;
   padding: 0 1rem; }
 h1 { font-size: 1.5rem; margin: 0 0 .5rem; } h2 { font-size: 1.15rem; margin: 2rem 0 .5rem; }
-img { max-width: 100%; } small { color: #555; } table { border-collapse: collapse; font-size: .9rem; }
+img { width: 620px; max-width: 100%; } small { color: #555; } table { border-collapse: collapse; font-size: .9rem; }
 .facts th { text-align: left; padding-right: 1.5rem; font-weight: 500; color: #555; }
 .cards { display: grid; grid-template-columns: repeat(auto-fill, minmax(210px, 1fr)); gap: .6rem; }
 .card { border: 1px solid #ddd; border-radius: 6px; padding: .5rem .8rem; } .card small { display: block; }

@@ -16,16 +16,16 @@ from talklora_pl.metrics import Load
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-# charts of the custom scalars tab: title -> regular expressions of tags
+# charts of the custom scalars tab: title -> regular expressions of the beginning of tags
 LAYOUT = {
     "Loss": {
-        "task loss": ["train_loss", "val_loss"],
+        "task loss": ["train_loss$", "val_loss$"],
         "task loss by task": ["val_loss/.*"],
         "balance losses": ["balance/.*"],
     },
     "Load": {
         "imbalance: coefficient of variation": ["load/cv", "val_load/cv"],
-        "overload of the busiest expert: MaxVio": ["load/max_vio", "load/max_vio_worst", "val_load/max_vio"],
+        "overload of the busiest expert: MaxVio": ["load/max_vio$", "load/max_vio_worst", "val_load/max_vio$"],
         "effective number of experts": ["load/effective_experts", "val_load/effective_experts"],
         "share of dead experts": ["load/dead_experts", "val_load/dead_experts"],
     },
