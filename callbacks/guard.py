@@ -41,7 +41,8 @@ class FiniteGuard(L.Callback):
         self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, batch_idx: int
     ) -> None:
         if not self._window:
-            self._buffers = [(b, b.clone()) for b in _own_buffers(pl_module)]
+            # those of the frozen base never change
+            self._buffers = [(b, b.clone()) for adapter in _adapters(pl_module) for b in adapter.buffers()]
         ids = batch.get(self.id_key, "unknown") if isinstance(batch, dict) else "unknown"
         self._window.append((ids, torch.tensor(True)))
 
@@ -66,6 +67,8 @@ class FiniteGuard(L.Callback):
             p.grad = None  # every optimiser leaves a parameter without gradient alone: no decay, no momentum
         for buffer, before in self._buffers:
             buffer.copy_(before)
+        for adapter in _adapters(pl_module):
+            adapter.forget_loads()
         self.skipped += 1
         culprits = [ids for ids, finite in where if not finite] or [ids for ids, _ in where]
         what = "loss" if not all(finite for _, finite in where) else "gradient"
@@ -93,10 +96,8 @@ class FiniteGuard(L.Callback):
             )
 
 
-def _own_buffers(pl_module: L.LightningModule) -> list[torch.Tensor]:
-    """Buffers that a checkpoint holds; those of the frozen base never change."""
-    adapter = getattr(getattr(pl_module, "model", None), "talklora", None)
-    return [] if adapter is None else list(adapter.buffers())
+def _adapters(pl_module: L.LightningModule) -> list[Any]:
+    return list(getattr(getattr(pl_module, "model", None), "talklora", {}).values())  # type: ignore[union-attr]
 
 
 def _gather(local: list[Any]) -> list[Any]:

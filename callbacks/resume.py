@@ -1,11 +1,13 @@
 """What a resumed run needs, beyond Lightning's own state, to end as if it had never been interrupted."""
 
+import hashlib
 import math
 import os
 from typing import Any
 
 import lightning as L
 
+from talklora_pl.adapter.fingerprint import agree
 from talklora_pl.distributed.checkpoint import KEY as ABOUT
 from talklora_pl.distributed.checkpoint import refuse_differences
 from talklora_pl.distributed.seeding import seed_step
@@ -20,7 +22,7 @@ class ExactResume(L.Callback):
     1. Random numbers are reseeded before every micro-batch from (seed, micro-batch, rank), so dropout resumes exactly.
     2. A checkpoint that is written while a validation is due or running says so; Lightning would leave it out.
     3. Optimiser and scheduler options that differ from those of the interrupted run win over the checkpoint's.
-    4. Another adapter, base or allocation than that of the interrupted run is refused by name.
+    4. Another adapter, base, allocation, optimiser or schedule than that of the interrupted run is refused by name.
     5. Logged values keep their steps; Lightning's own count is off by one after some resumes.
     6. The position within an epoch is converted if the same optimiser step is now made of other micro-batches (two
        processes, or one that accumulates twice); a step of another size mid-epoch is refused.
@@ -28,6 +30,7 @@ class ExactResume(L.Callback):
 
     def __init__(self) -> None:
         self._now: dict[str, Any] = {}  # options of optimisers and schedulers as this run made them
+        self._parts: dict[str, Any] = {}  # which optimisers and schedulers, of how many tensors
         self._saved: dict[str, Any] | None = None
 
     # ------------------------------------------------------------------ 1, 5
@@ -51,7 +54,12 @@ class ExactResume(L.Callback):
     # ------------------------------------------------------------------ 2
 
     def on_save_checkpoint(self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
-        checkpoint[KEY] = {"options": self._now, "data": _data(trainer), "accumulate": trainer.accumulate_grad_batches}
+        checkpoint[KEY] = {
+            "options": self._now,
+            "parts": self._parts,
+            "data": _data(trainer),
+            "accumulate": trainer.accumulate_grad_batches,
+        }
         loops = checkpoint.get("loops", {}).get("fit_loop")
         if loops is not None and not trainer.sanity_checking and validation_due(trainer):
             _before_validation(loops)
@@ -63,6 +71,17 @@ class ExactResume(L.Callback):
             "optimizers": [[_options(g) for g in o.param_groups] for o in trainer.optimizers],
             "schedulers": [_options(c.scheduler.state_dict()) for c in trainer.lr_scheduler_configs],
         }
+        self._parts = {
+            "optimizer": [type(o).__name__ for o in trainer.optimizers],
+            "tensors of each parameter group": [[len(g["params"]) for g in o.param_groups] for o in trainer.optimizers],
+            "lr_scheduler": [type(c.scheduler).__name__ for c in trainer.lr_scheduler_configs],
+        }
+        self._refuse_other_parts(trainer)
+
+    def _refuse_other_parts(self, trainer: L.Trainer) -> None:
+        """Once both are known; which is first depends on the strategy, the states are always restored later."""
+        if self._saved is not None and self._parts:
+            refuse_differences(self._saved["parts"], self._parts, trainer.ckpt_path or "")
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         loop: Any = trainer.fit_loop
@@ -89,8 +108,8 @@ class ExactResume(L.Callback):
         if saved is None or trainer.state.fn != "fit":
             return
         self._saved = saved
-        before, now = (_method(about) for about in (checkpoint[ABOUT], pl_module.describe()))  # type: ignore[operator]
-        refuse_differences(before, now, trainer.ckpt_path or "")
+        refuse_differences(*_methods(checkpoint[ABOUT], pl_module.describe()), trainer.ckpt_path or "")  # type: ignore[operator]
+        self._refuse_other_parts(trainer)
         batches = checkpoint["loops"]["fit_loop"]["epoch_loop.batch_progress"]
         done = batches["current"]["processed"]
         if done == 0 or batches["is_last_batch"]:
@@ -108,11 +127,18 @@ class ExactResume(L.Callback):
                 count.update(ready=done, started=done, processed=done, completed=done - running)
 
 
-def _method(about: dict[str, Any]) -> dict[str, Any]:
+def _methods(*abouts: dict[str, Any]) -> list[dict[str, Any]]:
     """What may not differ: the adapter, the experts per layer, and the base, by its weights rather than its place."""
-    elsewhere = ("name_or_path", "revision") if about["base"].get("fingerprint") else ()
-    base = {k: v for k, v in about["base"].items() if k not in elsewhere}
-    return {"base": base, **{k: about[k] for k in ("adapter", "experts_per_layer", "plain_layers")}}
+    bases = [dict(about["base"]) for about in abouts]
+    marks = [base.pop("fingerprint", None) for base in bases]
+    if all(marks):
+        same = agree(*marks)
+        for base, mark in zip(bases, marks):
+            del base["name_or_path"]
+            base.pop("revision", None)
+            base["weights"] = "the same" if same else hashlib.sha256(mark.encode()).hexdigest()[:12]
+    parts = ("adapter", "experts_per_layer", "plain_layers")
+    return [{"base": base, **{k: about[k] for k in parts}} for base, about in zip(bases, abouts)]
 
 
 def _data(trainer: L.Trainer) -> dict[str, Any]:

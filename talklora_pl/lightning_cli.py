@@ -190,7 +190,7 @@ class CLI(LightningCLI):
         """Find and check the checkpoint; what the user typed wins, nothing is taken from its hyperparameters."""
         config = self.config[self.config.subcommand]
         root = config.trainer.default_root_dir or RUNS
-        config.ckpt_path = resume_from(config.ckpt_path, root)
+        config.ckpt_path = resume_from(config.ckpt_path, root, config.checkpoint.dirpath)
 
     def instantiate_trainer(self, **kwargs: Any) -> Any:
         config = self._get(self.config_init, "trainer")

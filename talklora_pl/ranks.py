@@ -22,14 +22,14 @@ class _SumOverRanks(torch.autograd.Function):
 
 
 def sum_over_ranks(*tensors: Tensor) -> list[Tensor]:
-    """The sums of small tensors over all processes, with one collective; the tensors themselves in a single process.
+    """The sums of small tensors over all processes, with one collective, in float64 if any is, else in float32.
 
     The gradient is right after the mean over processes that DDP takes: with S = sum_r S_r and a loss L(S) that every
     process computes, dL/dθ = sum_r L'(S) dS_r/dθ = mean_r( world L'(S) dS_r/dθ ). So the backward multiplies with the
     number of processes and stays local. Do not nest: L(S(S')) of one sum in another is not covered.
     """
-    if not (dist.is_available() and dist.is_initialized()) or dist.get_world_size() == 1:
-        return list(tensors)
     dtype = torch.float64 if any(t.dtype == torch.float64 for t in tensors) else torch.float32
+    if not (dist.is_available() and dist.is_initialized()) or dist.get_world_size() == 1:
+        return [t.to(dtype) for t in tensors]
     flat: Tensor = _SumOverRanks.apply(torch.cat([t.reshape(-1).to(dtype) for t in tensors]))
     return [part.view(t.shape) for part, t in zip(flat.split([t.numel() for t in tensors]), tensors, strict=True)]

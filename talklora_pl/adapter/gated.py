@@ -60,7 +60,7 @@ def gated_ffn(block: nn.Module) -> GatedFFN:
 @torch.no_grad()
 def _computes_what_it_says(block: Any, parts: GatedFFN) -> bool:
     p = next(block.parameters())
-    if p.is_meta:
+    if p.is_meta or hasattr(p, "device_mesh"):  # no weights here, or a part of them
         return True
     dtype = p.dtype if p.is_floating_point() else torch.get_default_dtype()
     x_1D = torch.linspace(-1, 1, parts.width(block)[0], device=p.device, dtype=dtype).unsqueeze(0)

@@ -64,6 +64,10 @@ class Adapter(nn.Module):
                 self._router(name).after_optimizer_step(load_E)
             self._loads.clear()
 
+    def forget_loads(self) -> None:
+        """What was counted since the last optimiser step counts no longer: the step is left out."""
+        self._loads.clear()
+
     def _router(self, layer: str) -> Any:
         return self.layers.get_submodule(layer).router
 

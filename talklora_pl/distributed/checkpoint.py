@@ -9,7 +9,7 @@ import os
 import re
 import socket
 import zipfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -167,5 +167,9 @@ def _alive(pid: int) -> bool:
 
 def last_checkpoint(root: str | os.PathLike[str], name: str = "last") -> Path | None:
     """The newest ``last.ckpt`` (or other `name`) of the runs under `root`."""
-    found = [p for p in Path(root).glob(f"**/checkpoints/{name}*.ckpt") if p.is_file()]
-    return max(found, key=lambda p: p.stat().st_mtime, default=None)
+    return newest(Path(root).glob(f"**/checkpoints/{name}*.ckpt"))
+
+
+def newest(paths: Iterable[Path]) -> Path | None:
+    """The file that was written last."""
+    return max((p for p in paths if p.is_file()), key=lambda p: p.stat().st_mtime, default=None)

@@ -6,6 +6,7 @@ parameters, experts that no token chose, the optimiser, clipping and checkpoints
 checkpoint moves between one process, DDP and FSDP2 of any size.
 """
 
+import ctypes
 from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import timedelta
@@ -59,6 +60,8 @@ class AdapterFSDP2Strategy(ModelParallelStrategy):
     def setup_environment(self) -> None:
         self._data_parallel_size = self.num_nodes * self.num_processes  # Lightning's default is the number of nodes
         super().setup_environment()
+        if self.root_device.type == "cpu":
+            return_freed_memory()
 
     def setup(self, trainer: L.Trainer) -> None:
         """Shard the model that ``configure_model`` built, fill it, and make the trained tensors equal on all ranks."""
@@ -162,6 +165,18 @@ def decoder_layers(model: nn.Module) -> list[nn.Module]:
             "Use --trainer.strategy ddp."
         )
     return layers
+
+
+def return_freed_memory() -> None:
+    """Make glibc give large freed blocks back at once, for ever.
+
+    By itself it learns to keep blocks of the size of a gathered layer, whose holes it then does not reuse: a process
+    ended up with more than the whole base.
+    """
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)  # other C libraries do not have it
+    if mallopt is not None:
+        m_mmap_threshold, initial_value = -3, 128 * 1024
+        mallopt(m_mmap_threshold, initial_value)
 
 
 def average_gradients(parameters: list[Tensor]) -> None:

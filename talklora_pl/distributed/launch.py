@@ -11,7 +11,7 @@ from lightning.pytorch.strategies import DDPStrategy
 from lightning.pytorch.utilities import rank_zero_info
 from torch.nn.parallel import DistributedDataParallel
 
-from talklora_pl.distributed.checkpoint import DurableCheckpointIO, last_checkpoint, read_checkpoint
+from talklora_pl.distributed.checkpoint import DurableCheckpointIO, last_checkpoint, newest, read_checkpoint
 from talklora_pl.distributed.fsdp import AdapterFSDP2Strategy
 from talklora_pl.errors import UserError
 
@@ -46,12 +46,13 @@ def trainer_arguments(trainer: Mapping[str, Any]) -> dict[str, Any]:
     return found
 
 
-def resume_from(ckpt_path: str | None, root: str | os.PathLike[str]) -> str | None:
+def resume_from(ckpt_path: str | None, root: str | os.PathLike[str], dirpath: str | None = None) -> str | None:
     """The verified checkpoint file that ``--ckpt_path`` means, or None.
 
     Args:
-        ckpt_path: a file, or ``last`` or ``best``: the newest of that name under `root`, if there is one.
+        ckpt_path: a file, or ``last`` or ``best``: the newest of that name, if there is one.
         root: the folder of all runs.
+        dirpath: where this run keeps its checkpoints, if not in its folder under `root`.
 
     Raises:
         UserError: the file is missing, damaged or not ours. Nothing was loaded or written by then.
@@ -59,9 +60,9 @@ def resume_from(ckpt_path: str | None, root: str | os.PathLike[str]) -> str | No
     if ckpt_path is None or "://" in str(ckpt_path):
         return ckpt_path
     if ckpt_path in ("last", "best"):
-        path = last_checkpoint(root, ckpt_path)
+        path = last_checkpoint(root, ckpt_path) if dirpath is None else newest(Path(dirpath).glob(f"{ckpt_path}*.ckpt"))
         if path is None:
-            rank_zero_info(f"--ckpt_path {ckpt_path}: there is none under {root} yet, training starts anew.")
+            rank_zero_info(f"--ckpt_path {ckpt_path}: there is none in {dirpath or root} yet, training starts anew.")
             return None
         ckpt_path = str(path)
     read_checkpoint(ckpt_path)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import resource
 import signal
+import threading
 import time
 from pathlib import Path
 from typing import Any
@@ -77,13 +78,30 @@ class Poison(L.Callback):
 
 
 class MemoryLimit(L.Callback):
-    """From here on the process may take so many more megabytes (not counting files mapped read-only)."""
+    """From here on the process may take so many more megabytes (not counting files mapped read-only).
 
-    def __init__(self, megabytes: int) -> None:
-        self.megabytes = megabytes
+    The most that it did take (anonymous pages in memory, looked at every millisecond) goes to `folder`/peak.<rank>.
+    """
+
+    def __init__(self, megabytes: int, folder: str) -> None:
+        self.megabytes, self.folder = megabytes, Path(folder)
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
-        status = Path("/proc/self/status").read_text()
-        data = int(status.split("VmData:")[1].split()[0]) * 1024
+        data = int(Path("/proc/self/status").read_text().split("VmData:")[1].split()[0]) * 1024
         most = data + self.megabytes * 2**20
         resource.setrlimit(resource.RLIMIT_DATA, (most, most))
+        self.file = self.folder / f"peak.{trainer.global_rank}"
+        threading.Thread(target=self._watch, daemon=True).start()
+
+    def _watch(self) -> None:
+        peak, before = 0, _anonymous()
+        while True:
+            if (now := _anonymous()) > peak:
+                peak = now
+                self.file.write_text(str((peak - before) / 2**20))
+            time.sleep(0.001)
+
+
+def _anonymous() -> int:
+    _, resident, shared, *_ = (int(pages) for pages in Path("/proc/self/statm").read_text().split())
+    return (resident - shared) * resource.getpagesize()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import numpy as np
@@ -25,19 +26,29 @@ def test_two_processes_equal_one(config: Path, reference: Path, tmp_path: Path, 
     assert same_curve(tmp_path, reference.parents[1])
 
 
+SWITCH = {"class_path": "switch", "init_args": {"weight": 0.5, "scope": "model"}}
 VARIANTS = {
     "checkpointing": ["--model.gradient_checkpointing", "true", "--trainer.gradient_clip_val", "0.5"],
+    # whole feed-forward experts that run for the tokens that chose them, and more of them than tokens can choose
+    "unchosen experts": ["--config", "method/mixlora", "--model.adapter.num_experts", "64"],
+    "balanced": ["--config", "method/lossfree", "--model.adapter.balance", json.dumps([SWITCH, "z_loss"])],
 }
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_variants_equal_one(config: Path, tmp_path: Path, variant: str) -> None:
-    options = VARIANTS[variant]
+    options = [*VARIANTS[variant], "--model.adapter.dtype", "float64"]
     one = fit(config, tmp_path / "one", *options)
+    if variant == "unchosen experts":
+        assert all(share > 0.1 for _, share in curves(tmp_path / "one")["load/dead_experts"])
+    if variant == "balanced":
+        biases = [v for k, v in load(one)["state_dict"].items() if k.endswith("router.bias")]
+        assert biases and all(b.count_nonzero() > 0 for b in biases)
     for strategy in ("ddp", "fsdp"):
         two = fit(config, tmp_path / strategy, "--trainer.strategy", strategy, *TWO, *options, ranks=2)
         assert distance(two, one) < 1e-11, strategy
+        assert same_curve(tmp_path / strategy, tmp_path / "one")
 
 
 @pytest.mark.slow

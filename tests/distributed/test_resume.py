@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 
 import pytest
+from transformers import AutoModelForCausalLM
 
 from tests.distributed.runs import Run, curves, distance, fit, load, newest
 
@@ -77,12 +79,23 @@ def test_across_strategies(config: Path, tmp_path: Path) -> None:
     ("typed", "named"),
     [
         (["--model.adapter.num_experts", "2"], "adapter.num_experts: 4 in the checkpoint, 2 in this run"),
+        (["--model.adapter.allocation", "groups", "--model.adapter.allocation.shape", "[2]"], "experts_per_layer."),
+        (
+            ["--model.optimizer", "torch.optim.SGD", "--model.optimizer.lr", "0.1"],
+            "'AdamW'] in the checkpoint, ['SGD']",
+        ),
+        (["--model.base.path", "OTHER"], "base.weights: "),
         (["--data.batch_size", "2"], "rows of an optimiser step"),
     ],
 )
 def test_another_method_is_refused_by_name(
     config: Path, started: Path, tmp_path: Path, typed: list[str], named: str
 ) -> None:
+    if typed[-1] == "OTHER":  # another random model of the same shape
+        model = AutoModelForCausalLM.from_pretrained(config.parent / "model")
+        model.lm_head.weight.data += 0.1
+        typed = [typed[0], str(shutil.copytree(config.parent / "model", tmp_path / "other"))]
+        model.save_pretrained(typed[-1])
     argv = ["fit", "--config", str(config), "--trainer.default_root_dir", str(tmp_path), "--ckpt_path", str(started)]
     run = Run.start(tmp_path, [*argv, *typed])
     assert run.wait() == [2]

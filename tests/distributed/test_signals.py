@@ -100,7 +100,7 @@ def test_thirty_kills_lose_nothing_saved(config: Path, tmp_path: Path) -> None:
         time.sleep(draw.random())
         victim = draw.choice(run.processes)
         os.kill(victim.pid, signal.SIGKILL)
-        codes = run.wait(GRACE)
+        codes = run.wait(GRACE / 2)
         assert "hang" not in codes and 0 not in codes, (trial, codes, run.log())
         now = steps_done(folder)
         assert now >= before, (trial, run.log())
