@@ -26,7 +26,7 @@ EMPTY = "#e4e4e4"  # where a layer has no such expert
 CELL = 0.3  # height of a cell of a heat map, in inches
 WIDE = 3.3  # width of all columns of a heat map, at most
 LEFT, RIGHT, TOP, GAP = 0.85, 0.75, 0.5, 0.65  # margins around the panels, and the room between two of them
-DPI = 150
+DPI = 110
 
 
 def kind_and_index(name: str) -> tuple[str, int | None]:

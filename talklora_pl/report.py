@@ -42,7 +42,7 @@ def palette(experts: int) -> list[str]:
 def picture(figure: Figure, words: str) -> str:
     """An ``img`` with the picture inside of it."""
     data = io.BytesIO()
-    figure.savefig(data, format="png")
+    figure.savefig(data, format="png", dpi=150)
     return f'<img alt="{escape(words)}" src="data:image/png;base64,{base64.b64encode(data.getvalue()).decode()}">'
 
 

@@ -25,24 +25,27 @@ from tests.monitoring.test_load_balance import scalars
 ROOT = Path(__file__).parents[2]
 
 
-def launch(base: BaseModel, rows: list[dict[str, str]], root: Path, processes: int) -> dict[str, dict[int, float]]:
+def launch(
+    base: BaseModel, rows: list[dict[str, str]], root: Path, processes: int, accumulate: int
+) -> dict[str, dict[int, float]]:
     """`fit` as a user runs it, with the same global batch whatever the number of processes; what it logs."""
     config: dict[str, Any] = {
         "model": {"base": {"path": base.path, "dtype": "float64"}},
-        "data": {"train": rows, "rows": "choice", "batch_size": 8 // processes, "val_size": 8, "max_length": 128},
+        "data": {"train": rows, "rows": "choice", "val_size": 8, "max_length": 128},
         "trainer": {
             "accelerator": "cpu",
             "devices": processes,
             "strategy": "ddp" if processes > 1 else "auto",
             "max_steps": 4,
             "log_every_n_steps": 1,
-            "val_check_interval": 2,
-            "accumulate_grad_batches": 1,
+            "val_check_interval": 2 * accumulate,
+            "accumulate_grad_batches": accumulate,
             "default_root_dir": str(root),
             "enable_progress_bar": False,
         },
         "load_balance": {"figures": False, "mode": "detailed"},
     }
+    config["data"]["batch_size"] = 8 // processes // accumulate
     config["model"]["adapter"] = {"rank": 8, "dropout_input": 0.0, "dtype": "float64"}
     root.mkdir()
     file = root / "run.yaml"
@@ -63,7 +66,7 @@ def launch(base: BaseModel, rows: list[dict[str, str]], root: Path, processes: i
 def test_two_processes_log_the_load_of_the_global_batch(
     base: BaseModel, rows: list[dict[str, str]], tmp_path: Path
 ) -> None:
-    one, two = (launch(base, rows, tmp_path / str(n), n) for n in (1, 2))
+    one, two = (launch(base, rows, tmp_path / str(n), processes=n, accumulate=n) for n in (1, 2))
     # which tokens the main process sees for churn depends on the number of processes
     one.pop("val_load/churn", None), two.pop("val_load/churn", None)
     assert one.keys() == two.keys() and len(one) > 100
