@@ -105,3 +105,18 @@ class MemoryLimit(L.Callback):
 def _anonymous() -> int:
     _, resident, shared, *_ = (int(pages) for pages in Path("/proc/self/statm").read_text().split())
     return (resident - shared) * resource.getpagesize()
+
+
+class Figures(L.Callback):
+    """Every so many steps: step, anonymous megabytes, open files, seconds since the last line, in `folder`/figures."""
+
+    def __init__(self, folder: str, every: int = 100) -> None:
+        self.file, self.every = Path(folder) / "figures", every
+
+    def on_train_batch_end(self, trainer: L.Trainer, *args: Any) -> None:
+        if trainer.global_step % self.every == 0:
+            files, now = len(list(Path("/proc/self/fd").iterdir())), time.perf_counter()
+            took = now - getattr(self, "before", now)
+            with open(self.file, "a") as f:
+                print(trainer.global_step, _anonymous() / 2**20, files, took, file=f)
+            self.before = now

@@ -9,7 +9,10 @@ import numpy as np
 import pytest
 import torch
 
-from tests.distributed.runs import curves, distance, fit, load
+from talklora_pl.adapter import AdapterConfig
+from talklora_pl.base import BaseModel
+from talklora_pl.module import FineTuner
+from tests.distributed.runs import curves, distance, fit, load, newest
 
 TWO = ("--data.batch_size", "2")
 
@@ -78,3 +81,23 @@ def test_fsdp_options_equal_one(config: Path, reference: Path, tmp_path: Path, o
     name = "talklora_pl.distributed.fsdp.AdapterFSDP2Strategy"
     options = ("--trainer.strategy.class_path", name, f"--trainer.strategy.{option}")
     assert distance(fit(config, tmp_path, *options, *TWO, ranks=2), reference) < 1e-11
+
+
+@pytest.mark.slow
+def test_same_seed_same_bits_twice(config: Path, tmp_path: Path) -> None:
+    """Dropout, shuffling, two processes: two runs are equal in every bit and logged number; another seed is not."""
+    for name, ranks, options in (("one", 1, ()), ("two", 2, ("--trainer.strategy", "ddp", *TWO))):
+        a, b = tmp_path / name / "a", tmp_path / name / "b"
+        dropout = (*options, "--model.adapter.dropout_input", "0.1")
+        assert distance(fit(config, a, *dropout, ranks=ranks), fit(config, b, *dropout, ranks=ranks)) == 0
+        assert curves(a) == curves(b)
+    assert distance(fit(config, tmp_path / "c", *dropout[-2:], "--seed_everything", "8"), newest(tmp_path / "one")) > 0
+
+
+def test_gradient_checkpointing_is_not_reentrant(config: Path) -> None:
+    tuner = FineTuner(
+        BaseModel(str(config.parent / "model")), AdapterConfig(expert_rank=2), gradient_checkpointing=True
+    )
+    tuner.configure_model()
+    found = [m._gradient_checkpointing_func for m in tuner.modules() if hasattr(m, "_gradient_checkpointing_func")]
+    assert found and all(f.keywords["use_reentrant"] is False for f in found)

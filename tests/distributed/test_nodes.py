@@ -52,6 +52,9 @@ def nodes() -> Iterator[list[Node]]:
             ip(f"-n {node.namespace} addr add {node.address}/24 dev {node.device}")
             ip(f"-n {node.namespace} link set lo up")
             ip(f"-n {node.namespace} link set {node.device} up")
+            # torchrun's c10d agent waits for the store on the lost node as long as the kernel does: see the docs
+            retries = ["ip", "netns", "exec", node.namespace, "tee", "/proc/sys/net/ipv4/tcp_retries2"]
+            subprocess.run(retries, input=b"5", check=True, capture_output=True)
         yield found
     finally:
         for node in found:
@@ -76,7 +79,7 @@ def start(nodes: list[Node], how: str, folder: Path, argv: list[str], each: int 
             # in a namespace nobody recognises itself as the host: say who it is
             "c10d": [
                 *("--rdzv-backend=c10d", f"--rdzv-endpoint={nodes[0].address}:29400", "--rdzv-id=job"),
-                *(f"--rdzv-conf=is_host={int(i == 0)}", f"--local-addr={node.address}"),
+                *(f"--rdzv-conf=is_host={int(i == 0)},read_timeout={TIMEOUT}", f"--local-addr={node.address}"),
             ],
         }[how]
         command = ["ip", "netns", "exec", node.namespace, TORCHRUN, "--nnodes=2", f"--nproc-per-node={each}", *meet]
