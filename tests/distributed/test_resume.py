@@ -79,7 +79,6 @@ def test_across_strategies(config: Path, tmp_path: Path) -> None:
     ("typed", "named"),
     [
         (["--model.adapter.num_experts", "2"], "adapter.num_experts: 4 in the checkpoint, 2 in this run"),
-        (["--model.adapter.allocation", "groups", "--model.adapter.allocation.shape", "[2]"], "experts_per_layer."),
         (
             ["--model.optimizer", "torch.optim.SGD", "--model.optimizer.lr", "0.1"],
             "'AdamW'] in the checkpoint, ['SGD']",
