@@ -7,11 +7,10 @@ import pickle
 from typing import Any
 
 import lightning as L
-from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
+from lightning.pytorch.utilities import rank_zero_info
 
 from talklora_pl import registry
 from talklora_pl.adapter.allocation import decide, layer_targets
-from talklora_pl.allocation import Allocation
 from talklora_pl.allocation.alpha import Alpha
 from talklora_pl.allocation.report import figure, layer_list, markdown, total
 from talklora_pl.allocation.rules import Uniform
@@ -36,8 +35,8 @@ class ExpertAllocation(L.Callback):
     """Applies the adapter's allocation rule to the weight files of the base and logs the outcome.
 
     :class:`~talklora_pl.module.FineTuner` brings it along; list it only to change its options. A run that continues a
-    checkpoint takes the numbers from there, whatever rule its configuration names: tensors of other shapes could not be
-    loaded. With several processes the first decides and the others are told.
+    checkpoint takes the numbers from there; another rule in its configuration is refused. With several processes the
+    first decides and the others are told.
 
     Args:
         cache: remember the spectra on disk, so that the next run on the same base begins at once.
@@ -60,13 +59,12 @@ class ExpertAllocation(L.Callback):
         if isinstance(outcome, UserError):
             raise outcome
         rule, pl_module.allocation = outcome
-        configured = pl_module.adapter_config.allocation
-        if rule is not None and rule != registry.to_dict(configured):
-            rank_zero_warn(
-                f"The checkpoint's experts per layer stay as they are (rule {rule['name']!r}); "
-                f"{configured.name!r} of this configuration applies to new runs only."
+        configured = registry.to_dict(pl_module.adapter_config.allocation)
+        if rule is not None and rule != configured:
+            raise UserError(
+                f"model.adapter.allocation: the checkpoint has experts per layer by {rule}, the configuration says "
+                f"{configured}. Configure the same, or begin a new run without --ckpt_path."
             )
-            pl_module.adapter_config.allocation = registry.from_dict(Allocation, rule)
 
     def _decide(self, pl_module: Any) -> dict[str, int] | None:
         """The rule's answer; None for the uniform one, which needs no look at the model."""
