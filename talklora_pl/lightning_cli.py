@@ -86,22 +86,29 @@ def _expand(argv: list[str]) -> list[str]:
     return out
 
 
+def _yaml(text: str | bytes, where: str) -> Any:
+    try:
+        return yaml.safe_load(text)
+    except (yaml.YAMLError, UnicodeDecodeError) as e:
+        raise UserError(f"{where} is not readable as YAML: {' '.join(str(e).split())}") from None
+
+
 def _plugins(argv: list[str]) -> list[str]:
     """Plugins named by configs and options, found before anything is parsed."""
     found: list[Any] = []
     for before, arg in zip(["", *argv], argv, strict=False):
         if before in ("--config", "-c") or arg.startswith("--config="):
             path = arg.removeprefix("--config=")
-            try:
-                data = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
-            except (yaml.YAMLError, UnicodeDecodeError) as e:
-                raise UserError(f"{path} is not readable as YAML: {' '.join(str(e).split())}") from None
+            data = _yaml(Path(path).read_bytes(), path)
             if data is not None and not isinstance(data, dict):
                 raise UserError(f"{path}: a config is a mapping of options, this is a {type(data).__name__}.")
             found.append((data or {}).get("plugins") or [])
         elif before in ("--plugins", "--plugins+") or arg.startswith(("--plugins=", "--plugins+=")):
-            found.append(yaml.safe_load(arg.split("=", 1)[-1]))
-    return [p for entry in found for p in (entry if isinstance(entry, list) else [entry])]
+            found.append(_yaml(arg.split("=", 1)[-1], "--plugins"))
+    plugins = [p for entry in found for p in (entry if isinstance(entry, list) else [entry])]
+    if wrong := [p for p in plugins if not isinstance(p, str)]:
+        raise UserError(f"plugins: a list of modules or .py files, and {wrong[0]!r} is neither.")
+    return plugins
 
 
 class Parser(LightningArgumentParser):
@@ -165,7 +172,7 @@ class CLI(LightningCLI):
             super().parse_arguments(parser, args)
         except UserError as e:
             verb, *options = args
-            problems = all_problems(lambda some: parser.parse_args([verb, *some]), options)
+            problems = all_problems(lambda some: parser.parse_args([verb, *some]), options, ["--model.base.path=x"])
             raise UserError(
                 "\n  ".join(["The configuration cannot be used:", *problems]) if problems else str(e)
             ) from None
@@ -177,7 +184,8 @@ class CLI(LightningCLI):
             self.model.check()
         except UserError as e:
             # what is wrong with the data would come next: say it now (good data only get cached by this)
-            raise UserError("\n".join(dict.fromkeys([str(e), *self._data_problems()]))) from None
+            problems = "\n".join([str(e), *self._data_problems()])
+            raise UserError("\n".join(dict.fromkeys(problems.splitlines()))) from None
 
     def _data_problems(self) -> list[str]:
         try:
@@ -201,7 +209,7 @@ class CLI(LightningCLI):
             kwargs["logger"] = TensorBoardLogger(root, name="", version=version)
         try:
             return super().instantiate_trainer(**kwargs)
-        except (MisconfigurationException, ValueError) as e:
+        except (MisconfigurationException, TypeError, ValueError) as e:
             raise UserError(f"trainer: {' '.join(str(e).split())}") from e
 
 

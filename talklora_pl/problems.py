@@ -28,14 +28,15 @@ class Option(NamedTuple):
         return self.file + (message if message.startswith(self.key) else f"{self.key}: {message}")
 
 
-def all_problems(parse: Callable[[list[str]], Any], argv: list[str]) -> list[str]:
+def all_problems(parse: Callable[[list[str]], Any], argv: list[str], required: list[str]) -> list[str]:
     """What is wrong with each option.
 
     Args:
         parse: parser of a command line; raises UserError at the first mistake.
         argv: options, with configs as paths.
+        required: options without which nothing can be parsed, with any value: they stand in for those that come later.
     """
-    right: list[str] = []
+    right = list(required)
     out: list[str] = []
 
     def search(options: list[Option]) -> None:
@@ -43,7 +44,7 @@ def all_problems(parse: Callable[[list[str]], Any], argv: list[str]) -> list[str
         try:
             parse([*right, *args])
         except UserError as e:
-            if " is required" not in str(e):  # it may come yet
+            if " is required" not in str(e):  # else another option of the same component may be that
                 if len(options) > 1:
                     search(options[: len(options) // 2])
                     search(options[len(options) // 2 :])
@@ -54,7 +55,7 @@ def all_problems(parse: Callable[[list[str]], Any], argv: list[str]) -> list[str
 
     search(list(_options(argv)))
     try:
-        parse(right)
+        parse(right[len(required) :])
     except UserError as e:
         out.append(str(e))
     return out
@@ -69,6 +70,8 @@ def _options(argv: list[str]) -> Iterator[Option]:
         at += count
         if name in ("-c", "--config"):
             path = args[-1] if count == 2 else value
+            if not path:
+                raise UserError("--config: which? A file, or the name of a shipped one such as method/talklora.")
             for keys, leaf in _leaves(yaml.safe_load(Path(path).read_text(encoding="utf-8")) or {}):
                 for key in reversed(keys):
                     leaf = {key: leaf}
@@ -98,11 +101,15 @@ def readable(message: str) -> str:
         return f"{key} is required: --{key}, or the same in a config."
     if "Union subtypes" not in text:
         return f"{key}: {' '.join(text.split())}"
-    reasons, types = [], []
+    reasons, types, values = [], [], set()
     for line in re.findall(r"^\s+- (.*(?:\n\s{8,}[^\s-].*)?)", text, re.MULTILINE):
         if kind := re.fullmatch(r"Expected a <class '(?:\w+\.)*(\w+)'>", line):
             types.append({"NoneType": "null", "str": "text"}.get(kind[1], kind[1]))
+        elif one_of := re.fullmatch(r"Expected a typing\.Literal\[(.*)\]", line):
+            values |= {c.strip(" '") for c in one_of[1].split(",")}
         elif not re.match(r"Not of type|Not a valid|Does not validate|Expected a|a class path|a dict with", line):
             reasons.append(" ".join(line.split()))
     value = text.rpartition("Given value: ")[2]
+    if values and not reasons:
+        return f"{key}: {value!r} is not one of its values.{did_you_mean(value, {*values, *types})}"
     return f"{key}: {'; '.join(reasons)}" if reasons else f"{key}: {value} is not {' or '.join(types)}."

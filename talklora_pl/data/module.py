@@ -135,10 +135,14 @@ class TextData(L.LightningDataModule):
 
     def _prepare(self, stage: str) -> dict[str, list[Prepared]]:
         base = self._base()
+        least = {"batch_size": 1, "eval_batch_size": 1, "max_length": 1, "num_workers": 0, "val_size": 0}
+        given_numbers = {name: getattr(self, name) for name in least}
+        if wrong := [n for n, value in given_numbers.items() if value is not None and value < least[n]]:
+            raise UserError("\n".join(f"data.{n}: {given_numbers[n]} is less than {least[n]}." for n in wrong))
         self.classify = base.task == "sequence_classification"
         config, tokenizer = load_config(base), load_tokenizer(base)
         context = getattr(config, "max_position_embeddings", None)
-        max_length = self.max_length or min(512, context or 512)
+        max_length = min(512, context or 512) if self.max_length is None else self.max_length
         if context is not None and max_length > context:
             raise UserError(f"data.max_length: {max_length} is more than the model's context of {context} tokens.")
         classes = self._classes()

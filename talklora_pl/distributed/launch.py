@@ -39,6 +39,8 @@ def trainer_arguments(trainer: Mapping[str, Any]) -> dict[str, Any]:
         found["strategy"] = DDPStrategy(**options)
     elif strategy == "fsdp":
         found["strategy"] = AdapterFSDP2Strategy()
+    if (accumulate := trainer.get("accumulate_grad_batches", 1)) < 1:
+        raise UserError(f"trainer.accumulate_grad_batches: {accumulate} is less than 1.")
     plugins = trainer.get("plugins") or []
     plugins = plugins if isinstance(plugins, list) else [plugins]
     if not any(isinstance(plugin, CheckpointIO) for plugin in plugins):

@@ -14,7 +14,7 @@ def heavy(rows: int, columns: int, seed: int = 0) -> torch.Tensor:
 
 
 def naive_peak(eig: np.ndarray) -> float:
-    """Section 4.1 of the specification, one loop per line."""
+    """The definition of docs/allocation.md, one loop per line."""
     logs = np.log10(eig)
     counts, edges = np.histogram(logs, 100)
     top = 10 ** edges[counts.argmax()]

@@ -230,6 +230,32 @@ def test_what_is_missing_is_named(folder: Path, capsys: Any) -> None:
     assert "model.base.path is required" in capsys.readouterr().err
 
 
+def test_a_mistake_before_the_base_is_not_blamed_on_it(folder: Path, capsys: Any) -> None:
+    assert (
+        main(["fit", "--data.batch_sise=3", "--trainer.precision", "7", "--config", str(folder / "config.yaml")]) == 2
+    )
+    _, *problems = capsys.readouterr().err.strip().splitlines()
+    assert len(problems) == 2 and "data.batch_size" in problems[0]
+    assert "trainer.precision: '7' is not one of its values" in problems[1] and "bf16-mixed" in problems[1]
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        (["--config"], "--config: which?"),
+        (["--plugins=[1"], "--plugins is not readable as YAML"),
+        (["--plugins=7"], "plugins: a list of modules"),
+        (["--data.batch_size", "0"], "data.batch_size: 0 is less than 1"),
+        (["--data.max_length", "0", "--data.num_workers", "-1"], "data.num_workers: -1 is less than 0"),
+        (["--trainer.accumulate_grad_batches", "0"], "accumulate_grad_batches: 0 is less than 1"),
+        (["--trainer.devices", "1.5"], "trainer: `devices`"),
+    ],
+)
+def test_mistakes_without_a_traceback(folder: Path, tmp_path: Path, capsys: Any, options: list[str], said: str) -> None:
+    assert fit(folder, tmp_path, *options) == 2
+    assert said in capsys.readouterr().err
+
+
 def test_a_trainer_option_that_lightning_refuses_has_no_traceback(folder: Path, tmp_path: Path, capsys: Any) -> None:
     assert fit(folder, tmp_path, "--trainer.strategy", "dpp") == 2
     assert "error: trainer: " in capsys.readouterr().err

@@ -1,4 +1,4 @@
-"""Trainable parameters of the papers' models, counted on the meta device (methods.md 3.6 and 4.6)."""
+"""Trainable parameters of the papers' models, counted on the meta device."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def changed(method: str, **options: Any) -> AdapterConfig:
 
 
 def test_graphlora() -> None:
-    """methods.md counts two numbers of the losses per layer: λ and σ."""
+    """Their count has two numbers of the losses per layer: λ and σ."""
     assert count(LLAMA3_8B_CONFIG, config_of("graphlora")) == 64_622_656
     wide = config_of("graphlora").to_dict()["communication"] | {"width": 256}
     assert count(LLAMA3_8B_CONFIG, changed("graphlora", communication=wide)) == 101_326_912
