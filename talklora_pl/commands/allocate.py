@@ -157,7 +157,8 @@ def write(
 
 class _Parser(ArgumentParser):
     def error(self, message: str, ex: Exception | None = None) -> Any:
-        raise UserError(" ".join((str(ex) if isinstance(ex, UserError) else message).split()))
+        message = str(ex) if isinstance(ex, UserError) else message.replace("required: base", "required: --base")
+        raise UserError(" ".join(message.split()))
 
 
 def main(argv: list[str]) -> int:

@@ -57,7 +57,7 @@ def components_table() -> Table:
 def main(argv: list[str]) -> int:
     """The verb."""
     parser = ArgumentParser(
-        prog="talklora-pl components", description="List all parts of an adapter with their options."
+        prog="python -m talklora_pl components", description="List all parts of an adapter with their options."
     )
     parser.add_argument("--plugins", type=list[str], default=[], help="modules or .py files with your own components")
     parser.add_argument("--json", action="store_true", help="machine-readable")
