@@ -12,7 +12,7 @@ from typing import Any
 
 import jsonargparse._typehints as typehints
 import yaml
-from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
+from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
 from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
@@ -146,6 +146,8 @@ class CLI(LightningCLI):
             parser_class=Parser,
             parser_kwargs={"prog": "python -m talklora_pl"},
             seed_everything_default=42,
+            # an evaluation writes into the folder of the run whose checkpoint it reads: the config there is the fit's
+            save_config_callback=SaveConfigCallback if verb == "fit" else None,
             save_config_kwargs={"overwrite": True},
             auto_configure_optimizers=False,
             load_from_checkpoint_support=False,
