@@ -63,7 +63,7 @@ class ExpertAllocation(L.Callback):
         if rule is not None and rule != configured:
             raise UserError(
                 f"model.adapter.allocation: the checkpoint has experts per layer by {rule}, the configuration says "
-                f"{configured}. Configure the same, or begin a new run without --ckpt_path."
+                f"{configured}. Configure the same; only a new run, without --ckpt_path, may have another."
             )
 
     def _decide(self, pl_module: Any) -> dict[str, int] | None:

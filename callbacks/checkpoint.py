@@ -10,6 +10,7 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from torch import Tensor
 
 from talklora_pl.callbacks.resume import validation_due
+from talklora_pl.errors import UserError
 
 
 class Checkpoint(ModelCheckpoint):
@@ -31,6 +32,14 @@ class Checkpoint(ModelCheckpoint):
         super().__init__(dirpath=dirpath, filename="best", monitor=monitor, mode=mode, enable_version_counter=False)
         self.every_n_steps = every_n_train_steps
         self._last_step = 0
+
+    def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
+        super().setup(trainer, pl_module, stage)
+        if stage == "fit" and not trainer.fast_dev_run:
+            try:
+                os.makedirs(str(self.dirpath), exist_ok=True)
+            except OSError as e:
+                raise UserError(f"checkpoint.dirpath: {self.dirpath} cannot be made: {e.strerror}.") from e
 
     def on_train_batch_end(self, trainer: L.Trainer, *args: Any, **kwargs: Any) -> None:
         if trainer.fit_loop._should_accumulate():

@@ -6,6 +6,7 @@ import difflib
 import logging
 import re
 import sys
+import traceback
 import warnings
 from pathlib import Path
 from typing import Any
@@ -222,4 +223,15 @@ def run(verb: str, argv: list[str]) -> CLI:
     logging.getLogger("lightning.pytorch.utilities.rank_zero").addFilter(lambda r: "litlogger" not in r.getMessage())
     argv = _expand(argv)
     registry.import_plugins(_plugins(argv))
-    return CLI(verb, argv)
+    try:
+        return CLI(verb, argv)
+    except (MisconfigurationException, ValueError) as e:
+        if _raised_by_lightning(e):
+            raise UserError(f"trainer: {' '.join(str(e).split())}") from e
+        raise
+
+
+def _raised_by_lightning(error: Exception) -> bool:
+    """Whether Lightning itself refused something, as opposed to what it called."""
+    *_, (frame, _line) = traceback.walk_tb(error.__traceback__)
+    return str(frame.f_globals.get("__name__")).startswith("lightning.")

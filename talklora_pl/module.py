@@ -24,6 +24,7 @@ from talklora_pl.adapter.io import describe, state_tensors
 from talklora_pl.allocation.rules import Uniform
 from talklora_pl.base import BaseModel, load_base, load_tokenizer, portable
 from talklora_pl.callbacks.allocation import ExpertAllocation
+from talklora_pl.distributed.checkpoint import refuse_differences
 from talklora_pl.errors import UserError
 from talklora_pl.evaluation import Evaluation, Scores, predictions, score_batch, table, write_json
 from talklora_pl.routing import RoutingCollector, RoutingRecord
@@ -364,7 +365,11 @@ class FineTuner(L.LightningModule):
         checkpoint["talklora"] = self.describe()
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Raises: UserError if a trained tensor is missing or has another shape."""
+        """Raises: UserError if a trained tensor is missing or has another shape, or was trained as part of another
+        method. (A fit compares more, see :class:`~talklora_pl.callbacks.resume.ExactResume`.)"""
+        if self.trainer.state.fn != "fit" and (about := checkpoint.get("talklora")):
+            now, parts = self.describe(), ("adapter", "experts_per_layer", "plain_layers")
+            refuse_differences({k: about[k] for k in parts}, {k: now[k] for k in parts}, self.trainer.ckpt_path or "")
         have = checkpoint["state_dict"]
         for key, value in state_tensors(self.model).items():
             if f"model.{key}" not in have:

@@ -120,8 +120,8 @@ def refuse_differences(saved: Mapping[str, Any], now: Mapping[str, Any], path: s
         raise UserError(
             f"The checkpoint {path} was written by a different run:\n"
             + "\n".join(lines)
-            + "\nResume with the settings "
-            "it was made with, or start a new run without --ckpt_path."
+            + "\nGive the settings it was made with (the config.yaml of its run has them); only a new run, "
+            "without --ckpt_path, may have others."
         )
 
 

@@ -26,7 +26,9 @@ def keep_best(logits_TE: Tensor, k: int) -> tuple[Tensor, Tensor]:
     """
     late_E = TIE * torch.arange(logits_TE.shape[-1], device=logits_TE.device, dtype=logits_TE.dtype)
     known_TE = logits_TE.detach()
-    selected_TK = (known_TE - late_E * known_TE.abs().amax(-1, keepdim=True)).topk(k, dim=-1).indices
+    selected_TK = (
+        (known_TE - late_E * known_TE.abs().nan_to_num(posinf=0).amax(-1, keepdim=True)).topk(k, dim=-1).indices
+    )
     best_TK = logits_TE.gather(-1, selected_TK)
     return torch.zeros_like(logits_TE).scatter(-1, selected_TK, best_TK.softmax(-1)), selected_TK
 

@@ -249,6 +249,8 @@ def test_a_mistake_before_the_base_is_not_blamed_on_it(folder: Path, capsys: Any
         (["--data.max_length", "0", "--data.num_workers", "-1"], "data.num_workers: -1 is less than 0"),
         (["--trainer.accumulate_grad_batches", "0"], "accumulate_grad_batches: 0 is less than 1"),
         (["--trainer.devices", "1.5"], "trainer: `devices`"),
+        (["--trainer.val_check_interval", "1000"], "trainer: `val_check_interval`"),
+        (["--checkpoint.dirpath", "/proc/nowhere"], "checkpoint.dirpath: /proc/nowhere cannot be made"),
     ],
 )
 def test_mistakes_without_a_traceback(folder: Path, tmp_path: Path, capsys: Any, options: list[str], said: str) -> None:
@@ -259,3 +261,17 @@ def test_mistakes_without_a_traceback(folder: Path, tmp_path: Path, capsys: Any,
 def test_a_trainer_option_that_lightning_refuses_has_no_traceback(folder: Path, tmp_path: Path, capsys: Any) -> None:
     assert fit(folder, tmp_path, "--trainer.strategy", "dpp") == 2
     assert "error: trainer: " in capsys.readouterr().err
+
+
+def test_evaluation_with_other_options_than_the_checkpoints_is_refused(
+    folder: Path, tmp_path: Path, capsys: Any
+) -> None:
+    assert fit(folder, tmp_path, "--trainer.max_steps", "1") == 0
+    (kept,) = tmp_path.rglob("last.ckpt")
+    config = (tmp_path / "version_0" / "config.yaml").read_text()
+    options = ["validate", "--config", str(folder / "config.yaml"), "--trainer.default_root_dir", str(tmp_path)]
+    options += ["--ckpt_path", str(kept)]
+    assert main([*options, "--model.adapter.alpha", "64"]) == 2
+    assert "adapter.alpha: None in the checkpoint, 64.0 in this run" in capsys.readouterr().err
+    assert main(options) == 0
+    assert (tmp_path / "version_0" / "config.yaml").read_text() == config

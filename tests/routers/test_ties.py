@@ -41,3 +41,10 @@ def test_experts_that_hear_only_each_other_do_not_toss_a_coin() -> None:
         assert not (chosen_TE[:, 6] & ~chosen_TE[:, 0]).any()
         alone += int((chosen_TE[:, 0] & ~chosen_TE[:, 6]).sum())
     assert alone > 50  # where rounding chose, it was often the other
+
+
+def test_an_expert_that_is_ruled_out_stays_out() -> None:
+    logits_TE = torch.tensor([[1.0, -torch.inf, 0.0, 2.0]])
+    weights_TE, selected_TK = keep_best(logits_TE, 2)
+    assert selected_TK.tolist() == [[3, 0]]
+    torch.testing.assert_close(weights_TE, torch.tensor([[0.26894143, 0, 0, 0.7310586]]))
