@@ -8,6 +8,7 @@ from typing import Any
 import lightning as L
 
 from talklora_pl.adapter.fingerprint import agree
+from talklora_pl.adapter.io import METHOD
 from talklora_pl.distributed.checkpoint import KEY as ABOUT
 from talklora_pl.distributed.checkpoint import refuse_differences
 from talklora_pl.distributed.seeding import seed_step
@@ -137,8 +138,7 @@ def _methods(*abouts: dict[str, Any]) -> list[dict[str, Any]]:
             del base["name_or_path"]
             base.pop("revision", None)
             base["weights"] = "the same" if same else hashlib.sha256(mark.encode()).hexdigest()[:12]
-    parts = ("adapter", "experts_per_layer", "plain_layers")
-    return [{"base": base, **{k: about[k] for k in parts}} for base, about in zip(bases, abouts)]
+    return [{"base": base, **{k: about[k] for k in METHOD}} for base, about in zip(bases, abouts)]
 
 
 def _data(trainer: L.Trainer) -> dict[str, Any]:

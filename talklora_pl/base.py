@@ -103,6 +103,11 @@ def load_config(base: BaseModel) -> PretrainedConfig:
     return config
 
 
+def default_length(config: PretrainedConfig) -> int:
+    """Tokens of a sequence where nobody says: 512, or the model's context if that is shorter."""
+    return min(512, getattr(config, "max_position_embeddings", None) or 512)
+
+
 def load_tokenizer(base: BaseModel) -> PreTrainedTokenizerBase:
     """The base model's tokenizer.
 

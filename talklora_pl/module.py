@@ -20,7 +20,7 @@ from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 from torch import Tensor, nn
 
 from talklora_pl.adapter import Adapter, AdapterConfig, disable_adapter, inject
-from talklora_pl.adapter.io import describe, state_tensors
+from talklora_pl.adapter.io import METHOD, describe, state_tensors
 from talklora_pl.allocation.rules import Uniform
 from talklora_pl.base import BaseModel, load_base, load_tokenizer, portable
 from talklora_pl.callbacks.allocation import ExpertAllocation
@@ -368,8 +368,8 @@ class FineTuner(L.LightningModule):
         """Raises: UserError if a trained tensor is missing or has another shape, or was trained as part of another
         method. (A fit compares more, see :class:`~talklora_pl.callbacks.resume.ExactResume`.)"""
         if self.trainer.state.fn != "fit" and (about := checkpoint.get("talklora")):
-            now, parts = self.describe(), ("adapter", "experts_per_layer", "plain_layers")
-            refuse_differences({k: about[k] for k in parts}, {k: now[k] for k in parts}, self.trainer.ckpt_path or "")
+            now = self.describe()
+            refuse_differences({k: about[k] for k in METHOD}, {k: now[k] for k in METHOD}, self.trainer.ckpt_path or "")
         have = checkpoint["state_dict"]
         for key, value in state_tensors(self.model).items():
             if f"model.{key}" not in have:

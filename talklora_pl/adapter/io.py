@@ -67,6 +67,10 @@ def adapter_tensors(model: nn.Module, name: str = "default") -> dict[str, Tensor
     return {**get_adapter(model, name).state_dict(), **along}
 
 
+METHOD = ("adapter", "experts_per_layer", "plain_layers")
+"""Entries of :func:`describe` that say how a base is adapted; tensors fit where these are equal."""
+
+
 def describe(model: nn.Module, name: str = "default", base: dict[str, Any] | None = None) -> dict[str, Any]:
     """What an adapter file says beside its tensors: plain data.
 

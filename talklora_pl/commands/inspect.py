@@ -13,7 +13,7 @@ from rich.table import Table
 
 from talklora_pl.adapter.files import read_about
 from talklora_pl.adapter.io import load_adapter
-from talklora_pl.base import BaseModel, load_base, load_config, load_tokenizer, pad_id
+from talklora_pl.base import BaseModel, default_length, load_base, load_config, load_tokenizer, pad_id
 from talklora_pl.data import TextData
 from talklora_pl.data.batches import masked
 from talklora_pl.data.source import Source
@@ -79,7 +79,7 @@ def inspect(
     model_of = BaseModel(path, task=task, dtype=dtype, num_labels=num_labels)
     tokenizer = load_tokenizer(model_of)
     if max_length is None:
-        max_length = min(512, getattr(load_config(model_of), "max_position_embeddings", None) or 512)
+        max_length = default_length(load_config(model_of))
     batches = list(_texts(tokenizer, [text], max_length)) if text else []
     if data:
         sources: list[str | Source] = [Source(name.strip()) for name in data.split(",")]

@@ -13,7 +13,7 @@ import numpy as np
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from torch.utils.data import DataLoader
 
-from talklora_pl.base import BaseModel, load_config, load_tokenizer, pad_id
+from talklora_pl.base import BaseModel, default_length, load_config, load_tokenizer, pad_id
 from talklora_pl.data.batches import Batches
 from talklora_pl.data.prepare import Prepared, prepare
 from talklora_pl.data.sampler import EvalBatches, Position, TrainBatches
@@ -142,7 +142,7 @@ class TextData(L.LightningDataModule):
         self.classify = base.task == "sequence_classification"
         config, tokenizer = load_config(base), load_tokenizer(base)
         context = getattr(config, "max_position_embeddings", None)
-        max_length = min(512, context or 512) if self.max_length is None else self.max_length
+        max_length = default_length(config) if self.max_length is None else self.max_length
         if context is not None and max_length > context:
             raise UserError(f"data.max_length: {max_length} is more than the model's context of {context} tokens.")
         classes = self._classes()
