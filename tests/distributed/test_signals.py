@@ -112,4 +112,6 @@ def end_as_if_nothing_happened(config: Path, folder: Path, full: Path, steps: in
     run = start(config, folder, "one", steps)
     assert run.wait() == [0], run.log()
     fit(config, full, *LONG, "--trainer.max_steps", str(steps))
-    assert distance(newest(folder), newest(full)) < 1e-8  # the ranks' roundings, over hundreds of steps
+    # One rank and two differ by 1e-15, until that tips one of the float32 roundings in Llama's norms: 4e-8 at 195
+    # steps, with no interruption at all. The last step alone moves every tensor by 2e-3 to 1e-2.
+    assert distance(newest(folder), newest(full)) < 1e-5
