@@ -240,10 +240,11 @@ class FineTuner(L.LightningModule):
         """Weighted sum of the balance losses of the newest micro-step, each logged by name."""
         records = [r for r in self.routing if r.routing.weights_TE.shape[1] > 1]
         total = torch.zeros((), device=self.device)
-        for options in self.adapter.config.balance:
-            value = self.adapter.balance[options.name](records)
-            self.log(f"balance/{options.name}", value.detach(), batch_size=1)
-            total = total + options.weight * value
+        with torch.autocast(self.device.type, enabled=False):  # sums over tokens need more than bf16's 8 bits
+            for options in self.adapter.config.balance:
+                value = self.adapter.balance[options.name](records)
+                self.log(f"balance/{options.name}", value.detach(), batch_size=1)
+                total = total + options.weight * value
         return total
 
     def _tokens_of_all_ranks(self, tokens: int) -> int:

@@ -45,3 +45,14 @@ def test_skips_on_all_ranks(config: Path, tmp_path: Path, strategy: str) -> None
     assert distance(newest(tmp_path / "two"), newest(tmp_path / "one")) < 1e-11
     run = poisoned(config, tmp_path / "three", [3, 9, 10], "loss", "--guard.skip", "2", *two, ranks=2)
     assert 2 in run.wait() and "is not finite; example ids: [['r" in run.log(), run.log()
+
+
+def test_a_step_left_out_does_not_count_in_routers_and_losses(config: Path, tmp_path: Path) -> None:
+    """Biases of loss-free routing, counts of the Normal loss: as if the run had ended before that step."""
+    method = ("--config", "method/lossfree", "--model.adapter.balance+=normal", "--model.adapter.balance+=poisson")
+    run = poisoned(config, tmp_path / "left_out", [3], "loss", "--guard.skip", "1", *method, "--trainer.max_steps", "4")
+    assert run.wait() == [0], run.log()
+    before = read_checkpoint(fit(config, tmp_path / "before", *method, "--trainer.max_steps", "3"))["state_dict"]
+    after = read_checkpoint(newest(tmp_path / "left_out"))["state_dict"]
+    assert {"bias", "counts"} <= {name.rsplit(".", 1)[-1] for name in before}, list(before)
+    assert all(torch.equal(t, after[name]) for name, t in before.items())
