@@ -105,8 +105,15 @@ class ExactResume(L.Callback):
     # ------------------------------------------------------------------ 4, 6
 
     def on_load_checkpoint(self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
+        if trainer.state.fn != "fit":
+            return
+        if "optimizer_states" not in checkpoint:
+            raise UserError(
+                f"{trainer.ckpt_path} holds weights only, without the optimiser's state: it can be tested and exported, "
+                "a fit cannot go on from it."
+            )
         saved = checkpoint.get(KEY)
-        if saved is None or trainer.state.fn != "fit":
+        if saved is None:
             return
         self._saved = saved
         refuse_differences(*_methods(checkpoint[ABOUT], pl_module.describe()), trainer.ckpt_path or "")  # type: ignore[operator]

@@ -13,12 +13,14 @@ from typing import Any
 
 import jsonargparse._typehints as typehints
 import yaml
+from lightning.pytorch.callbacks import ProgressBar
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
 from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
 import talklora_pl
 from talklora_pl import callbacks, registry
+from talklora_pl.callbacks.progress import EpochProgress
 from talklora_pl.data import TextData
 from talklora_pl.distributed.launch import resume_from, trainer_arguments, version_of
 from talklora_pl.errors import UserError
@@ -210,6 +212,10 @@ class CLI(LightningCLI):
             root = config.get("default_root_dir") or RUNS
             version = version_of(self._get(self.config_init, "ckpt_path"), root)
             kwargs["logger"] = TensorBoardLogger(root, name="", version=version)
+        own = config.get("callbacks") or []
+        own = own if isinstance(own, list) else [own]
+        if config.get("enable_progress_bar") is not False and not any(isinstance(c, ProgressBar) for c in own):
+            kwargs["callbacks"] = [*own, EpochProgress()]
         try:
             return super().instantiate_trainer(**kwargs)
         except (MisconfigurationException, TypeError, ValueError) as e:

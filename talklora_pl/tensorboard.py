@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import lightning as L
 from lightning.pytorch.loggers import TensorBoardLogger
+from lightning.pytorch.loggers.logger import DummyLogger
 
 from talklora_pl.metrics import Load
 
@@ -47,9 +48,9 @@ class Board:
         self.trainer = trainer
         # what Lightning itself gives as step to the scalars of the step that has just ended
         self.step = max(trainer.global_step - 1, 0)
-        experiments = (
-            [getattr(logger, "experiment", None) for logger in trainer.loggers] if trainer.is_global_zero else []
-        )
+        # fast_dev_run has a logger that takes every call and does nothing
+        loggers = [x for x in trainer.loggers if trainer.is_global_zero and not isinstance(x, DummyLogger)]
+        experiments = [getattr(logger, "experiment", None) for logger in loggers]
         self.writers: list[Any] = [e for e in experiments if hasattr(e, "add_figure")]
 
     @property

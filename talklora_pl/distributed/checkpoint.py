@@ -22,6 +22,9 @@ from talklora_pl.errors import UserError
 KEY = "talklora"
 """Entry of a checkpoint with its format version and what the run was, see ``FineTuner.describe``."""
 
+PARTS = {"state_dict": dict, "loops": dict, "pytorch-lightning_version": str}
+"""What Lightning writes into every training checkpoint, and what it is."""
+
 
 class DurableCheckpointIO(TorchCheckpointIO):
     """Write-flush-rename checkpoint files with the user's file mode; verified reading."""
@@ -89,8 +92,9 @@ def read_checkpoint(path: str | os.PathLike[str]) -> dict[str, Any]:
         found = re.search(r"WeightsUnpickler error:\s*(.*?)(?:\. |\n|$)", str(error))
         reason = f"it is not plain data: {found[1]}" if found else str(error)
         raise UserError(f"The checkpoint {path} is torn, damaged or no checkpoint ({reason}). {instead}") from error
-    if not isinstance(checkpoint, dict) or "state_dict" not in checkpoint or "loops" not in checkpoint:
-        raise UserError(f"{path} is not a training checkpoint (it has no state_dict and loops). {instead}")
+    parts = checkpoint if isinstance(checkpoint, dict) else {}
+    if wrong := [name for name, kind in PARTS.items() if not isinstance(parts.get(name), kind)]:
+        raise UserError(f"{path} is not a training checkpoint: it lacks {' and '.join(wrong)}. {instead}")
     about = checkpoint.get(KEY)
     if not isinstance(about, dict):
         raise UserError(f"{path} is a checkpoint of another program: it lacks the entry {KEY!r}. {instead}")

@@ -28,7 +28,12 @@ from tests.distributed.runs import SERVER, Run, load
 
 
 def content(numbers: int = 1000) -> dict[str, Any]:
-    return {"state_dict": {"w": torch.arange(float(numbers))}, "loops": {}, KEY: {"format_version": FORMAT_VERSION}}
+    return {
+        "state_dict": {"w": torch.arange(float(numbers))},
+        "loops": {},
+        "pytorch-lightning_version": "2.6.6",
+        KEY: {"format_version": FORMAT_VERSION},
+    }
 
 
 def save(path: Path, numbers: int = 1000) -> None:
@@ -75,6 +80,7 @@ MANGLED = {
     "zip": lambda p: zipfile.ZipFile(p, "w").close(),
     "weights only": lambda p: torch.save({"w": torch.zeros(2)}, p),
     "another program's": lambda p: torch.save({**content(), KEY: None}, p),
+    "half of one": lambda p: torch.save({**content(), "loops": None}, p),
     "older": lambda p: torch.save({**content(), KEY: {"format_version": 0}}, p),
     "newer": lambda p: torch.save({**content(), KEY: {"format_version": 99}}, p),
     "code": lambda p: torch.save({**content(), "x": Path("x")}, p),

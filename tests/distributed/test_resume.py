@@ -6,6 +6,7 @@ import shutil
 from pathlib import Path
 
 import pytest
+import torch
 from transformers import AutoModelForCausalLM
 
 from tests.distributed.runs import Run, curves, distance, fit, load, newest
@@ -104,6 +105,16 @@ def test_another_method_is_refused_by_name(
 @pytest.fixture(scope="module")
 def started(config: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return fit(config, tmp_path_factory.mktemp("started"), "--trainer.max_steps", "3")
+
+
+def test_weights_alone_are_no_state_to_go_on_from(config: Path, started: Path, tmp_path: Path) -> None:
+    """What Lightning's ModelCheckpoint writes with save_weights_only."""
+    weights = {k: v for k, v in load(started).items() if k not in ("optimizer_states", "lr_schedulers")}
+    torch.save(weights, tmp_path / "weights.ckpt")
+    argv = ["fit", "--config", str(config), "--trainer.default_root_dir", str(tmp_path)]
+    run = Run.start(tmp_path, [*argv, "--ckpt_path", str(tmp_path / "weights.ckpt")])
+    assert run.wait() == [2]
+    assert "weights.ckpt holds weights only" in run.log() and "Traceback" not in run.log(), run.log()
 
 
 def test_what_is_typed_wins(config: Path, started: Path, tmp_path: Path) -> None:
