@@ -109,8 +109,8 @@ class ExactResume(L.Callback):
             return
         if "optimizer_states" not in checkpoint:
             raise UserError(
-                f"{trainer.ckpt_path} holds weights only, without the optimiser's state: it can be tested and exported, "
-                "a fit cannot go on from it."
+                f"{trainer.ckpt_path} holds weights only, without the optimiser's state: it can be tested and exported "
+                "but a fit cannot go on from it."
             )
         saved = checkpoint.get(KEY)
         if saved is None:

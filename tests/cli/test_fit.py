@@ -106,6 +106,19 @@ def test_components_by_name_and_the_last_option_wins(folder: Path, tmp_path: Pat
     assert main(["fit", "--config", str(again), "--trainer.max_steps", "1"]) == 0
 
 
+def test_fast_dev_run(folder: Path, tmp_path: Path) -> None:
+    """One batch of everything, with all callbacks and a logger that keeps nothing."""
+    assert fit(folder, tmp_path, "--trainer.fast_dev_run", "true") == 0
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_the_progress_bar_knows_no_last_epoch(folder: Path, tmp_path: Path, capsys: Any) -> None:
+    """Where only ``max_steps`` is given; Lightning's own bar says ``Epoch 0/-2``."""
+    assert fit(folder, tmp_path, "--trainer.max_steps", "2", "--trainer.enable_progress_bar", "true") == 0
+    printed = capsys.readouterr().out
+    assert "Epoch 0 " in printed and "/-2" not in printed
+
+
 def test_parameter_groups_have_their_own_rates(folder: Path, tmp_path: Path) -> None:
     groups = json.dumps([{"match": r"router\.", "lr": 0.5}, {"match": r"communication\.", "weight_decay": 0.0}])
     assert fit(folder, tmp_path, f"--model.param_groups={groups}", "--trainer.max_steps", "1") == 0
