@@ -173,6 +173,7 @@ class TextData(L.LightningDataModule):
             num_classes=num_classes,
             on_bad_row=self.on_bad_row,
             cache=Path(self.cache_dir) if self.cache_dir else None,
+            later=[*given["test"], *given["predict"]] if stage == "fit" else (),
         )
         return {name: [p for (n, _), p in zip(entries, done) if n == name] for name in wanted}
 

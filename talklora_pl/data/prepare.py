@@ -4,23 +4,25 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass, field, replace
+from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from talklora_pl.cache import cached_folder
 from talklora_pl.data.formats import DEFAULT, check_format
-from talklora_pl.data.rows import RowReader, check_kind
-from talklora_pl.data.source import BadRow, Reader, Source
+from talklora_pl.data.rows import ABSENT, RowReader, check_kind, find
+from talklora_pl.data.source import BadRow, Reader, Source, check_path
 from talklora_pl.data.tokens import NO_LOSS, Tokenize
 from talklora_pl.errors import UserError
+from talklora_pl.registry import did_you_mean
 
 if TYPE_CHECKING:
     import datasets
 
-VERSION = 1  # of the prepared form: raise it when the same rows would give other tokens
-SHOWN = 20  # bad rows that are spelled out in one message
+VERSION = 2  # of the prepared form: raise it when the same rows would give other tokens
+SHOWN = 20  # different problems of rows that are spelled out in one message
 
 
 @dataclass
@@ -49,6 +51,7 @@ def prepare(
     num_classes: int | None = None,
     on_bad_row: str = "error",
     cache: Path | None = None,
+    later: Iterable[Source] = (),
 ) -> list[Prepared]:
     """The prepared rows of each source; all problems of all sources in one message.
 
@@ -60,6 +63,7 @@ def prepare(
         num_classes: number of classes.
         on_bad_row: `error` raises if any row is bad, `skip` leaves bad rows out.
         cache: where to keep the result; None: the user's cache folder.
+        later: sources of later stages; only that their files are there is checked.
 
     Raises:
         UserError: files, options or rows that are wrong.
@@ -74,18 +78,40 @@ def prepare(
         except UserError as e:
             problems.append(str(e))
             continue
-        bad += out[-1].bad
-        if not len(out[-1].table) and (on_bad_row == "skip" or not out[-1].bad):
+        empty = not len(out[-1].table)
+        if empty:
             problems.append(f"{source.path}: holds no usable row")
-    if on_bad_row == "error":
-        problems += map(str, bad[:SHOWN])
-        if len(bad) > SHOWN:
-            problems.append(f"... and {len(bad) - SHOWN} bad rows more")
-        if bad:
-            problems.append("(data.on_bad_row: skip leaves bad rows out and lists them in a file.)")
+        if empty or on_bad_row == "error":
+            bad += out[-1].bad
+    for source in later:
+        try:
+            check_path(source)
+        except UserError as e:
+            problems.append(str(e))
+    lines = _grouped(bad)
+    problems += lines[:SHOWN]
+    if len(lines) > SHOWN:
+        problems.append(f"... and {len(lines) - SHOWN} problems more")
+    if bad and on_bad_row == "error" and all(len(part.table) for part in out):
+        problems.append("(data.on_bad_row: skip leaves bad rows out and lists them in a file.)")
     if problems:
         raise UserError("\n  ".join(["The data cannot be used:", *dict.fromkeys(problems)]))
     return out
+
+
+def _grouped(bad: list[BadRow]) -> list[str]:
+    """One line per problem, with all the rows that have it."""
+    groups: dict[tuple[str, str | None, str], list[BadRow]] = {}
+    for row in bad:
+        groups.setdefault((row.file, row.column, row.problem), []).append(row)
+    lines = []
+    for first, *more in groups.values():
+        if more:
+            unit, number = first.where.split()
+            where = f"{unit}s {number}-{more[-1].where.split()[1]} ({1 + len(more)} rows)"
+            first = replace(first, where=where)
+        lines.append(str(first))
+    return lines
 
 
 def settle(source: Source, classify: bool) -> Source:
@@ -137,26 +163,28 @@ def _rows(
     rows: Reader, source: Source, tokenize: Tokenize, read: RowReader, report: dict[str, Any]
 ) -> Iterator[dict[str, Any]]:
     """Rows of the table; what is bad or cut goes into the report."""
-    for number, (where, row) in enumerate(rows):
-        if number == source.limit:
-            return
+    absent, there = read.mapped(), dict[str, None]()
+    for number, (where, row) in enumerate(islice(rows, source.limit)):
+        if absent and isinstance(row, dict):
+            there |= dict.fromkeys(_columns(row))
+            absent = {column: name for column, name in absent.items() if find(row, column) is ABSENT}
         try:
             if isinstance(row, BadRow):
                 raise row
             example = read(row)
             tokens = tokenize(example, source.format or "")
             loss_tokens = [sum(label != NO_LOSS for label in labels[1:]) for labels in tokens.labels]
+            name, task = (read.get(row, field, required=False) for field in ("id", "task"))
         except BadRow as e:
             report["bad"].append({"problem": e.problem, "column": e.column, "where": where, "file": source.path})
             continue
         if tokens.cut:
             report["cut_rows"] += 1
             report["cut_tokens"] += tokens.cut
-        task = row.get(_column(source, "task"))
         label = -1 if example.label is None else example.label
         yield {
-            "id": str(row.get(_column(source, "id"), f"{source.task_name}-{number}")),
-            "task": source.task or (task if isinstance(task, str) and task else source.task_name),
+            "id": f"{source.task_name}-{number}" if name is None else str(name),
+            "task": source.task or (source.task_name if task in (None, "") else str(task)),
             "input_ids": tokens.input_ids,
             "labels": tokens.labels,
             "label": label,
@@ -165,11 +193,20 @@ def _rows(
             "length": max(map(len, tokens.input_ids)),
             "loss_tokens": 1 if tokenize.classify else loss_tokens[max(label, 0)],
         }
+    if absent and there:
+        lines = (
+            f"{source.path}: columns: {{{name}: {column}}}: no row has {column!r}.{did_you_mean(column, there)}"
+            for column, name in absent.items()
+        )
+        raise UserError("\n  ".join(lines))
 
 
-def _column(source: Source, name: str) -> str:
-    column = source.columns.get(name, name)
-    return column if isinstance(column, str) else column[0]
+def _columns(row: dict[str, Any]) -> Iterator[str]:
+    """What a mapping can name in a row."""
+    for column, value in row.items():
+        yield column
+        if isinstance(value, dict):
+            yield from (f"{column}.{inner}" for inner in value)
 
 
 def _features() -> datasets.Features:

@@ -62,6 +62,19 @@ def check_kind(kind: str, columns: dict[str, Any]) -> None:
             raise UserError(f"columns: {kind} rows have no field {name!r}.{did_you_mean(name, known)}")
 
 
+ABSENT: Any = object()
+
+
+def find(row: dict[str, Any], column: str) -> Any:
+    """What a row holds in a column, or in ``outer.inner``; ABSENT where it has no such place."""
+    if column in row:
+        return row[column]
+    value: Any = row
+    for part in column.split("."):
+        value = value.get(part, ABSENT) if isinstance(value, dict) else ABSENT
+    return value
+
+
 class RowReader:
     """Turns raw rows into examples.
 
@@ -87,6 +100,12 @@ class RowReader:
         column = self.columns.get(name, name)
         return column if isinstance(column, str) else ", ".join(column)
 
+    def mapped(self) -> dict[str, str]:
+        """Columns that the user names and that must be somewhere in the data -> their fields."""
+        optional = () if self.gold else FIELDS[self.kind][1]
+        lists = {f: [c] if isinstance(c, str) else c for f, c in self.columns.items() if f not in optional}
+        return {column: name for name, columns in lists.items() for column in columns}
+
     def get(self, row: dict[str, Any], name: str, required: bool = True) -> Any:
         """Value of a field; None where it is absent or null."""
         column = self.columns.get(name, name)
@@ -95,17 +114,14 @@ class RowReader:
         return self._lookup(row, column, required, name)
 
     def _lookup(self, row: dict[str, Any], column: str, required: bool, name: str) -> Any:
-        value: Any = row
-        if column in row:
-            value = row[column]
-        else:
-            for part in column.split("."):
-                value = value.get(part) if isinstance(value, dict) else None
-        if value is None and required:
+        value = find(row, column)
+        if required and value is ABSENT:
             there = ", ".join(map(repr, row)) or "nothing"
-            hint = "" if name in self.columns or column in row else f"; map it with columns: {{{name}: ...}}"
-            raise BadRow(f"{'is null' if column in row else 'is missing'} (the row has {there}){hint}", column)
-        return value
+            hint = "" if name in self.columns else f"; map it with columns: {{{name}: ...}}"
+            raise BadRow(f"is missing (the row has {there}){hint}", column)
+        if required and value is None:
+            raise BadRow("is null", column)
+        return None if value is ABSENT else value
 
     def text(self, row: dict[str, Any], name: str, required: bool = True, empty: bool = False) -> str:
         """Value of a text field; numbers are no text, so that a wrong column is noticed."""
@@ -116,7 +132,7 @@ class RowReader:
 
     def _text(self, value: Any, column: str, empty: bool = False) -> str:
         if not isinstance(value, str):
-            raise BadRow(f"must be text, got {_short(value)} ({type(value).__name__})", column)
+            raise BadRow(f"must be text, got {type(value).__name__}", column)
         if not value.strip() and not empty:
             raise BadRow("is empty", column)
         try:
@@ -161,16 +177,17 @@ class RowReader:
         choices = [self._text(c, f"{column}[{i}]") for i, c in enumerate(self._list(row, "choices"))]
         if len(choices) < 2:
             raise BadRow("needs at least two choices", column)
-        names = [choices, [chr(ord("A") + i) for i in range(len(choices))]]
-        if self.get(row, "choice_labels", required=False) is not None:
-            names.insert(1, [str(name) for name in self._list(row, "choice_labels")])
-        return Example(
-            prompt=self.text(row, "question"), answers=choices, label=self._label(row, names, len(choices), "choices")
+        listed = self.get(row, "choice_labels", required=False) is not None
+        label = self._label(
+            row,
+            [str(name) for name in self._list(row, "choice_labels")] if listed else [],
+            [choices, [chr(ord("A") + i) for i in range(len(choices))]],
+            len(choices),
         )
+        return Example(prompt=self.text(row, "question"), answers=choices, label=label)
 
     def _classification(self, row: dict[str, Any]) -> Example:
-        names = [self.classes] if self.classes else []
-        return Example(prompt=self.text(row, "text"), label=self._label(row, names, self.num_classes, "classes"))
+        return Example(prompt=self.text(row, "text"), label=self._label(row, self.classes or [], [], self.num_classes))
 
     def _list(self, row: dict[str, Any], name: str) -> list[Any]:
         value = self.get(row, name)
@@ -183,21 +200,37 @@ class RowReader:
             raise BadRow(f"must be a list that is not empty, got {_short(value)}", self._column(name))
         return value
 
-    def _label(self, row: dict[str, Any], names: list[list[str]], count: int | None, what: str) -> int | None:
-        """Index of the right one of `count`, given as an index or as one of the names."""
+    def _label(self, row: dict[str, Any], listed: list[str], texts: list[list[str]], count: int | None) -> int | None:
+        """Number of the right one of `count`.
+
+        Names that the user has `listed` come first, and alone if there is a number among them. Else an integer is an
+        index, and a text is all that it can be: one of the `texts`, or an index in a CSV cell. That must be one thing.
+        """
         value, column = self.get(row, "label", required=self.gold), self._column("label")
+        what = "choices" if self.kind == "choice" else "classes"
         if value is None:
             return None
-        for known in names:
-            if value in known:
-                return known.index(value)
-        if isinstance(value, str) and value.strip().lstrip("-").isdecimal():  # a CSV cell
-            value = int(value)
         if isinstance(value, float) and value.is_integer():
             value = int(value)
+        if str(value) in listed:
+            return listed.index(str(value))
+        if isinstance(value, str):
+            meant = {i for names in texts for i, name in enumerate(names) if name == value}
+            if value.strip().lstrip("-").isdecimal() and (not meant or int(value) < (count or 0)):
+                meant.add(int(value))
+            if len(meant) > 1:
+                raise BadRow(
+                    f"{_short(value)} can mean each of the {what} {sorted(meant)} (counted from 0), as a text, letter "
+                    "or index: give a letter, or in JSON the index as an integer",
+                    column,
+                )
+            value = meant.pop() if meant else value
+        if self.kind == "classification" and isinstance(value, str) and not listed:
+            raise BadRow("is no index of a class; names of classes need data.labels", column)
+        if any(name.isdecimal() for name in listed):
+            raise BadRow(f"{_short(value)} is none of the {what}: {', '.join(listed)}", column)
         if isinstance(value, bool) or not isinstance(value, int):
-            hint = "" if names else "; names of classes need data.labels"
-            raise BadRow(f"{_short(value)} is neither an index nor one of the {what}{hint}", column)
+            raise BadRow(f"{_short(value)} is neither an index nor one of the {what}", column)
         if value < 0 or (count is not None and value >= count):
             raise BadRow(f"{value} is out of range: there are {count} {what}, counted from 0", column)
         return value

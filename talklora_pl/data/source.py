@@ -64,6 +64,26 @@ class BadRow(Exception):
         return f"{self.file}, {self.where}{column}: {self.problem}"
 
 
+def _expand(path: str) -> str:
+    return os.path.expanduser(os.path.expandvars(path))
+
+
+def check_path(source: Source) -> Path:
+    """The path of a source, expanded: a file that is there, or what may be a folder or a name of the hub.
+
+    Raises:
+        UserError: a file that is not there, or of an unknown type.
+    """
+    path = Path(_expand(source.path))
+    if "$" in str(path):
+        raise UserError(f"{source.path}: the environment variable in this path is not set.")
+    if path.is_file() and path.suffix not in FILE_TYPES:
+        raise UserError(f"{path}: unknown file type {path.suffix!r}. Known: {', '.join(FILE_TYPES)}.")
+    if path.suffix in FILE_TYPES and not path.exists():
+        raise UserError(f"{path}: there is no such file (looked in {Path.cwd()}).")
+    return path
+
+
 class Reader:
     """The raw rows of a source, each with its place.
 
@@ -79,19 +99,15 @@ class Reader:
 
     def __init__(self, source: Source) -> None:
         self.source = source
-        path = os.path.expanduser(os.path.expandvars(source.path))
-        if "$" in path:
-            raise UserError(f"{source.path}: the environment variable in this path is not set.")
-        self.file = Path(path)
-        if self.file.is_file():
-            if self.file.suffix not in FILE_TYPES:
-                raise UserError(f"{path}: unknown file type {self.file.suffix!r}. Known: {', '.join(FILE_TYPES)}.")
-            self.identity = sha256(self.file)
-        elif self.file.suffix in FILE_TYPES:
-            raise UserError(f"{path}: there is no such file (looked in {Path.cwd()}).")
-        else:
-            self.dataset = self._from_hub(path)
+        self.file = check_path(source)
+        if not self.file.is_file():
+            self.dataset = self._load()
             self.identity = self.dataset._fingerprint
+            return
+        try:
+            self.identity = sha256(self.file)
+        except OSError as e:
+            raise UserError(f"{self.file}: cannot be read: {e.strerror}") from e
 
     def __iter__(self) -> Iterator[tuple[str, dict[str, Any] | BadRow]]:
         """``(place, row)``; a row that cannot be read is a :class:`BadRow`."""
@@ -105,16 +121,24 @@ class Reader:
             return self._parquet()
         return self._csv()
 
-    def _from_hub(self, path: str) -> Any:
+    def _load(self) -> Any:
+        """What `datasets` makes of a folder or a name of the hub."""
         import datasets
 
-        source = self.source
+        source, path = self.source, _expand(self.source.path)
         try:
             return datasets.load_dataset(path, source.name, split=source.split, revision=source.revision)
         except Exception as e:  # network, names, splits, formats: the message says which
+            reason = " ".join(str(e.__cause__ or e).split())[:300]  # the outer one says only that there was an error
+            asked = f"(name: {source.name}, split: {source.split}): {reason}"
+            if not self.file.is_dir():
+                raise UserError(
+                    f"{path}: no such file, and it cannot be loaded as a data set of the hub {asked}"
+                ) from e
+            files = sorted(file.name for file in self.file.iterdir() if file.suffix in FILE_TYPES)
+            there = f"Name a file in it ({', '.join(files[:10])})" if files else "It holds no data file: name a file"
             raise UserError(
-                f"{path}: no such file, and it cannot be loaded as a data set of the hub "
-                f"(name: {source.name}, split: {source.split}): {' '.join(str(e).split())[:300]}"
+                f"{path}: a folder, and it cannot be loaded as a data set {asked} {there}, or several as a list."
             ) from e
 
     def _parquet(self) -> Iterator[tuple[str, dict[str, Any] | BadRow]]:
@@ -136,11 +160,13 @@ class Reader:
 
     def _parse(self, line: bytes) -> dict[str, Any] | BadRow:
         try:
-            row = json.loads(line.decode("utf-8-sig"))
+            row = json.loads(line.decode("utf-8-sig").rstrip("\r\n"))
         except UnicodeDecodeError as e:
             return BadRow(f"invalid UTF-8 at byte {e.start + 1} of the line")
-        except (json.JSONDecodeError, RecursionError) as e:
-            return BadRow(f"broken JSON: {e}")
+        except json.JSONDecodeError as e:
+            return BadRow(f"broken JSON at character {e.colno}: {e.msg}")
+        except RecursionError:
+            return BadRow("JSON that is nested too deeply")
         return row if isinstance(row, dict) else BadRow(f"a row must be an object, got {type(row).__name__}")
 
     def _text(self) -> str:
@@ -167,21 +193,26 @@ class Reader:
             yield f"row {number}", row if isinstance(row, dict) else problem
 
     def _csv(self) -> Iterator[tuple[str, dict[str, Any] | BadRow]]:
-        reader = csv.DictReader(
-            io.StringIO(self._text(), newline=""),
-            delimiter="\t" if self.file.suffix == ".tsv" else ",",
-            strict=True,
-        )
-        while True:
-            try:
-                row = next(reader, None)
-            except csv.Error as e:
-                yield f"line {reader.line_num}", BadRow(f"broken CSV: {e}")
-                return  # where the next row begins is not known
-            if row is None:
-                return
-            where = f"line {reader.line_num}"
-            if None in row or None in row.values():
-                yield where, BadRow(f"{len(reader.fieldnames or [])} columns expected, got another number of them")
-            else:
-                yield where, row
+        text = self._text()
+        csv.field_size_limit(max(csv.field_size_limit(), len(text)))  # no cell is longer than its file
+        delimiter = "\t" if self.file.suffix == ".tsv" else ","
+        lines = csv.reader(io.StringIO(text, newline=""), delimiter=delimiter, strict=True)
+        begin, header = 1, None
+        try:
+            for row in lines:
+                where, begin = f"line {begin}", lines.line_num + 1
+                if not row:
+                    continue
+                if header is None:
+                    header = row
+                    if twice := sorted({name for name in header if header.count(name) > 1}):
+                        raise UserError(f"{self.file}, {where}: more than one column has the name {twice[0]!r}.")
+                elif len(row) != len(header):
+                    yield where, BadRow(f"{len(header)} columns expected, got {len(row)}")
+                else:
+                    yield where, dict(zip(header, row))
+        except csv.Error as e:  # where the next row begins is not known
+            raise UserError(
+                f"{self.file}, line {begin}: the row that begins here is broken CSV, and the rest cannot be read"
+                f': {e}. Is a quotation mark not closed? (Inside of "..." it is written "".)'
+            ) from None

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -99,6 +100,22 @@ def test_rows_may_name_their_tasks(base: BaseModel, jsonl: Jsonl) -> None:
     assert data(base, train=[Source(path, task="d")], val_size=0).tasks == ["d"]
 
 
+def test_columns_map_every_field(base: BaseModel, tmp_path: Path) -> None:
+    path = tmp_path / "nested.jsonl"
+    rows = [{"in": f"{i}", "out": "x", "meta": {"uid": 100 + i, "skill": "ab"[i % 2]}} for i in range(4)]
+    path.write_text("\n".join(map(json.dumps, rows)))
+    columns = {"prompt": "in", "completion": "out", "id": "meta.uid", "task": "meta.skill"}
+    table = data(base, train=str(path), columns=columns, val_size=0).tables["train"]
+    assert (list(table["id"]), list(table["task"])) == (["100", "101", "102", "103"], ["a", "b", "a", "b"])
+    for field, column, near in (("completion", "uot", "'out'"), ("id", "meta.uip", "'meta.uid'")):
+        for mode in ("error", "skip"):
+            with pytest.raises(UserError, match=f"no row has {column!r}. Did you mean {near}") as error:
+                data(base, train=str(path), columns=columns | {field: column}, on_bad_row=mode)
+            assert str(error.value).count("\n") == 1 and f"columns: {{{field}: {column}}}" in str(error.value)
+    predict = data(base, "predict", predict=str(path), columns=columns | {"completion": "not there yet"})
+    assert len(predict.tables["predict"]) == 4
+
+
 def test_prepared_once(base: BaseModel, jsonl: Jsonl, own_cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = jsonl(QA)
     first = list(data(base, train=path).tables["train"])
@@ -118,7 +135,7 @@ def test_prepared_once(base: BaseModel, jsonl: Jsonl, own_cache: Path, monkeypat
 def test_all_problems_in_one_message(base: BaseModel, jsonl: Jsonl, tmp_path: Path) -> None:
     good, bad = jsonl(QA), jsonl([QA[0], {"prompt": "p"}, QA[1], {"prompt": "p", "completion": ""}], "bad.jsonl")
     with pytest.raises(UserError) as error:
-        data(base, train=[good, bad, "missing.jsonl", Source(good, format="cloce")], test="not_read.jsonl")
+        data(base, train=[good, bad, "missing.jsonl", Source(good, format="cloce")])
     message = str(error.value)
     assert f"{bad}, line 2, column 'completion': is missing" in message
     assert f"{bad}, line 4, column 'completion': is empty" in message
@@ -127,9 +144,34 @@ def test_all_problems_in_one_message(base: BaseModel, jsonl: Jsonl, tmp_path: Pa
     assert "on_bad_row: skip" in message
 
 
-def test_many_bad_rows_are_counted(base: BaseModel, jsonl: Jsonl) -> None:
-    with pytest.raises(UserError, match="and 30 bad rows more"):
-        data(base, train=jsonl([{"prompt": "p"}] * 50))
+def test_one_mistake_is_said_once(base: BaseModel, jsonl: Jsonl) -> None:
+    path = jsonl([{"in": "p", "out": "x"}] * 24)
+    for options in ({}, {"rows": "chat"}, {"on_bad_row": "skip"}):
+        with pytest.raises(UserError) as error:
+            data(base, train=path, **options)
+        _, empty, problem = str(error.value).splitlines()  # and nothing recommends to skip them all
+        assert "holds no usable row" in empty
+        assert re.search(rf"{path}, lines 1-24 \(24 rows\), column '\w+': is missing", problem)
+
+
+def test_many_problems_are_counted(base: BaseModel, jsonl: Jsonl) -> None:
+    rows = [{"prompt": "p", "completion": "c", "n": 0}, *({"prompt": "p", f"column {i}": 0} for i in range(50))]
+    with pytest.raises(UserError, match=r"and 30 problems more\n .*on_bad_row: skip"):
+        data(base, train=jsonl(rows))
+
+
+def test_a_broken_csv_is_never_half_read(base: BaseModel, tmp_path: Path) -> None:
+    lines = ["prompt,completion", *(f"{i},x" for i in range(111))]
+    lines[11] = '"10,x'
+    (tmp_path / "a.csv").write_text("\n".join(lines))
+    for mode in ("error", "skip"):
+        with pytest.raises(UserError, match=r"a.csv, line 12: .*the rest cannot be read"):
+            data(base, train=str(tmp_path / "a.csv"), on_bad_row=mode)
+
+
+def test_a_fit_looks_for_the_files_of_later_stages(base: BaseModel, jsonl: Jsonl) -> None:
+    with pytest.raises(UserError, match=r"nosuch.jsonl: there is no such file"):
+        data(base, train=jsonl(QA), test="nosuch.jsonl")
 
 
 def test_skipping_bad_rows_writes_a_report(base: BaseModel, jsonl: Jsonl, tmp_path: Path) -> None:

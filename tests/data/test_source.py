@@ -65,6 +65,13 @@ def test_variables_in_paths(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
         ("a.json", b'["\xff"]', r"a.json, line 1: invalid UTF-8"),
         ("a.csv", b"prompt,completion\nx,y\n\xff,z\n", r"a.csv, line 3: invalid UTF-8"),
         ("a.parquet", b"PAR1 this is not parquet", r"a.parquet: not a readable Parquet file"),
+        (
+            "a.csv",
+            b'a,b\n1,2\n\n"3\n3",4\n"5,6\n7,8\n9,10\n',
+            r"a.csv, line 6: the row that begins here .*the rest cannot be read",
+        ),
+        ("a.csv", b'a,b\n1,"x"y\n', r"a.csv, line 2: the row that begins here is broken CSV"),
+        ("a.csv", b"a,b,a\n1,2,3\n", r"a.csv, line 1: more than one column has the name 'a'"),
         ("a.txt", b"text", r"unknown file type '.txt'. Known: .jsonl"),
     ],
 )
@@ -88,7 +95,7 @@ def test_lines_that_cannot_be_read_are_bad_rows(tmp_path: Path) -> None:
     assert [place for place, _ in got] == [f"line {i}" for i in (1, 2, 3, 4, 6)]
     problems = [row.problem if isinstance(row, BadRow) else row for _, row in got]
     assert problems[0] == {"a": 1} and problems[4] == {"a": 2}
-    assert problems[1].startswith("broken JSON")
+    assert problems[1] == "broken JSON at character 7: Expecting value"
     assert problems[2] == "a row must be an object, got list"
     assert problems[3] == "invalid UTF-8 at byte 8 of the line"
 
@@ -98,9 +105,28 @@ def test_csv_with_a_wrong_number_of_columns(tmp_path: Path) -> None:
     got = list(Reader(Source(str(tmp_path / "a.csv"))))
     assert got[0] == ("line 2", {"a": "1", "b": "2"})
     assert [(place, row.problem) for place, row in got[1:]] == [
-        ("line 3", "2 columns expected, got another number of them"),
-        ("line 4", "2 columns expected, got another number of them"),
+        ("line 3", "2 columns expected, got 1"),
+        ("line 4", "2 columns expected, got 3"),
     ]
+
+
+def test_csv_cells_may_be_long_and_have_several_lines(tmp_path: Path) -> None:
+    long = "x" * 300_000
+    (tmp_path / "a.csv").write_text(f'a,b\n"1\n2",2\n\n{long},3\n')
+    got = list(Reader(Source(str(tmp_path / "a.csv"))))
+    assert got == [("line 2", {"a": "1\n2", "b": "2"}), ("line 5", {"a": long, "b": "3"})]
+
+
+def test_a_folder_that_cannot_be_loaded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HF_HOME", str(tmp_path / "hf"))
+    (tmp_path / "set").mkdir()
+    with pytest.raises(UserError, match=r"set: a folder.* It holds no data file"):
+        read(tmp_path / "set")
+    (tmp_path / "set" / "a.jsonl").write_text('{"a": 1}')
+    (tmp_path / "set" / "b.jsonl").write_text('{"b": "x"}')
+    with pytest.raises(UserError, match=r"set: a folder.* Name a file in it \(a.jsonl, b.jsonl\)") as error:
+        read(tmp_path / "set")
+    assert "An error occurred while generating" not in str(error.value)
 
 
 def example(kind: str, row: dict[str, Any], columns: dict[str, Any] | None = None, **options: Any) -> Example:
@@ -129,6 +155,28 @@ def test_columns() -> None:
     assert example("choice", cell) == Example("q", "", [], ["x", "y"], 1)
 
 
+def test_a_label_that_can_mean_two_choices_is_refused() -> None:
+    def label(label: Any, choices: list[str], **columns: Any) -> int | None:
+        names = {"choice_labels": "choice_labels"} if columns else {}
+        return example("choice", {"question": "q", "choices": choices, "label": label, **columns}, names).label
+
+    numbers = ["1", "2", "3"]
+    assert [label(value, numbers) for value in (1, "B", "0", "3")] == [1, 1, 0, 2]
+    assert label("1", ["5", "1"]) == label("1", ["x", "y"]) == 1
+    for value, choices in (("1", numbers), ("A", ["B", "A"]), ("x", ["x", "x"])):
+        with pytest.raises(BadRow, match=r"can mean each of the choices .*integer") as bad:
+            label(value, choices)
+        assert bad.value.column == "label"
+    # names that the user lists are never indices
+    assert label("1", ["x", "y"], choice_labels=[1, 2]) == label(1, ["x", "y"], choice_labels=[1, 2]) == 0
+    assert label("A", ["B", "A"], choice_labels=["A", "B"]) == 0
+    with pytest.raises(BadRow, match="0 is none of the choices: 1, 2"):
+        label(0, ["x", "y"], choice_labels=[1, 2])
+    stars = {"classes": ["1", "2", "3"]}
+    assert [example("classification", {"text": "t", "label": x}, **stars).label for x in ("1", 3)] == [0, 2]
+    assert example("classification", {"text": "t", "label": "1"}, classes=["no", "yes"]).label == 1
+
+
 def test_predicting_needs_no_answers() -> None:
     assert example("completion", {"prompt": "p"}, gold=False) == Example("p")
     assert example("choice", {"question": "q", "choices": ["x", "y"]}, gold=False).label is None
@@ -145,7 +193,7 @@ CHOICE = {"question": "q", "choices": ["x", "y"], "label": 1}
         ("completion", {"prompt": "p"}, "completion", r"is missing \(the row has 'prompt'\); map it"),
         ("completion", {"prompt": "p", "completion": None}, "completion", "is null"),
         ("completion", {"prompt": "p", "completion": "  "}, "completion", "is empty"),
-        ("completion", {"prompt": "p", "completion": 4}, "completion", r"must be text, got 4 \(int\)"),
+        ("completion", {"prompt": "p", "completion": 4}, "completion", "must be text, got int"),
         ("completion", {"prompt": ["p"], "completion": "c"}, "prompt", "must be text"),
         ("completion", {"prompt": "p", "completion": "\ud800"}, "completion", "surrogate"),
         ("instruction", {"instruction": "", "output": "o"}, "instruction", "is empty"),
