@@ -7,6 +7,7 @@ from typing import Any
 
 import lightning as L
 from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor
 
 from talklora_pl.callbacks.resume import validation_due
@@ -57,13 +58,18 @@ class Checkpoint(ModelCheckpoint):
         if trainer.state.fn == "fit" and not trainer.sanity_checking:
             self._save_newest(trainer)
 
+    def on_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException) -> None:
+        super().on_exception(trainer, pl_module, exception)
+        if isinstance(exception, KeyboardInterrupt) and self.last_model_path:
+            rank_zero_info(f"Kept: {self.last_model_path}. With --ckpt_path last the same command goes on from there.")
+
     def _save_newest(self, trainer: L.Trainer) -> None:
         # at most once a step: the second of two micro-batches, or the end of an epoch, would add nothing
         if trainer.fast_dev_run or trainer.global_step == self._last_step:
             return
         self._last_step = trainer.global_step
         self.last_model_path = os.path.join(str(self.dirpath), f"{self.CHECKPOINT_NAME_LAST}{self.FILE_EXTENSION}")
-        trainer.save_checkpoint(self.last_model_path)
+        trainer.save_checkpoint(self.last_model_path, weights_only=False)
 
     def _save_topk_checkpoint(self, trainer: L.Trainer, monitor_candidates: dict[str, Tensor]) -> None:
         if self.monitor in monitor_candidates:

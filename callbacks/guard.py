@@ -88,7 +88,7 @@ class FiniteGuard(L.Callback):
         self._window.clear()
         if self._stop is not None:
             path = Path(directory(trainer)) / "nonfinite.ckpt"
-            trainer.save_checkpoint(path)
+            trainer.save_checkpoint(path, weights_only=False)
             raise UserError(
                 f"{self._stop} The weights before that step are saved in {path}. Look at those examples, lower the "
                 "learning rate or clip gradients; resuming from that file goes on after this step. To leave out such "

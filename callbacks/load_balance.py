@@ -83,8 +83,8 @@ class LoadBalance(L.Callback):
             board.figure("experts/allocation", figures.allocation(pl_module.adapter.experts_per_layer))
 
     def on_train_batch_start(self, trainer: L.Trainer, pl_module: Any, batch: Any, batch_idx: int) -> None:
-        self._step = trainer.global_step
-        self._observing = self.train_load is not None and (self._step + 1) % trainer.log_every_n_steps == 0
+        self._step, every = trainer.global_step, trainer.log_every_n_steps  # 0: never
+        self._observing = self.train_load is not None and every > 0 and (self._step + 1) % every == 0
 
     def on_train_batch_end(self, trainer: L.Trainer, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
         if not self._observing:

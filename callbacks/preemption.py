@@ -117,7 +117,7 @@ class Preemption(L.Callback):
 
     def _stop(self, trainer: L.Trainer) -> None:
         path = directory(trainer) / "last.ckpt"
-        trainer.save_checkpoint(path)
+        trainer.save_checkpoint(path, weights_only=False)
         rank_zero_info(
             f"{signal.Signals(self._received).name}: saved {path} after step {trainer.global_step}. "
             "Resume with --ckpt_path last."

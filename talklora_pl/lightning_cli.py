@@ -203,7 +203,7 @@ class CLI(LightningCLI):
         """Find and check the checkpoint; what the user typed wins, nothing is taken from its hyperparameters."""
         config = self.config[self.config.subcommand]
         root = config.trainer.default_root_dir or RUNS
-        config.ckpt_path = resume_from(config.ckpt_path, root, config.checkpoint.dirpath)
+        config.ckpt_path = resume_from(config.ckpt_path, root, config.checkpoint.dirpath, self.config.subcommand)
 
     def instantiate_trainer(self, **kwargs: Any) -> Any:
         config = self._get(self.config_init, "trainer")
@@ -226,6 +226,8 @@ def run(verb: str, argv: list[str]) -> CLI:
     """Parse ``argv`` and run one of Lightning's verbs; the result has ``trainer``, ``model`` and ``datamodule``."""
     # of Lightning's own making, and nothing a user could act upon
     warnings.filterwarnings("ignore", ".*LeafSpec.*")
+    warnings.filterwarnings("ignore", "Total length of `list` across ranks is zero")  # no validation data
+    warnings.formatwarning = _one_line
     logging.getLogger("lightning.pytorch.utilities.rank_zero").addFilter(lambda r: "litlogger" not in r.getMessage())
     argv = _expand(argv)
     registry.import_plugins(_plugins(argv))
@@ -235,6 +237,14 @@ def run(verb: str, argv: list[str]) -> CLI:
         if _raised_by_lightning(e):
             raise UserError(f"trainer: {' '.join(str(e).split())}") from e
         raise
+
+
+_with_place = warnings.formatwarning
+
+
+def _one_line(message: Any, category: type[Warning], *place: Any, **line: Any) -> str:
+    """What is for a user, without the line of code that says it."""
+    return f"warning: {message}\n" if category is UserWarning else _with_place(message, category, *place, **line)
 
 
 def _raised_by_lightning(error: Exception) -> bool:

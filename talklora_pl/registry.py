@@ -60,9 +60,21 @@ def register(name: str) -> Callable[[C], C]:
             raise UserError(f"{cls.family} {name!r} is registered twice: {known.__module__} and {cls.__module__}")
         cls.name = name
         cls._members[name] = cls
+        _resolve_types(cls)
         return cls
 
     return add
+
+
+def _resolve_types(cls: type[Component]) -> None:
+    """Put types where a dataclass has their names: jsonargparse looks names of a base up in the file of its child only,
+    and accepts every value where it does not find one."""
+    try:
+        types = get_type_hints(cls)
+    except NameError:  # a name that exists for type checkers only
+        return
+    for f in fields(cls):  # type: ignore[arg-type]
+        f.type = cls.__init__.__annotations__[f.name] = types[f.name]
 
 
 def did_you_mean(word: str, choices: Iterable[str]) -> str:
@@ -123,16 +135,11 @@ def from_dict(family: type[Component], data: str | dict[str, Any]) -> Any:
 def options(cls: type[Component]) -> list[tuple[str, str, Any]]:
     """``(name, type, default)`` of every option of a component class."""
     out = []
-    try:
-        types = get_type_hints(cls)
-    except NameError:  # a name that exists for type checkers only
-        types = {}
     for f in fields(cls):  # type: ignore[arg-type]
         default = (
             f.default if f.default is not MISSING else f.default_factory() if f.default_factory is not MISSING else None
         )  # type: ignore[misc]
-        kind = types.get(f.name, f.type)
-        out.append((f.name, kind if isinstance(kind, str) else inspect.formatannotation(kind), default))
+        out.append((f.name, f.type if isinstance(f.type, str) else inspect.formatannotation(f.type), default))
     return out
 
 

@@ -64,7 +64,7 @@ class Board:
 
     def warn(self, key: str, message: str) -> None:
         """One line on the terminal, and text in the log."""
-        if self.trainer.is_global_zero:  # without a place in the code, whose line Python would print below
+        if self.trainer.is_global_zero:
             warnings.warn_explicit(message, UserWarning, "talklora_pl", 0)
         self.text(key, message)
 

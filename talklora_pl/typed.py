@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import fields
 from functools import cache
+from inspect import formatannotation
 from types import NoneType, UnionType
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
@@ -34,9 +35,9 @@ def fits(value: Any, hint: Any) -> bool:
 def problems(cls: type, values: Mapping[str, Any]) -> list[str]:
     """One phrase for every value that is not of its field's type; fields whose type cannot be read are not checked."""
     hints = _hints(cls)
-    declared = {f.name: f.type for f in fields(cls)}
+    declared = {f.name for f in fields(cls)}
     return [
-        f"{key} must be {declared[key]}, got {_short(value)}"
+        f"{key} must be {formatannotation(hints[key])}, got {_short(value)}"
         for key, value in values.items()
         if key in declared and key in hints and not fits(value, hints[key])
     ]

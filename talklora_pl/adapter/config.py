@@ -88,14 +88,24 @@ class AdapterConfig:
         out = []
         if self.num_experts < 1:
             out.append(f"num_experts must be at least 1, got {self.num_experts}")
-        if (self.rank is None) == (self.expert_rank is None):
-            out.append("give either rank (total) or expert_rank (of one expert)")
+        if self.rank is None and self.expert_rank is None:
+            out.append(
+                "neither rank (of all experts together) nor expert_rank (of one) is given; a method file has one: "
+                "--config method/talklora"
+            )
+        elif self.rank is not None and self.expert_rank is not None:
+            out.append(
+                f"rank {self.rank} (of all experts together) and expert_rank {self.expert_rank} (of one) exclude each "
+                "other: set one to null (of method files use a single one, they do not add up)"
+            )
         elif self.rank is not None and self.num_experts >= 1 and (self.rank < 1 or self.rank % self.num_experts):
             out.append(
                 f"rank {self.rank} is not divisible by num_experts {self.num_experts}; use a multiple, or expert_rank"
             )
         elif self.expert_rank is not None and self.expert_rank < 1:
             out.append(f"expert_rank must be at least 1, got {self.expert_rank}")
+        if self.alpha is not None and self.alpha <= 0:
+            out.append(f"alpha must be above 0, got {self.alpha}")
         for key in ("dropout_input", "dropout_routing", "dropout_output"):
             if not 0 <= getattr(self, key) < 1:
                 out.append(f"{key} must be in [0, 1), got {getattr(self, key)}")

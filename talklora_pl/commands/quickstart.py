@@ -11,7 +11,7 @@ from pathlib import Path
 FOLDER = Path("quickstart")
 NEXT = """\
 What is where
-  {adapter}   the adapter: load_adapter(model, "{adapter}") gives it to the base model
+  {log}/adapters/last   the adapter: AutoModelForCausalLM.from_pretrained loads it, README has the five lines
   {log}   checkpoints, scores and TensorBoard logs: {python} -m tensorboard.main --logdir {log}
   {folder}/train.jsonl   what it was trained on
 What to type next
@@ -30,11 +30,12 @@ def main(argv: list[str]) -> int:
         print(f"{len(skills.SKILLS)} skills: {', '.join(skills.SKILLS)} (written to {FOLDER})", file=sys.stderr)
     import rich
 
-    from talklora_pl import save_adapter
     from talklora_pl.lightning_cli import run
     from talklora_pl.quickstart.report import experts_by_task, specialist_table
 
-    cli = run("fit", ["--config", "method/talklora", "--config", "quickstart", *argv])
+    # method files do not add up
+    method = [] if any("method/" in arg for arg in argv) else ["--config", "method/talklora"]
+    cli = run("fit", [*method, "--config", "quickstart", *argv])
     trainer, tuner = cli.trainer, cli.model
     trainer.test(tuner, datamodule=cli.datamodule, verbose=False)
     by_layer = experts_by_task(tuner, cli.datamodule.test_dataloader())
@@ -42,8 +43,7 @@ def main(argv: list[str]) -> int:
     if trainer.is_global_zero:
         if by_layer:
             rich.print(specialist_table(by_layer))
-        adapter = save_adapter(tuner.model, FOLDER / "adapter")
-        print(NEXT.format(adapter=adapter, log=log, folder=FOLDER, python=_python()))
+        print(NEXT.format(log=log, folder=FOLDER, python=_python()))
     return 0
 
 

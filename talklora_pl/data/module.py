@@ -29,8 +29,8 @@ class TextData(L.LightningDataModule):
     """Text to fine-tune on: files or hub data sets, each a task, tokenised once and cached.
 
     Args:
-        train: one path, or a list of paths and sources. (That the type names `Path` keeps jsonargparse from reading the
-            file as if it were a part of the config.)
+        train: one path, or a list of paths and sources. (The type begins with the list, whose sources jsonargparse
+            would else write as text, and names `Path`, or it would read the file as a part of the config.)
         val: validation data; None: split off from `train`.
         test: data to score at the end.
         predict: data to answer (it needs no answers of its own); None: `test`.
@@ -57,10 +57,10 @@ class TextData(L.LightningDataModule):
 
     def __init__(
         self,
-        train: str | Path | list[str | Source] | None = None,
-        val: str | Path | list[str | Source] | None = None,
-        test: str | Path | list[str | Source] | None = None,
-        predict: str | Path | list[str | Source] | None = None,
+        train: list[str | Source] | str | Path | None = None,
+        val: list[str | Source] | str | Path | None = None,
+        test: list[str | Source] | str | Path | None = None,
+        predict: list[str | Source] | str | Path | None = None,
         rows: str | None = None,
         format: str | None = None,
         columns: dict[str, str | list[str]] | None = None,

@@ -8,7 +8,7 @@ from typing import Any
 
 from lightning.pytorch.plugins.io import CheckpointIO
 from lightning.pytorch.strategies import DDPStrategy
-from lightning.pytorch.utilities import rank_zero_info
+from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from torch.nn.parallel import DistributedDataParallel
 
 from talklora_pl.distributed.checkpoint import DurableCheckpointIO, last_checkpoint, newest, read_checkpoint
@@ -32,6 +32,10 @@ def trainer_arguments(trainer: Mapping[str, Any]) -> dict[str, Any]:
             found[name] = launched
         if strategy in (None, "auto") and world > 1:
             strategy = "ddp"
+    if str(strategy).startswith(("ddp_spawn", "ddp_fork", "ddp_notebook")):
+        raise UserError(
+            f"trainer.strategy: {strategy} hands the model over in ways that adapters do not take; use ddp."
+        )
     if strategy == "ddp":
         # the name of DDP's option since torch 2.13, and before
         new = "forward_sync_buffers" in inspect.signature(DistributedDataParallel).parameters
@@ -48,25 +52,35 @@ def trainer_arguments(trainer: Mapping[str, Any]) -> dict[str, Any]:
     return found
 
 
-def resume_from(ckpt_path: str | None, root: str | os.PathLike[str], dirpath: str | None = None) -> str | None:
-    """The verified checkpoint file that ``--ckpt_path`` means, or None.
+def resume_from(
+    ckpt_path: str | None, root: str | os.PathLike[str], dirpath: str | None = None, verb: str = "fit"
+) -> str | None:
+    """The verified checkpoint file that ``--ckpt_path`` means, or None: a fit starts anew, another verb has the base.
 
     Args:
         ckpt_path: a file, or ``last`` or ``best``: the newest of that name, if there is one.
         root: the folder of all runs.
         dirpath: where this run keeps its checkpoints, if not in its folder under `root`.
+        verb: ``fit``, or one that cannot do without what it was told to read.
 
     Raises:
         UserError: the file is missing, damaged or not ours. Nothing was loaded or written by then.
     """
+    if ckpt_path is None and verb != "fit":
+        rank_zero_warn(f"{verb} without --ckpt_path (a file, last or best): the adapter is untrained.")
     if ckpt_path is None or "://" in str(ckpt_path):
         return ckpt_path
     if ckpt_path in ("last", "best"):
         path = last_checkpoint(root, ckpt_path) if dirpath is None else newest(Path(dirpath).glob(f"{ckpt_path}*.ckpt"))
+        if path is None and verb != "fit":
+            raise UserError(f"--ckpt_path {ckpt_path}: there is none in {dirpath or root}.")
         if path is None:
             rank_zero_info(f"--ckpt_path {ckpt_path}: there is none in {dirpath or root} yet, training starts anew.")
             return None
         ckpt_path = str(path)
+    if Path(ckpt_path).is_dir():
+        found = last_checkpoint(ckpt_path)
+        raise UserError(f"--ckpt_path: {ckpt_path} is a folder." + (f" Do you mean {found}?" if found else ""))
     read_checkpoint(ckpt_path)
     return ckpt_path
 

@@ -68,6 +68,7 @@ def specialist_table(by_layer: dict[str, dict[str, Tensor]]) -> Table:
     mean = sum(scores.values()) / len(scores)
     out = Table(
         title="Which experts serve which skill (mean routing weight)",
+        caption_justify="left",
         caption=f"{layer}: of {len(scores)} layers the one where skills differ most, "
         f"{scores[layer]:.3f} bits of mutual information (mean of all layers {mean:.3f}).",
     )

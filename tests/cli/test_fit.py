@@ -106,6 +106,45 @@ def test_components_by_name_and_the_last_option_wins(folder: Path, tmp_path: Pat
     assert main(["fit", "--config", str(again), "--trainer.max_steps", "1"]) == 0
 
 
+def test_sources_with_options_are_kept_in_the_config(folder: Path, tmp_path: Path) -> None:
+    """The config.yaml of a run is one that runs, also where a source is a mapping."""
+    (tmp_path / "data.yaml").write_text(f"data: {{train: [{{path: {folder / 'rows.jsonl'}, limit: 20}}]}}")
+    once = ["--trainer.max_steps", "1"]
+    assert fit(folder, tmp_path / "a", "--config", str(tmp_path / "data.yaml"), *once) == 0
+    config = tmp_path / "a" / "version_0" / "config.yaml"
+    (source,) = yaml.safe_load(config.read_text())["data"]["train"]
+    assert source["limit"] == 20
+    assert main(["fit", "--config", str(config), "--trainer.default_root_dir", str(tmp_path / "b")]) == 0
+
+
+@pytest.mark.parametrize(
+    "option, value",
+    [
+        ("communication=gnn --model.adapter.communication.graph", "circle"),
+        ("communication=gnn --model.adapter.communication.rounds", "two"),
+        ("communication=attention --model.adapter.communication.heads", "three"),
+        ("balance+=switch --model.adapter.balance.scope", "modl"),
+        ("router=top_k --model.adapter.router.k", "x"),
+        ("experts=shared_b --model.adapter.alpha", "-1"),
+    ],
+)
+def test_options_of_parts_have_types(folder: Path, tmp_path: Path, capsys: Any, option: str, value: str) -> None:
+    assert fit(folder, tmp_path, *f"--model.adapter.{option} {value}".split()) == 2
+    said = capsys.readouterr().err
+    assert option.rsplit(".", 1)[-1] in said and value in said, said
+
+
+def test_evaluation_says_when_there_is_nothing_to_evaluate(folder: Path, tmp_path: Path, capsys: Any) -> None:
+    argv = ["test", "--config", str(folder / "config.yaml"), "--trainer.default_root_dir", str(tmp_path)]
+    argv += ["--data.test", str(folder / "rows.jsonl")]
+    with pytest.warns(UserWarning, match="test without --ckpt_path .* the adapter is untrained"):
+        assert main(argv) == 0
+    assert main([*argv, "--ckpt_path", "last"]) == 2
+    assert "--ckpt_path last: there is none in" in capsys.readouterr().err
+    assert main([*argv, "--ckpt_path", str(folder)]) == 2
+    assert "is a folder" in capsys.readouterr().err
+
+
 def test_fast_dev_run(folder: Path, tmp_path: Path) -> None:
     """One batch of everything, with all callbacks and a logger that keeps nothing."""
     assert fit(folder, tmp_path, "--trainer.fast_dev_run", "true") == 0
