@@ -41,6 +41,16 @@ class Evaluation:
     num_beams: int = 1
     answer_pattern: str | None = None
 
+    def __post_init__(self) -> None:
+        """Raises: ValueError for an option that no test could use."""
+        for name, least in (("max_new_tokens", 0), ("num_beams", 1)):
+            if getattr(self, name) < least:
+                raise ValueError(f"{name}: {getattr(self, name)} is less than {least}.")
+        try:
+            re.compile(self.answer_pattern or "")
+        except re.error as e:
+            raise ValueError(f"answer_pattern: {self.answer_pattern!r} is no regular expression: {e}.") from None
+
 
 def token_nll(logits_NV: Tensor, targets_N: Tensor) -> Tensor:
     """Negative log-likelihood of every target in float32, shape (N,); in pieces, since float32 logits are large."""
@@ -81,7 +91,8 @@ class Scored:
     Attributes:
         nll_Q, tokens_Q: summed negative log-likelihood of the right answer and its tokens; 0 where it is unknown.
         scores_QC: of the choices (or classes); a question with one answer has one.
-        texts: generated answers; None where choices were ranked, or nothing was generated.
+        texts: generated answers, each with the mean log-likelihood of its tokens; None where choices were ranked, or
+            nothing was generated.
         ranked_Q, generated_Q: by which of the two a question is judged; neither, where its answer is unknown.
         right_Q: whether it was answered rightly.
     """
@@ -92,7 +103,7 @@ class Scored:
     ranked_Q: Tensor
     generated_Q: Tensor
     right_Q: Tensor
-    texts: list[str | None] = field(default_factory=list)
+    texts: list[tuple[str, float] | None] = field(default_factory=list)
 
 
 @torch.no_grad()
@@ -120,16 +131,16 @@ def score_batch(tuner: FineTuner, batch: dict[str, Any], generate: bool = False)
     known_Q = (answer_Q >= 0) & real_Q
     right_Q = several_Q & (scores_QC.argmax(1) == answer_Q)
 
-    texts: list[str | None] = [None] * len(answer_Q)
+    texts: list[tuple[str, float] | None] = [None] * len(answer_Q)
     open_Q = ~several_Q & real_Q if generate and tuner.evaluation.max_new_tokens else torch.zeros_like(several_Q)
     if open_Q.any():
         asked = open_Q.nonzero()[:, 0].tolist()
         first_Q = [int((group_B == q).nonzero()[0, 0]) for q in asked]
         prompts = [batch["input_ids"][row, : int(batch["prompt_length"][q])] for row, q in zip(first_Q, asked)]
-        for q, text in zip(asked, generate_texts(tuner, prompts)):
-            texts[q] = text
+        for q, answer in zip(asked, generate_texts(tuner, prompts)):
+            texts[q] = answer
             if known_Q[q]:
-                right_Q[q] = exact_match(text, batch["answers"][q][0], tuner.evaluation.answer_pattern)
+                right_Q[q] = exact_match(answer[0], batch["answers"][q][0], tuner.evaluation.answer_pattern)
     return Scored(
         nll_Q=nll_B.new_zeros(len(answer_Q)).index_add_(0, group_B, nll_B * gold_B),
         tokens_Q=nll_B.new_zeros(len(answer_Q)).index_add_(0, group_B, tokens_B * gold_B),
@@ -150,9 +161,16 @@ def _score_classes(tuner: FineTuner, batch: dict[str, Any]) -> Scored:
     return Scored(nll_Q, known_Q.float(), scores_QC, known_Q, torch.zeros_like(known_Q), right_Q, [None] * len(nll_Q))
 
 
-def generate_texts(tuner: FineTuner, prompts: Sequence[Tensor]) -> list[str]:
-    """Continue prompts (token ids, each of shape (S,)) until the end-of-sequence token."""
+def generate_texts(tuner: FineTuner, prompts: Sequence[Tensor]) -> list[tuple[str, float]]:
+    """Continue prompts (token ids, each of shape (S,)) until the end-of-sequence token.
+
+    Returns:
+        each text and the mean log-likelihood of its tokens, its end among them: what choices are ranked by.
+    """
     from talklora_pl.base import pad_id
+    from talklora_pl.data.batches import masked
+    from talklora_pl.data.batches import pad as padded
+    from talklora_pl.data.tokens import NO_LOSS
 
     tokenizer = tuner.tokenizer
     width, pad = max(map(len, prompts)), pad_id(tokenizer)
@@ -172,7 +190,17 @@ def generate_texts(tuner: FineTuner, prompts: Sequence[Tensor]) -> list[str]:
         # ranks that share a sharded model must take equally many steps
         synced_gpus=tuner.device_mesh is not None,
     )
-    return tokenizer.batch_decode(out[:, width:], skip_special_tokens=True)
+    asked = [ids.tolist() for ids in prompts]
+    answers = [ids[: (*ids, tuner.eos_id).index(tuner.eos_id) + 1] for ids in out[:, width:].tolist()]
+    rows = [before + answer for before, answer in zip(asked, answers)]
+    labels = [[NO_LOSS] * len(before) + answer for before, answer in zip(asked, answers)]
+    batch = {
+        name: ids.to(out.device) for name, ids in (masked(rows, pad) | {"labels": padded(labels, NO_LOSS)}).items()
+    }
+    logits_NV, targets_N, row_N = tuner.token_logits(batch)
+    nll_B, tokens_B = row_nll(token_nll(logits_NV, targets_N), row_N, len(rows))
+    texts = tokenizer.batch_decode(answers, skip_special_tokens=True)
+    return list(zip(texts, (-nll_B / tokens_B).tolist()))
 
 
 class Scores(Metric):
@@ -218,7 +246,7 @@ class Scores(Metric):
             if total[self.TOKENS]:
                 scores["loss"] = total[self.NLL] / total[self.TOKENS]
             if scores:
-                out[task] = scores | {"questions": total[self.RANKED] + total[self.GENERATED]}
+                out[task] = scores | {"questions": int(total[self.RANKED] + total[self.GENERATED])}
         mean = {}
         for name in ("accuracy", "exact_match"):
             if values := [scores[name] for scores in out.values() if name in scores]:
@@ -237,8 +265,10 @@ def table(tuned: dict[str, dict[str, float]], base: dict[str, dict[str, float]] 
     from rich.table import Table
 
     out = Table(title="Test scores")
-    for column in ("task", "questions", "metric", *(["base model"] if base else []), "with adapter", "standard error"):
-        out.add_column(column, justify="left" if column in ("task", "metric") else "right")
+    names = ["base model"] if base else []
+    out.add_column("task", overflow="fold")  # the only one that gives way in a narrow window
+    for column in ("questions", "metric", *names, "with\nadapter", "standard\nerror"):
+        out.add_column(column, justify="left" if column == "metric" else "right", no_wrap=True)
     for task, scores in tuned.items():
         if task == "mean" and len(tuned) == 2:
             continue
@@ -262,15 +292,16 @@ def write_json(path: Path, tuned: dict[str, Any], base: dict[str, Any] | None) -
 
 
 def predictions(scored: Scored, batch: dict[str, Any]) -> list[dict[str, Any]]:
-    """A record per question: `index` in the data, `id`, `task`, and `text` or `choice`, its `answer`, all `scores`."""
+    """A record per question: `index` in the data, `id`, `task`; `text`, or `choice` and its `answer`; and `scores`: the
+    mean log-likelihood per token of the text or of every choice (of classes: their log-probabilities)."""
     out = []
     for q, (index, name, task) in enumerate(zip(batch["index"].tolist(), batch["id"], batch["task"])):
         if not batch["real"][q]:
             continue
         record: dict[str, Any] = {"index": index, "id": name, "task": task}
         scores = [round(score, 6) for score in scored.scores_QC[q].tolist() if math.isfinite(score)]
-        if scored.texts[q] is not None:
-            record["text"] = scored.texts[q]
+        if generated := scored.texts[q]:
+            record |= {"text": generated[0], "scores": [round(generated[1], 6)]}
         elif len(scores) > 1:
             choice = max(range(len(scores)), key=scores.__getitem__)
             record |= {"choice": choice, "scores": scores}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import math
 from collections.abc import Callable
@@ -11,6 +12,7 @@ from typing import Any
 import lightning as L
 import pytest
 import torch
+from rich.console import Console
 
 from talklora_pl import AdapterConfig, FineTuner, TextData
 from talklora_pl.adapter import disable_adapter
@@ -25,6 +27,7 @@ from talklora_pl.evaluation import (
     predictions,
     row_nll,
     score_batch,
+    table,
     token_nll,
 )
 from tests.data.tiny import save_model, tokenizer
@@ -142,6 +145,8 @@ def test_generation_equals_the_model_asked_alone(base: BaseModel, jsonl: Jsonl) 
             if best.item() == 257:
                 break
         n = len(tokenizer()(rows[record["index"]]["prompt"]).input_ids)
+        logits_SV = module.model(ids).logits[0, n - 1 : -1].detach().log_softmax(-1)
+        assert record["scores"] == [pytest.approx(float(logits_SV.gather(1, ids[0, n:, None]).mean()), abs=1e-4)]
         assert record["text"] == tokenizer().decode(ids[0, n:], skip_special_tokens=True)
 
 
@@ -163,10 +168,34 @@ def test_scores_per_task_and_mean() -> None:
     scores.update(scored([True, False, True], [1.0, 2.0, 3.0]), ["a", "a", "b"])
     scores.update(scored([False, False], [1.0, 1.0]), ["a", "a"])
     got = scores.compute()
+    assert isinstance(got["a"]["questions"], int)
     assert got["a"] == {"accuracy": 0.25, "loss": 1.25, "questions": 4}
     assert got["b"] == {"accuracy": 1.0, "loss": 3.0, "questions": 1}
     assert "c" not in got
     assert got["mean"] == {"accuracy": 0.625, "loss": 1.6}
+
+
+def test_the_table_fits_a_narrow_window() -> None:
+    scores = {"task": {"exact_match": 0.5, "questions": 1000}, "mean": {"exact_match": 0.5}}
+    many = {"translation" + "n" * 40: scores["task"], "translation": scores["task"], "mean": scores["mean"]}
+    console = Console(width=80, record=True, file=io.StringIO())
+    console.print(table(many, many))
+    text = console.export_text()
+    assert max(map(len, text.splitlines())) <= 80
+    assert all(word in text for word in ("translation ", "base model", "adapter", "exact match")) and "…" not in text
+
+
+@pytest.mark.parametrize(
+    "options, said",
+    [
+        ({"answer_pattern": "(["}, r"answer_pattern: '\(\[' is no regular expression"),
+        ({"num_beams": 0}, "num_beams: 0 is less than 1"),
+        ({"max_new_tokens": -5}, "max_new_tokens: -5 is less than 0"),
+    ],
+)
+def test_options_that_no_test_could_use(options: dict[str, Any], said: str) -> None:
+    with pytest.raises(ValueError, match=said):
+        Evaluation(**options)
 
 
 def test_fillers_and_unknown_answers_do_not_count(base: BaseModel, jsonl: Jsonl) -> None:
@@ -231,8 +260,10 @@ def test_classification(base: BaseModel, jsonl: Jsonl, tmp_path: Path) -> None:
     fit.fit(module, data)
     (logged,) = fit.test(module, data, verbose=False)
     assert logged["test_accuracy"] > 0.8
+    data.labels = ["even", "odd"]
     fit.predict(module, data)
     lines = [json.loads(line) for line in (tmp_path / "predictions.jsonl").read_text().splitlines()]
+    assert all(line["answer"] == data.labels[line["choice"]] and len(line["scores"]) == 2 for line in lines)
     assert sum(line["choice"] == row["label"] for line, row in zip(lines, rows)) / 24 == pytest.approx(
         logged["test_accuracy"]
     )

@@ -40,10 +40,19 @@ class Batches(torch.utils.data.Dataset[dict[str, Any]]):
     for fillers, `index` (Q,) its place in the data, and the lists `id`, `task`, `answers` (texts of the choices).
 
     Classification (both): `labels` (B,) are classes, -100 where unknown; a group is a row, the classes are its choices.
+    `answers` are their names (`classes`), if they have any.
     """
 
-    def __init__(self, table: datasets.Dataset, pad_id: int, training: bool, classify: bool = False) -> None:
+    def __init__(
+        self,
+        table: datasets.Dataset,
+        pad_id: int,
+        training: bool,
+        classify: bool = False,
+        classes: list[str] | None = None,
+    ) -> None:
         self.table, self.pad_id, self.training, self.classify = table, pad_id, training, classify
+        self.classes = classes or []
 
     def __getitem__(self, batch: Batch) -> dict[str, Any]:
         rows: dict[str, Any] = self.table[batch.rows]
@@ -51,7 +60,7 @@ class Batches(torch.utils.data.Dataset[dict[str, Any]]):
         names = {"id": rows["id"], "task": rows["task"]}
         per_question = names | {
             "index": torch.tensor(batch.rows),
-            "answers": rows["answers"],
+            "answers": [self.classes] * len(batch.rows) if self.classify else rows["answers"],
             "answer": answer,
             "prompt_length": torch.tensor(rows["prompt_length"]),
             "real": torch.full_like(answer, not batch.filler, dtype=torch.bool),

@@ -42,8 +42,8 @@ class Text(NamedTuple):
     marker: str
 
 
-def check_format(name: str, kind: str) -> None:
-    """Raise UserError unless `name` is a format (or a template) that can write such rows."""
+def check_format(name: str, kind: str, has_template: bool = True) -> None:
+    """Raise UserError unless `name` is a format (or a template) that can write such rows with this tokenizer."""
     if name not in NAMES and "{prompt}" not in name:
         raise UserError(
             f"unknown format {name!r}.{did_you_mean(name, NAMES)} A template of your own must contain {{prompt}}."
@@ -52,6 +52,12 @@ def check_format(name: str, kind: str) -> None:
         raise UserError(f"chat rows need format: chat, not {name!r}")
     if kind == "classification" and name == "chat":
         raise UserError("format: chat cannot write classification rows; use plain or a template with {prompt}")
+    if name == "chat" and not has_template:
+        other = "" if kind == "chat" else ", or another format"
+        raise UserError(
+            "format: chat needs a tokenizer with a chat template, and this model's has none; name a model tuned for "
+            f"chat (often called -Instruct or -it) as model.base.path{other}."
+        )
 
 
 def write(example: Example, name: str) -> Text:

@@ -10,14 +10,14 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import lightning as L
 import numpy as np
-from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
+from lightning.pytorch.utilities import rank_zero_info
 from torch.utils.data import DataLoader
 
 from talklora_pl.base import BaseModel, default_length, load_config, load_tokenizer, pad_id
 from talklora_pl.data.batches import Batches
 from talklora_pl.data.prepare import Prepared, prepare
 from talklora_pl.data.sampler import EvalBatches, Position, TrainBatches
-from talklora_pl.data.source import Source
+from talklora_pl.data.source import BadRow, Source
 from talklora_pl.data.tokens import Tokenize
 from talklora_pl.errors import UserError
 
@@ -145,7 +145,7 @@ class TextData(L.LightningDataModule):
         max_length = default_length(config) if self.max_length is None else self.max_length
         if context is not None and max_length > context:
             raise UserError(f"data.max_length: {max_length} is more than the model's context of {context} tokens.")
-        classes = self._classes()
+        self.classes = classes = self._classes()
         num_classes = config.num_labels if self.classify else None
         if classes and self.classify and len(classes) != num_classes:
             raise UserError(
@@ -196,10 +196,15 @@ class TextData(L.LightningDataModule):
             raise UserError(f"data.labels: {self.labels!r} must hold a list of names.")
         return names
 
+    def _held_out(self, rows: int) -> int:
+        """How many of the training rows are for validation."""
+        count = round(self.val_size * rows) if self.val_size < 1 else int(self.val_size)
+        if count >= rows:
+            raise UserError(f"data.val_size: {count} rows for validation leave none of {rows} to train on.")
+        return count
+
     def _split(self, table: datasets.Dataset) -> tuple[datasets.Dataset, datasets.Dataset]:
-        count = round(self.val_size * len(table)) if self.val_size < 1 else int(self.val_size)
-        if count >= len(table):
-            raise UserError(f"data.val_size: {count} rows for validation leave none of {len(table)} to train on.")
+        count = self._held_out(len(table))
         order = np.random.default_rng(self.seed).permutation(len(table))
         return table.select(np.sort(order[count:])), table.select(np.sort(order[:count]))
 
@@ -209,13 +214,24 @@ class TextData(L.LightningDataModule):
                 tasks = sorted(set(part.table["task"]))
                 cut = f", {part.cut_rows} prompts cut by {part.cut_tokens} tokens in all" if part.cut_rows else ""
                 rank_zero_info(f"data.{name}: {', '.join(tasks)}: {len(part.table)} rows{cut}")
-        bad = [row for parts in done.values() for part in parts for row in part.bad]
-        if bad:
-            report = Path(self.bad_row_report)
+        if done.get("train") and not done.get("val"):
+            rows = sum(len(part.table) for part in done["train"])
+            held_out = self._held_out(rows)
+            rank_zero_info(f"data.val_size: {held_out} of these {rows} rows validate, {rows - held_out} train")
+        if bad := [row for parts in done.values() for part in parts for row in part.bad]:
+            self._report_bad(bad)
+
+    def _report_bad(self, bad: list[BadRow]) -> None:
+        report = Path(self.bad_row_report)
+        entries = [{"file": b.file, "place": b.where, "column": b.column, "problem": b.problem} for b in bad]
+        try:
             report.parent.mkdir(parents=True, exist_ok=True)
-            entries = [{"file": b.file, "place": b.where, "column": b.column, "problem": b.problem} for b in bad]
             report.write_text("".join(json.dumps(entry, ensure_ascii=False) + "\n" for entry in entries), "utf-8")
-            rank_zero_warn(f"{len(bad)} bad rows were left out; they are listed in {report}. The first: {bad[0]}")
+        except OSError as e:
+            raise UserError(f"data.bad_row_report: {report} cannot be written: {e.strerror}.") from e
+        what = "1 bad row was left out; it is" if len(bad) == 1 else f"{len(bad)} bad rows were left out; they are"
+        # not as a Python warning: that would print a line of our source beneath it
+        rank_zero_info(f"Warning: {what} listed in {report}. The first: {bad[0]}")
 
     # -- loaders ----------------------------------------------------------------------------------------------------
 
@@ -231,7 +247,7 @@ class TextData(L.LightningDataModule):
         batches = TrainBatches(
             lengths, loss_tokens, self.batch_size, self.seed, self.length_grouped, *self._rank(), self._position
         )
-        return self._loader(Batches(table, self.pad_id, training=True, classify=self.classify), batches)
+        return self._loader(Batches(table, self.pad_id, True, self.classify, self.classes), batches)
 
     def val_dataloader(self) -> DataLoader[dict[str, Any]] | list[Any]:
         return self._eval_loader("val") if len(self.tables["val"]) else []
@@ -246,7 +262,7 @@ class TextData(L.LightningDataModule):
         table = self.tables[name]
         rows = np.array([len(choices) for choices in table["input_ids"]])
         batches = EvalBatches(np.array(table["length"]), rows, self.eval_batch_size, *self._rank())
-        return self._loader(Batches(table, self.pad_id, training=False, classify=self.classify), batches)
+        return self._loader(Batches(table, self.pad_id, False, self.classify, self.classes), batches)
 
     def _loader(self, data: Batches, batches: TrainBatches | EvalBatches) -> DataLoader[dict[str, Any]]:
         # batch_size=None: a batch is one item; so Lightning keeps this sampler in every stage

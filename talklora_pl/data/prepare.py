@@ -10,7 +10,7 @@ from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from talklora_pl.cache import cached_folder
+from talklora_pl.cache import cache_root, cached_folder
 from talklora_pl.data.formats import DEFAULT, check_format
 from talklora_pl.data.rows import ABSENT, RowReader, check_kind, find
 from talklora_pl.data.source import BadRow, Reader, Source, check_path
@@ -73,7 +73,7 @@ def prepare(
     out: list[Prepared] = []
     for source in sources:
         try:
-            source = settle(source, tokenize.classify)
+            source = settle(source, tokenize.classify, bool(tokenize.tokenizer.chat_template))
             out.append(_prepare(source, tokenize, RowReader(source, gold, classes, num_classes), cache))
         except UserError as e:
             problems.append(str(e))
@@ -114,8 +114,13 @@ def _grouped(bad: list[BadRow]) -> list[str]:
     return lines
 
 
-def settle(source: Source, classify: bool) -> Source:
+def settle(source: Source, classify: bool, has_template: bool = True) -> Source:
     """A source whose kind of rows and format are decided and fit together.
+
+    Args:
+        source: what the user gave.
+        classify: whether the model is a classifier.
+        has_template: whether its tokenizer has a chat template.
 
     Raises:
         UserError: they do not.
@@ -125,11 +130,17 @@ def settle(source: Source, classify: bool) -> Source:
         guess = "classification" if classify else by_format.get(source.format or "", "completion")
         kind = source.rows or guess
         check_kind(kind, source.columns)
-        if classify != (kind == "classification"):
-            task = "sequence_classification" if classify else "causal_lm"
-            raise UserError(f"{kind} rows do not fit model.base.task: {task}")
+        if classify and kind != "classification":
+            raise UserError(
+                f"{kind} rows do not fit model.base.task: sequence_classification; it takes rows: classification."
+            )
+        if kind == "classification" and not classify:
+            raise UserError(
+                "classification rows do not fit model.base.task: causal_lm; set model.base.task: "
+                "sequence_classification and model.base.num_labels."
+            )
         name = source.format or DEFAULT[kind]
-        check_format(name, kind)
+        check_format(name, kind, has_template)
     except UserError as e:
         raise UserError(f"{source.path}: {e}") from None
     return replace(source, rows=kind, format=name)
@@ -153,7 +164,11 @@ def _prepare(source: Source, tokenize: Tokenize, read: RowReader, cache: Path | 
             writer.finalize()
         (folder / "report.json").write_text(json.dumps(report))
 
-    folder = cached_folder("data", key, write, cache)
+    try:
+        folder = cached_folder("data", key, write, cache)
+    except OSError as e:
+        place = cache or cache_root()
+        raise UserError(f"data.cache_dir: the prepared rows cannot be kept in {place}: {e.strerror or e}.") from e
     report = json.loads((folder / "report.json").read_text())
     table = datasets.Dataset.from_file(str(folder / "rows.arrow"))
     return Prepared(table, [BadRow(**bad) for bad in report["bad"]], report["cut_rows"], report["cut_tokens"])

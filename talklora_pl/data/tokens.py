@@ -156,8 +156,6 @@ class Tokenize:
         return Tokens([ids], [labels], start - cut, cut)
 
     def _render(self, messages: list[dict[str, str]], open: bool = False) -> str:
-        if not self.tokenizer.chat_template:
-            raise UserError("format: chat needs a tokenizer with a chat template, and this one has none. Use plain.")
         if not messages:
             return ""
         try:

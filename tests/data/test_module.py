@@ -174,16 +174,25 @@ def test_a_fit_looks_for_the_files_of_later_stages(base: BaseModel, jsonl: Jsonl
         data(base, train=jsonl(QA), test="nosuch.jsonl")
 
 
-def test_skipping_bad_rows_writes_a_report(base: BaseModel, jsonl: Jsonl, tmp_path: Path) -> None:
+def test_skipping_bad_rows_writes_a_report(
+    base: BaseModel, jsonl: Jsonl, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    said: list[str] = []
+    monkeypatch.setattr("talklora_pl.data.module.rank_zero_info", said.append)
     path = jsonl([*QA, {"prompt": "p"}])
+    options: dict[str, Any] = {"on_bad_row": "skip", "val_size": 0}
     for _ in range(2):  # from the cache as well
         report = tmp_path / "out" / "bad.jsonl"
         report.unlink(missing_ok=True)
-        with pytest.warns(UserWarning, match="1 bad rows were left out"):
-            module = data(base, train=path, on_bad_row="skip", bad_row_report=str(report), val_size=0)
+        module = data(base, train=path, bad_row_report=str(report), **options)
+        assert said[-1].startswith(
+            f"Warning: 1 bad row was left out; it is listed in {report}. The first: {path}, line"
+        )
         assert len(module.tables["train"]) == 20
         (entry,) = map(json.loads, report.read_text().splitlines())
         assert (entry["file"], entry["place"], entry["column"]) == (path, "line 21", "completion")
+    with pytest.raises(UserError, match=r"data.bad_row_report: .*cannot be written"):
+        data(base, train=path, bad_row_report=str(tmp_path), **options)
     with pytest.raises(UserError, match="holds no usable row"):
         data(base, train=jsonl([{"prompt": "p"}]), on_bad_row="skip")
 
@@ -199,6 +208,20 @@ def test_skipping_bad_rows_writes_a_report(base: BaseModel, jsonl: Jsonl, tmp_pa
 def test_options(base: BaseModel, jsonl: Jsonl, options: dict[str, Any], message: str) -> None:
     with pytest.raises(UserError, match=message):
         data(base, **{"train": jsonl(QA), **options})
+
+
+def test_a_cache_that_cannot_be_written(base: BaseModel, jsonl: Jsonl, tmp_path: Path) -> None:
+    path = jsonl(QA)
+    with pytest.raises(UserError, match=r"data.cache_dir: the prepared rows cannot be kept in .*rows.jsonl"):
+        data(base, train=path, cache_dir=path)
+
+
+def test_what_is_trained_on_is_said(base: BaseModel, jsonl: Jsonl, monkeypatch: pytest.MonkeyPatch) -> None:
+    said: list[str] = []
+    monkeypatch.setattr("talklora_pl.data.module.rank_zero_info", said.append)
+    module = data(base, train=jsonl(QA), val_size=3)
+    assert said == ["data.train: rows: 20 rows", "data.val_size: 3 of these 20 rows validate, 17 train"]
+    assert (len(module.tables["val"]), len(module.tables["train"])) == (3, 17)
 
 
 def test_an_empty_file(base: BaseModel, jsonl: Jsonl) -> None:

@@ -238,13 +238,23 @@ def test_kind_and_format_are_decided_together() -> None:
         ({"rows": "choise"}, "Did you mean 'choice'"),
         ({"format": "alpacca"}, "Did you mean 'alpaca'"),
         ({"rows": "chat", "format": "cloze"}, "chat rows need format: chat"),
-        ({"rows": "classification"}, "do not fit model.base.task: causal_lm"),
+        (
+            {"rows": "classification"},
+            "causal_lm; set model.base.task: sequence_classification and model.base.num_labels",
+        ),
         ({"columns": {"promt": "x"}}, "Did you mean 'prompt'"),
     ],
 )
 def test_options_that_do_not_fit(options: dict[str, Any], message: str) -> None:
     with pytest.raises(UserError, match=f"^f: .*{message}"):
         settle(Source("f", **options), False)
+
+
+@pytest.mark.parametrize("rows, remedy", [("chat", r"model.base.path\."), ("choice", "or another format")])
+def test_a_tokenizer_without_a_chat_template(rows: str, remedy: str) -> None:
+    with pytest.raises(UserError, match=f"^f: format: chat needs .*{remedy}"):
+        settle(Source("f", rows=rows, format="chat"), False, has_template=False)
+    settle(Source("f", rows="choice"), False, has_template=False)
 
 
 def test_a_template_needs_its_place() -> None:

@@ -136,11 +136,6 @@ def test_no_eos() -> None:
         Tokenize(tok, 20, eos_token="<nope>")
 
 
-def test_no_chat_template() -> None:
-    with pytest.raises(UserError, match="chat template"):
-        Tokenize(tokenizer(chat=None), 20)(Example(prompt="q", answers=["a"]), "chat")
-
-
 def test_an_answer_that_gives_no_token_is_a_bad_row() -> None:
     with pytest.raises(BadRow, match="no token"):
         Tokenize(tokenizer(), 20)(Example(prompt="q", answers=[""]), "plain")
