@@ -18,6 +18,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from torchmetrics import Metric
 
+from talklora_pl.errors import UserError
+
 if TYPE_CHECKING:
     from rich.table import Table
 
@@ -42,14 +44,16 @@ class Evaluation:
     answer_pattern: str | None = None
 
     def __post_init__(self) -> None:
-        """Raises: ValueError for an option that no test could use."""
+        """Raises: UserError for an option that no test could use."""
         for name, least in (("max_new_tokens", 0), ("num_beams", 1)):
             if getattr(self, name) < least:
-                raise ValueError(f"{name}: {getattr(self, name)} is less than {least}.")
+                raise UserError(f"model.evaluation.{name}: {getattr(self, name)} is less than {least}.")
         try:
             re.compile(self.answer_pattern or "")
         except re.error as e:
-            raise ValueError(f"answer_pattern: {self.answer_pattern!r} is no regular expression: {e}.") from None
+            raise UserError(
+                f"model.evaluation.answer_pattern: {self.answer_pattern!r} is no regular expression: {e}."
+            ) from None
 
 
 def token_nll(logits_NV: Tensor, targets_N: Tensor) -> Tensor:

@@ -18,6 +18,7 @@ from talklora_pl import AdapterConfig, FineTuner, TextData
 from talklora_pl.adapter import disable_adapter
 from talklora_pl.base import BaseModel, load_base
 from talklora_pl.data import Source
+from talklora_pl.errors import UserError
 from talklora_pl.evaluation import (
     Evaluation,
     Scored,
@@ -194,7 +195,7 @@ def test_the_table_fits_a_narrow_window() -> None:
     ],
 )
 def test_options_that_no_test_could_use(options: dict[str, Any], said: str) -> None:
-    with pytest.raises(ValueError, match=said):
+    with pytest.raises(UserError, match=said):
         Evaluation(**options)
 
 
