@@ -129,8 +129,9 @@ class Reader:
         try:
             return datasets.load_dataset(path, source.name, split=source.split, revision=source.revision)
         except Exception as e:  # network, names, splits, formats: the message says which
-            reason = " ".join(str(e.__cause__ or e).split())[:300]  # the outer one says only that there was an error
-            asked = f"(name: {source.name}, split: {source.split}): {reason}"
+            cause = e.__cause__ or e  # the outer one may say only that there was an error
+            reason = " ".join(str(cause).split())[:300].rstrip(".")
+            asked = f"(name: {source.name}, split: {source.split}): {reason}."
             if not self.file.is_dir():
                 raise UserError(
                     f"{path}: no such file, and it cannot be loaded as a data set of the hub {asked}"
