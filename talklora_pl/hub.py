@@ -28,7 +28,7 @@ def local_folder(name: str | os.PathLike[str], revision: str | None = None, **hu
     Raises:
         UserError: neither a folder nor a repository that can be reached.
     """
-    path = Path(name).expanduser()
+    path = Path(os.path.expanduser(name))
     if path.is_dir():
         return path
     if isinstance(name, Path) or path.exists() or not is_repository_name(str(name)):

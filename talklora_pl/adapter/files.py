@@ -112,7 +112,15 @@ def read_about(folder: str | os.PathLike[str]) -> dict[str, Any]:
             f"{path} has format version {short(version)}; this talklora_pl reads version {FORMAT_VERSION}. "
             "A newer talklora_pl may read it."
         )
-    forms = {"adapter": dict, "experts_per_layer": dict, "base": dict, "plain_layers": list, "tensors_sha256": str}
+    check_about(about, path)
+    if not isinstance(about.get("tensors_sha256"), str):
+        raise UserError(f"{path}: 'tensors_sha256' is missing or of the wrong type.")
+    return about
+
+
+def check_about(about: dict[str, Any], path: Path) -> None:
+    """Raises: UserError if what ``path`` says of an adapter lacks entries or has some of the wrong type."""
+    forms = {"adapter": dict, "experts_per_layer": dict, "base": dict, "plain_layers": list}
     for key, form in forms.items():
         if not isinstance(about.get(key), form):
             raise UserError(f"{path}: {key!r} is missing or of the wrong type.")
@@ -125,12 +133,11 @@ def read_about(folder: str | os.PathLike[str]) -> dict[str, Any]:
     for key in ("name_or_path", "revision", "model_type", "class", "fingerprint"):
         if not isinstance(about["base"].get(key), (str, type(None))):
             raise UserError(f"{path}: base.{key} must be text.")
-    return about
 
 
 @contextmanager
-def open_tensors(folder: Path, digest: str) -> Iterator[Any]:
-    """The opened safetensors file, after its header and its digest were checked.
+def open_tensors(folder: Path) -> Iterator[Any]:
+    """The opened safetensors file, after its header was checked; its tensors are read after :func:`check_digest`.
 
     Raises:
         UserError: there is none, or it is damaged; also for what goes wrong while it is read.
@@ -140,15 +147,23 @@ def open_tensors(folder: Path, digest: str) -> Iterator[Any]:
         raise UserError(f"{folder} is no adapter folder: there is no {TENSORS} in it.")
     try:
         file = safe_open(path, "pt")
-    except (SafetensorError, OSError, RuntimeError) as e:  # RuntimeError: it says that it is larger than the memory
+    except (SafetensorError, OSError, RuntimeError, MemoryError) as e:  # it may say that it is larger than the memory
         raise UserError(f"{path} is damaged or not a safetensors file: {short(e)}") from None
     try:
         with file as f:
-            if sha256(path) != digest:
-                raise UserError(f"{path} is damaged, or not the file that {CONFIG} belongs to: the digests differ.")
             yield f
     except (SafetensorError, OSError) as e:
         raise UserError(f"{path} is damaged or not a safetensors file: {short(e)}") from None
+
+
+def check_digest(folder: Path, digest: str) -> None:
+    """Reads the whole file, so shapes come first.
+
+    Raises:
+        UserError: the tensors are not those that ``talklora.json`` was written with.
+    """
+    if sha256(folder / TENSORS) != digest:
+        raise UserError(f"{folder / TENSORS} is damaged, or not the file that {CONFIG} belongs to: the digests differ.")
 
 
 def shapes_of(f: Any) -> dict[str, tuple[tuple[int, ...], str]]:

@@ -8,7 +8,7 @@ own (``model.talklora.<adapter>``).
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from types import MethodType
 from typing import Any
 
@@ -201,9 +201,15 @@ def set_adapter(model: nn.Module, name: str) -> None:
 @contextmanager
 def disable_adapter(model: nn.Module) -> Iterator[None]:
     """Inside ``with disable_adapter(model):`` the model computes what the base computes."""
-    switch = adapter_set(model).switch
-    before, switch.active = switch.active, None
+    adapters = adapter_set(model)
+    before, adapters.switch.active = adapters.switch.active, None
     try:
         yield
     finally:
-        switch.active = before
+        # what was on may have been removed meanwhile
+        adapters.switch.active = before if before is None or before in adapters else next(iter(adapters), None)
+
+
+def base_alone(model: nn.Module) -> AbstractContextManager[None]:
+    """:func:`disable_adapter`, also for a model that has none."""
+    return disable_adapter(model) if isinstance(getattr(model, "talklora", None), AdapterSet) else nullcontext()

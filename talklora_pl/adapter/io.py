@@ -17,6 +17,7 @@ from talklora_pl.adapter.files import (
     CONFIG,
     FORMAT_VERSION,
     BuildLimits,
+    check_digest,
     open_tensors,
     read_about,
     shapes_of,
@@ -24,7 +25,7 @@ from talklora_pl.adapter.files import (
     write_files,
 )
 from talklora_pl.adapter.fingerprint import agree, fingerprint
-from talklora_pl.adapter.host import adapter_set, get_adapter
+from talklora_pl.adapter.host import adapter_set, base_alone, get_adapter
 from talklora_pl.adapter.inject import Adapter, Built, build, check_name, install, trained_by
 from talklora_pl.errors import UserError
 from talklora_pl.hub import local_folder
@@ -89,7 +90,8 @@ def describe(model: nn.Module, name: str = "default", base: dict[str, Any] | Non
         **(base or {}),
     }
     if "fingerprint" not in about:
-        about["fingerprint"] = fingerprint(model, trained_along(model, name))
+        with base_alone(model):
+            about["fingerprint"] = fingerprint(model, trained_along(model, name))
     return {
         "format_version": FORMAT_VERSION,
         "talklora_pl": talklora_pl.__version__,
@@ -145,13 +147,15 @@ def load_adapter(
     except UserError as e:
         raise UserError(f"{folder / CONFIG}: {short(e)}") from None
     _check_kind(model, about, misfit)
-    with open_tensors(folder, about["tensors_sha256"]) as f:
+    # the base is looked at as it is without the heads and new tokens of other adapters
+    with base_alone(model), open_tensors(folder) as f:
         shapes = shapes_of(f)
         adapter, built = _build(model, config, about, shapes, misfit)
         own = adapter.state_dict()
         places = _check_shapes(model, own, shapes, misfit)
         if check_base:
             _check_base(model, about, places, misfit)
+        check_digest(folder, about["tensors_sha256"])
         tensors = {k: f.get_tensor(k) for k in shapes}
     adapter.load_state_dict({k: tensors[k].to(v.device) for k, v in own.items()}, assign=True)
     if any(t.is_meta for t in adapter.state_dict().values()):

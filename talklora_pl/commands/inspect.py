@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -22,6 +23,8 @@ from talklora_pl.hub import local_folder
 from talklora_pl.inspection import Inspection
 from talklora_pl.registry import import_plugins
 
+MAX_CLASSES = 1 << 20
+
 
 def inspect(
     adapter: str,
@@ -35,7 +38,7 @@ def inspect(
     examples: int = 8,
     batch_size: int = 16,
     max_length: int | None = None,
-    task: Literal["causal_lm", "sequence_classification"] = "causal_lm",
+    task: Literal["causal_lm", "sequence_classification"] | None = None,
     num_labels: int | None = None,
     dtype: Literal["auto", "float32", "bfloat16"] = "auto",
     device: str | None = None,
@@ -55,8 +58,8 @@ def inspect(
         examples: texts to show token by token.
         batch_size: rows at a time.
         max_length: tokens of a text; by default 512, or the model's context where that is less.
-        task: the head of the model.
-        num_labels: number of classes, for sequence_classification.
+        task: the head of the model; by default what the adapter remembers.
+        num_labels: number of classes, for sequence_classification; by default what the adapter remembers.
         dtype: of the frozen weights.
         device: where to run; by default a GPU where there is one.
         plugins: modules or .py files with components of your own that the adapter uses.
@@ -72,26 +75,38 @@ def inspect(
     if not page.parent.is_dir():
         raise UserError(f"--output: there is no folder {str(page.parent)!r}.")
     import_plugins(plugins)
-    about = read_about(local_folder(adapter))
+    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        torch.zeros(1, device=device)
+    except (RuntimeError, AssertionError) as e:  # torch without CUDA asserts
+        raise UserError(f"--device: {device!r} cannot be used here: {str(e).splitlines()[0]}") from e
+    folder = local_folder(adapter)
+    about = read_about(folder)
     path = base or about["base"].get("name_or_path")
     if not path:
         raise UserError("--base: the adapter does not say which model it belongs to; name it.")
+    remembered, classes = about["base"].get("task"), about["base"].get("num_labels")
+    task = task or ("sequence_classification" if remembered == "sequence_classification" else "causal_lm")
+    if task == "sequence_classification" and num_labels is None and type(classes) is int and 0 < classes <= MAX_CLASSES:
+        num_labels = classes
     model_of = BaseModel(path, task=task, dtype=dtype, num_labels=num_labels)
-    tokenizer = load_tokenizer(model_of)
+    # the adapter's own tokenizer may have new tokens
+    reads = replace(model_of, path=str(folder)) if (folder / "tokenizer_config.json").is_file() else model_of
+    tokenizer = load_tokenizer(reads)
     if max_length is None:
         max_length = default_length(load_config(model_of))
     batches = list(_texts(tokenizer, [text], max_length)) if text else []
     if data:
         sources: list[str | Source] = [Source(name.strip()) for name in data.split(",")]
         module = TextData(
-            predict=sources, rows=rows, format=format, base=model_of, eval_batch_size=batch_size, max_length=max_length
+            predict=sources, rows=rows, format=format, base=reads, eval_batch_size=batch_size, max_length=max_length
         )
         module.setup("predict")
         table = module.tables["predict"]
         module.tables["predict"] = table.select(range(0, len(table), -(-len(table) // limit)))
         batches += list(module.predict_dataloader())
 
-    model = load_base(model_of, device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    model = load_base(model_of, device)
     loaded = load_adapter(model, adapter)
     from talklora_pl import inspection, report  # matplotlib, only now that it is needed
 

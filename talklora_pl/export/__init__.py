@@ -107,14 +107,20 @@ def replaced_folder(target: Path) -> Iterator[Path]:
     """A folder to fill, which then takes the place of ``target``; on an error ``target`` stays as it was.
 
     Raises:
-        UserError: in the place is something else than an adapter folder.
+        UserError: in the place is something else than an adapter folder, or nothing can be written there.
     """
+    target = Path(os.path.abspath(target))
+    if target == Path.cwd():
+        raise UserError("The current folder cannot be exchanged for a new one; name a folder in it.")
     if target.is_symlink() or (target.exists() and not target.is_dir()):
         raise UserError(f"{target} exists and is no folder; choose another place.")
     if target.is_dir() and any(target.iterdir()) and not (target / CONFIG).is_file():
         raise UserError(f"{target} exists and is no adapter folder; choose another place.")
-    target.parent.mkdir(parents=True, exist_ok=True)
-    work = Path(tempfile.mkdtemp(prefix=f".{target.name}-", dir=target.parent))
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        work = Path(tempfile.mkdtemp(prefix=f".{target.name}-", dir=target.parent))
+    except OSError as e:
+        raise UserError(f"{target} cannot be written: {e.strerror or e}.") from e
     try:
         yield work
         umask = os.umask(0)
@@ -127,6 +133,8 @@ def replaced_folder(target: Path) -> Iterator[Path]:
             target.rename(before / target.name)
             work.rename(target)
             shutil.rmtree(before, ignore_errors=True)
+    except OSError as e:  # a full disk, for example
+        raise UserError(f"{target} could not be written: {e.strerror or e}. What was there before is untouched.") from e
     finally:
         shutil.rmtree(work, ignore_errors=True)
 

@@ -52,7 +52,8 @@ def from_pretrained(
     hub = {k: options.pop(k) for k in HUB if k in options}
     options = {k: v for k, v in options.items() if k not in OURS}
     here = local_folder(folder, revision, **hub)
-    about, settings = read_about(here), read_json(here / "config.json")
+    read_about(here)  # what is damaged is refused before a base is loaded
+    settings = read_json(here / "config.json")
     info = None
     if isinstance(base, PreTrainedModel):
         model: Any = base
@@ -61,7 +62,7 @@ def from_pretrained(
         hub["revision"] = base_revision
         base_config = _base_config(here, path, config, hub)
         if auto_class == "AutoModelForSequenceClassification":
-            _take_labels(here, about, base_config)
+            _take_labels(here, base_config)
         loaded = _load(getattr(transformers, auto_class), path, config=base_config, **hub, **options)
         model, info = loaded if options.get("output_loading_info") else (loaded, None)
     plugins = [plugins] if isinstance(plugins, str) else plugins
@@ -85,10 +86,10 @@ def _where(here: Path, settings: dict[str, Any], base: Any, revision: str | None
     return resolve(named), at
 
 
-def _take_labels(here: Path, about: dict[str, Any], config: PretrainedConfig) -> None:
+def _take_labels(here: Path, config: PretrainedConfig) -> None:
     """The adapter's classes; a number of them that its own tensors do not have would only take memory."""
     written = AutoConfig.from_pretrained(here)
-    with open_tensors(here, about["tensors_sha256"]) as f:
+    with open_tensors(here) as f:
         rows = {shape[0] for key, (shape, _) in shapes_of(f).items() if key.startswith("base.") and shape}
     if written.num_labels not in rows:
         raise UserError(f"{here / 'config.json'}: no trained head in the folder has {written.num_labels} classes.")

@@ -15,6 +15,7 @@ from torch import Tensor
 from transformers import AutoTokenizer
 
 from talklora_pl.adapter.config import AdapterConfig
+from talklora_pl.adapter.files import check_about
 from talklora_pl.base import BaseModel, load_config, load_tokenizer, pad_id
 from talklora_pl.distributed.checkpoint import read_checkpoint
 from talklora_pl.errors import UserError
@@ -88,16 +89,21 @@ def export_checkpoint(
     path = find_checkpoint(Path(checkpoint))
     data = read_checkpoint(path)
     about = data["talklora"]
+    check_about(about, path)
+    if about["base"].get("task") not in CLASSES or not all(isinstance(t, Tensor) for t in data["state_dict"].values()):
+        raise UserError(f"{path} is damaged: it is no checkpoint of a run with an adapter.")
     if base is not None:
         about = {**about, "base": {**about["base"], "name_or_path": base, "revision": None}}
     info = about["base"]
     model = BaseModel(
         path=info["name_or_path"],
         task=info["task"],
-        revision=info["revision"],
-        num_labels=info["num_labels"],
+        revision=info.get("revision"),
+        num_labels=info.get("num_labels"),
         trust_remote_code=trust_remote_code,
     )
+    if (kind := load_config(model).model_type) != info["model_type"]:
+        raise UserError(f"The adapter of {path} belongs to a {info['model_type']} model, and {model.path} is a {kind}.")
     facts = Facts(**data[RUN]) if RUN in data else Facts(steps=data["global_step"])
     return export_tensors(folder, tensors_of(data), about, model, replace(facts, license=license or facts.license))
 

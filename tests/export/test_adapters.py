@@ -122,6 +122,27 @@ def test_every_adapter_has_its_own_head(tmp_path: Path) -> None:
     assert torch.equal(model.classifier.weight, head)
 
 
+def test_an_adapter_beside_one_with_a_head(base: Path, tmp_path: Path) -> None:
+    """What is the base does not depend on which adapter is on when another one is loaded, saved or removed."""
+    want = {
+        "head": saved(base, tmp_path / "head", AdapterConfig(rank=8, also_train=["embed_tokens", "lm_head"]), 1),
+        "talk": saved(base, tmp_path / "talk", config_of("talklora"), 2),
+    }
+    model = models.load(base)
+    for name in ("head", "talk"):  # the second one while the head of the first is in place
+        load_adapter(model, tmp_path / name, name)
+        assert torch.equal(models.logits(model), want[name])
+    set_adapter(model, "head")
+    save_adapter(model, tmp_path / "again", "talk")
+    assert torch.equal(models.logits(model), want["head"])
+    other = models.load(base)
+    load_adapter(other, tmp_path / "again")
+    assert torch.equal(models.logits(other), want["talk"])
+    with disable_adapter(model):
+        remove_adapter(model, "head")
+    assert torch.equal(models.logits(model), want["talk"])
+
+
 def test_new_tokens_go_along(base: Path, tmp_path: Path) -> None:
     model = models.load(base)
     model.resize_token_embeddings(models.VOCABULARY + 3, mean_resizing=False)

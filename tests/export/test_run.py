@@ -13,6 +13,7 @@ from transformers import AutoModelForCausalLM, AutoModelForSequenceClassificatio
 
 from talklora_pl.cli import main
 from tests.data.tiny import save_model
+from tests.export import models
 
 PLAIN = {"experts": "lora", "communication": "none", "router": "uniform", "num_experts": 1, "rank": 4}
 SMALL = {"rank": 8, "dropout_input": 0.0}
@@ -119,6 +120,26 @@ def test_a_classifier_goes_with_its_head_and_its_class_names(tmp_path: Path) -> 
     assert model.config.id2label == {0: "even", 1: "odd"}
     answers = pipeline("text-classification", model=str(folder), trust_remote_code=True)(["4 is even", "5 is odd"])
     assert {a["label"] for a in answers} <= {"even", "odd"}
+    # the folder knows its task and its classes
+    assert main(["inspect", str(folder), "--text", "4 is even", "--output", str(tmp_path / "page.html")]) == 0
+
+
+def test_export_leaves_what_it_cannot_replace(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    checkpoint = str(fit(tmp_path, {}) / "checkpoints" / "last.ckpt")
+    other = str(models.save_base(tmp_path / "gpt2", "gpt2"))
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    for arguments, words in (
+        (["--out", "."], "current folder"),
+        (["--out", "/dev/null/x"], "cannot be written: "),
+        (["--out", "x", "--base", other], "belongs to a llama model, and"),
+    ):
+        assert main(["export", checkpoint, *arguments]) == 2
+        said = capsys.readouterr().err
+        assert words in said and "Traceback" not in said, said
+        assert list(Path.cwd().iterdir()) == []
 
 
 def test_export_says_what_is_wrong(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

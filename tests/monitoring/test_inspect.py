@@ -123,6 +123,7 @@ def test_one_expert(base: BaseModel, tmp_path: Path, capsys: pytest.CaptureFixtu
         (["--text", "a", "--limit", "0"], "--limit: must be at least 1"),
         (["--data", "nowhere.jsonl"], "there is no such file"),
         (["--text", "a", "--colour", "red"], "--colour"),
+        (["--text", "a", "--device", "zzz"], "--device: 'zzz' cannot be used here"),
     ],
 )
 def test_mistakes(
