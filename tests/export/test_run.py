@@ -131,6 +131,7 @@ def test_export_leaves_what_it_cannot_replace(
     other = str(models.save_base(tmp_path / "gpt2", "gpt2"))
     (tmp_path / "here").mkdir()
     monkeypatch.chdir(tmp_path / "here")
+    capsys.readouterr()
     for arguments, words in (
         (["--out", "."], "current folder"),
         (["--out", "/dev/null/x"], "cannot be written: "),
