@@ -9,16 +9,19 @@ import sys
 import traceback
 import warnings
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import jsonargparse._typehints as typehints
 import yaml
-from lightning.pytorch.callbacks import ProgressBar
+from lightning.pytorch.callbacks import Callback, ProgressBar
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
-from lightning.pytorch.loggers import TensorBoardLogger
+from lightning.pytorch.loggers import Logger, TensorBoardLogger
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LRScheduler
 
 import talklora_pl
+import talklora_pl.schedules  # known by their bare names
 from talklora_pl import callbacks, registry
 from talklora_pl.callbacks.progress import EpochProgress
 from talklora_pl.data import TextData
@@ -30,7 +33,8 @@ from talklora_pl.problems import all_problems, readable
 RUNS = "runs"
 """Where runs are kept unless ``--trainer.default_root_dir`` says otherwise."""
 
-COMPONENTS = "python -m talklora_pl components"
+KINDS = {Optimizer: "optimizer", LRScheduler: "learning-rate schedule", Callback: "callback", Logger: "logger"}
+"""Families of classes that are chosen by name; those of the package register themselves."""
 
 # --- registry names in place of class paths
 
@@ -38,13 +42,18 @@ _resolve = typehints.resolve_class_path_by_name
 
 
 def _resolve_name(family: Any, name: str) -> str:
-    """Class path of a registered name; the one hook that jsonargparse lacks."""
+    """Class path of a registered name or of a class of Lightning or PyTorch; the one hook that jsonargparse lacks."""
     if isinstance(family, type) and issubclass(family, registry.Component) and "." not in name:
         if any(name == c.__name__ for c in family._members.values()):
             return _resolve(family, name)
         cls = registry.get(family, name)
         return f"{cls.__module__}.{cls.__qualname__}"
-    return _resolve(family, name)
+    path = _resolve(family, name)
+    kinds = [KINDS[f] for f in get_args(family) or [family] if f in KINDS]
+    if kinds and "." not in path:
+        known = {p.rpartition(".")[2] for p in typehints.get_all_subclass_paths(family)}
+        raise UserError(f"There is no {kinds[0]} {name!r}.{registry.did_you_mean(name, known)}")
+    return path
 
 
 typehints.resolve_class_path_by_name = _resolve_name  # type: ignore[assignment]
@@ -119,14 +128,19 @@ class Parser(LightningArgumentParser):
 
     def error(self, message: str, ex: Exception | None = None) -> Any:
         message = readable(message)
-        if unknown := re.search(r"unrecognized arguments: --([^ =]+)|does not accept option '([\w.]+)'", message):
+        known = [o.removeprefix("--") for a in self._all_options() for o in a.option_strings if o.startswith("--")]
+        if bare := re.search(r"unrecognized arguments: ([^- =]+)", message):
+            hint = f"options begin with two dashes: --{bare[1]}" if bare[1] in known else "this belongs to no option"
+            message = f"{bare[1]}: {hint}."
+        elif unknown := re.search(r"unrecognized arguments: --([^ =]+)|does not accept option '([\w.]+)'", message):
             option = unknown[1] or unknown[2]
-            known = [o.removeprefix("--") for a in self._all_options() for o in a.option_strings if o.startswith("--")]
             close = difflib.get_close_matches(option, known, n=3, cutoff=0.6)
             hint = f" Did you mean {' or '.join(close)}?" if close else ""
             message = f"There is no option {option!r}.{hint} All options: --help."
-        elif refused := re.search(r"Option '(\w+)' is not accepted", message):
-            message = f"The chosen component has no option {refused[1]!r}. Options of every part: {COMPONENTS}."
+        elif refused := re.search(r"Option '(\w+)' is not accepted", message):  # this is the parser of one class
+            known = [option for option in known if "help" not in option]
+            hint = registry.did_you_mean(refused[1], known) if known else " It has none."
+            message = f"The chosen component has no option {refused[1]!r}.{hint}"
         raise UserError(message)
 
     def _all_options(self) -> list[Any]:
@@ -138,6 +152,7 @@ class CLI(LightningCLI):
     """fit, validate, test and predict for :class:`FineTuner` and :class:`TextData`."""
 
     def __init__(self, verb: str, argv: list[str]) -> None:
+        self.verb, self.options = verb, argv
         # only the parser that is asked for is built
         verbs = LightningCLI.subcommands()
         self.subcommands = lambda: {verb: verbs[verb]}  # type: ignore[method-assign]
@@ -176,13 +191,28 @@ class CLI(LightningCLI):
         try:
             super().parse_arguments(parser, args)
         except UserError as e:
-            verb, *options = args
-            problems = all_problems(lambda some: parser.parse_args([verb, *some]), options, ["--model.base.path=x"])
-            raise UserError(
-                "\n  ".join(["The configuration cannot be used:", *problems]) if problems else str(e)
-            ) from None
+            raise self._all_problems(e) from None
         finally:
             sys.argv = program
+
+    def instantiate_classes(self) -> None:
+        try:
+            super().instantiate_classes()
+        except ValueError as e:  # a part refuses the value of an option
+            raise self._all_problems(e) from e
+
+    def _all_problems(self, first: Exception) -> UserError:
+        """Each wrong option with its place, where one message is known."""
+
+        def build(options: list[str]) -> None:
+            config = self.parser.parse_args([self.verb, *options])
+            try:
+                self.parser.instantiate_classes(config)
+            except ValueError as e:
+                raise UserError(readable(str(e))) from e
+
+        problems = all_problems(build, self.options, ["--model.base.path=x"])
+        return UserError("\n  ".join(["The configuration cannot be used:", *problems]) if problems else str(first))
 
     def after_instantiate_classes(self) -> None:
         try:
@@ -191,6 +221,11 @@ class CLI(LightningCLI):
             # what is wrong with the data would come next: say it now (good data only get cached by this)
             problems = "\n".join([str(e), *self._data_problems()])
             raise UserError("\n".join(dict.fromkeys(problems.splitlines()))) from None
+        if (root := self._get(self.config, "trainer").default_root_dir) is not None:
+            try:
+                Path(root).mkdir(parents=True, exist_ok=True)
+            except OSError as e:
+                raise UserError(f"trainer.default_root_dir: {root} cannot be made: {e.strerror}.") from None
 
     def _data_problems(self) -> list[str]:
         try:

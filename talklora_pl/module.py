@@ -44,6 +44,11 @@ class ParamGroup:
     lr: float | None = None
     weight_decay: float | None = None
 
+    def __post_init__(self) -> None:
+        for key in ("lr", "weight_decay"):
+            if (getattr(self, key) or 0) < 0:
+                raise ValueError(f"{key} must be at least 0, got {getattr(self, key)}")
+
 
 class FineTuner(L.LightningModule):
     """Fine-tunes a frozen Hugging Face model through an adapter.
@@ -115,7 +120,8 @@ class FineTuner(L.LightningModule):
         """Build everything on the meta device, without weights, to find mistakes before any long work.
 
         Raises:
-            UserError: about the base, the adapter's options or targets, or the parameter groups.
+            UserError: about the base, the adapter's options or targets, the parameter groups, the optimiser or the
+                schedule.
         """
         problems = []
         for part in (self.adapter_config.validate, lambda: setattr(self, "model", load_base(self.base, meta=True))):
@@ -129,9 +135,22 @@ class FineTuner(L.LightningModule):
         try:
             # a rule that reads weights has none to read here
             self._inject(replace(self.adapter_config, allocation=Uniform()))
-            self._grouped()
+            groups = self._grouped()
         finally:
             self.model = None
+        self._try_optimizer(groups)
+
+    def _try_optimizer(self, groups: list[dict[str, Any]]) -> None:
+        """Do the optimiser and the schedule take their options? Tried on one number for every tensor."""
+        tiny = [g | {"params": [nn.Parameter(torch.zeros([1] * p.dim())) for p in g["params"]]} for g in groups]
+        part = "optimizer"
+        try:
+            optimizer = self.optimizer(tiny)
+            part = "lr_scheduler"
+            if self.lr_scheduler is not None:
+                self.lr_scheduler(optimizer)
+        except (ArithmeticError, TypeError, ValueError) as e:
+            raise UserError(f"model.{part}: {e}") from e
 
     def _inject(self, config: AdapterConfig, device: torch.device | None = None) -> None:
         if self.base.task == "sequence_classification":

@@ -25,7 +25,10 @@ class Option(NamedTuple):
     args: list[str]
 
     def problem(self, message: str) -> str:
-        return self.file + (message if message.startswith(self.key) else f"{self.key}: {message}")
+        """`message` with its place: this option, or what this option belongs to."""
+        place, said = re.fullmatch(r"(?:([\w.]+): )?(.*)", message, re.DOTALL).groups()  # type: ignore[union-attr]
+        # a value may be refused where it is linked to
+        return f"{self.file}{place if place and self.key.startswith(place) else self.key}: {said}"
 
 
 def all_problems(parse: Callable[[list[str]], Any], argv: list[str], required: list[str]) -> list[str]:
@@ -37,6 +40,7 @@ def all_problems(parse: Callable[[list[str]], Any], argv: list[str], required: l
         required: options without which nothing can be parsed, with any value: they stand in for those that come later.
     """
     right = list(required)
+    wrong: list[str] = []
     out: list[str] = []
 
     def search(options: list[Option]) -> None:
@@ -44,11 +48,13 @@ def all_problems(parse: Callable[[list[str]], Any], argv: list[str], required: l
         try:
             parse([*right, *args])
         except UserError as e:
-            if " is required" not in str(e):  # else another option of the same component may be that
+            if "required" not in str(e):  # else another option of the same component may be that
                 if len(options) > 1:
                     search(options[: len(options) // 2])
                     search(options[len(options) // 2 :])
-                else:
+                # the options of a class that is wrong itself cannot be judged
+                elif not any(options[0].key.startswith(f"{key}.") for key in wrong):
+                    wrong.append(options[0].key)
                     out.append(options[0].problem(str(e)))
                 return
         right.extend(args)
@@ -77,7 +83,7 @@ def _options(argv: list[str]) -> Iterator[Option]:
                     leaf = {key: leaf}
                 yield Option(f"{path}: ", ".".join(keys), ["--config", yaml.safe_dump(leaf)])
         else:
-            yield Option("", name.removeprefix("--"), args)
+            yield Option("", name.removeprefix("--").removesuffix("+"), args)
 
 
 def _leaves(config: dict[str, Any], keys: tuple[str, ...] = ()) -> Iterator[tuple[tuple[str, ...], Any]]:
@@ -91,25 +97,49 @@ def _leaves(config: dict[str, Any], keys: tuple[str, ...] = ()) -> Iterator[tupl
 
 def readable(message: str) -> str:
     """A message of jsonargparse about a value, without its inner workings."""
-    if not (found := re.match(r'Parser key "([^"]+)":\s*(.*)', message, re.DOTALL)):
-        return " ".join(message.split())
+    found = re.match(r'(?:Parser key "([^"]+)":\s*)?(.*)', message, re.DOTALL)
+    assert found is not None
     key, text = found.groups()
-    if one_of := re.search(r"Expected a typing\.Literal\[(.*)\]\. Got value: (.*)", text):
-        choices, value = [c.strip(" '") for c in one_of[1].split(",")], one_of[2]
-        return f"{key}: {value!r} is not one of its values.{did_you_mean(value, choices)}"
     if text.endswith("Got value: None"):
         return f"{key} is required: --{key}, or the same in a config."
-    if "Union subtypes" not in text:
-        return f"{key}: {' '.join(text.split())}"
+    reason = _union(text) if "Union subtypes" in text else _reason(text)
+    if (file := re.match(r"Unable to load config '(.*?)'", text)) and str(key).endswith(".base"):
+        reason += f" Write {key}: {{path: {file[1]}}}, or --{key}.path {file[1]}."
+    return f"{key}: {reason}" if key else reason
+
+
+PLAIN = {"NoneType": "null", "str": "text", "list": "a list"}
+
+
+def _reason(text: str) -> str:
+    # a text may also be the name of a file with the value
+    text = " ".join(re.sub(r"- Expected a path but .* either not accessible or invalid\s+- ", "", text).split())
+    if one_of := re.search(r"Expected a typing\.Literal\[(.*)\]\. Got value: (.*)", text):
+        choices, value = [c.strip(" '") for c in one_of[1].split(",")], one_of[2]
+        return f"{value!r} is not one of its values.{did_you_mean(value, choices)}"
+    if kind := re.fullmatch(r"Expected a <class '(?:\w+\.)*(\w+)'>\. Got value: (.*)", text):
+        return f"{kind[2]} is not {PLAIN.get(kind[1], kind[1])}." + (f" Write [{kind[2]}]." * (kind[1] == "list"))
+    if file := re.match(r"Unable to load config '(.*?)'", text):
+        return f"{file[1]!r} is not a mapping of options, nor a YAML file with one."
+    if no_class := re.search(r"expects a function or a callable class: (.*)\. Got value: ", text):
+        return f"{no_class[1]}."
+    return text
+
+
+def _union(text: str) -> str:
     reasons, types, values = [], [], set()
     for line in re.findall(r"^\s+- (.*(?:\n\s{8,}[^\s-].*)?)", text, re.MULTILINE):
-        if kind := re.fullmatch(r"Expected a <class '(?:\w+\.)*(\w+)'>", line):
-            types.append({"NoneType": "null", "str": "text"}.get(kind[1], kind[1]))
+        if kind := re.match(r"Expected a <class '(?:\w+\.)*(\w+)'>$|Not a valid subclass of (\w+)", line):
+            types.append(PLAIN.get(kind[1], kind[1] or kind[2]))
         elif one_of := re.fullmatch(r"Expected a typing\.Literal\[(.*)\]", line):
             values |= {c.strip(" '") for c in one_of[1].split(",")}
-        elif not re.match(r"Not of type|Not a valid|Does not validate|Expected a|a class path|a dict with", line):
-            reasons.append(" ".join(line.split()))
+        elif not re.match(r"Not of type|Does not validate|Expected a|a class path|a dict with", line):
+            reasons.append(_reason(line))
     value = text.rpartition("Given value: ")[2]
-    if values and not reasons:
-        return f"{key}: {value!r} is not one of its values.{did_you_mean(value, {*values, *types})}"
-    return f"{key}: {'; '.join(reasons)}" if reasons else f"{key}: {value} is not {' or '.join(types)}."
+    # a base class without options is tried, too
+    if reasons := [r for r in reasons if not r.endswith("It has none.")] or reasons:
+        return "; ".join(dict.fromkeys(reasons))
+    if values:
+        return f"{value!r} is not one of its values.{did_you_mean(value, {*values, *types})}"
+    hint = f" Write [{value}]." if "list" in types and value.startswith("{") else ""
+    return f"{value} is not {' or '.join(dict.fromkeys(types))}.{hint}"

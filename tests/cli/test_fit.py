@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shlex
 from pathlib import Path
 from typing import Any
 
@@ -175,7 +176,7 @@ def test_parameter_groups_have_their_own_rates(folder: Path, tmp_path: Path) -> 
             ["Unknown communication 'talkng'", "Did you mean 'talking'?", "plugins"],
         ),
         (["--model.adapter.router", "sofmax"], ["Unknown router 'sofmax'", "'softmax'"]),
-        (["--model.adapter.communication.heds", "3"], ["no option 'heds'", "components"]),
+        (["--model.adapter.communication.heds", "3"], ["no option 'heds'", "Choices: init"]),
         (["--model.adapter.ranc", "8"], ["no option 'model.adapter.ranc'", "model.adapter.rank"]),
         (["--trainer.max_stepz", "8"], ["no option 'trainer.max_stepz'", "trainer.max_steps"]),
         (["--model.adapter.rank", "7"], ["rank 7 is not divisible by num_experts 4"]),
@@ -303,11 +304,71 @@ def test_a_mistake_before_the_base_is_not_blamed_on_it(folder: Path, capsys: Any
         (["--trainer.devices", "1.5"], "trainer: `devices`"),
         (["--trainer.val_check_interval", "1000"], "trainer: `val_check_interval`"),
         (["--checkpoint.dirpath", "/proc/nowhere"], "checkpoint.dirpath: /proc/nowhere cannot be made"),
+        (["--trainer.default_root_dir", "/proc/nowhere"], "trainer.default_root_dir: /proc/nowhere cannot be made"),
+        (["--model.adapter.router.temperature", "0"], "model.adapter.router.temperature: temperature must be > 0"),
+        (
+            ["--model.adapter.communication=gnn", "--model.adapter.communication.density=7"],
+            "model.adapter.communication.density: density must be in [0, 1], got 7",
+        ),
+        (
+            ["--model.adapter.router=top_k", "--model.adapter.router.k=0"],
+            "router.k: k must be at least 1",
+        ),
+        (["--model.optimizer", "AdamW", "--model.optimizer.lr", "-1"], "model.optimizer: Invalid learning rate: -1"),
+        (["--model.lr_scheduler=OneCycleLR", "--model.lr_scheduler.max_lr=1"], "model.lr_scheduler: You must define"),
+        (["--model.param_groups", "[{match: router, lr: -2}]"], "model.param_groups: lr must be at least 0, got -2"),
+        (
+            ["--trainer.callbacks+=ModelCheckpoint", "--trainer.callbacks.every_n_epochs=-3"],
+            "trainer.callbacks.every_n_epochs: Invalid value for every_n_epochs=-3",
+        ),
     ],
 )
 def test_mistakes_without_a_traceback(folder: Path, tmp_path: Path, capsys: Any, options: list[str], said: str) -> None:
     assert fit(folder, tmp_path, *options) == 2
     assert said in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        ("--model.optimizer Adm", "model.optimizer: There is no optimizer 'Adm'. Did you mean 'Adam'"),
+        ("--model.lr_scheduler WarmupLinea", "no learning-rate schedule 'WarmupLinea'. Did you mean 'WarmupLinear'"),
+        (
+            "--model.lr_scheduler NoSuch --model.lr_scheduler.step_size 3",
+            "model.lr_scheduler: There is no learning-rate schedule 'NoSuch'. Choices: ",
+        ),
+        (
+            "--trainer.callbacks+=EarlyStoping",
+            "callbacks: There is no callback 'EarlyStoping'. Did you mean 'EarlySt",
+        ),
+        ("--trainer.logger TensorBordLogger", "no logger 'TensorBordLogger'. Did you mean 'TensorBoardLogger'"),
+        (
+            "--model.adapter.communication gnn --model.adapter.communication.grph complete",
+            "model.adapter.communication.grph: The chosen component has no option 'grph'. Did you mean 'graph'?",
+        ),
+        ("--model.adapter.router.tempratur 2", "Did you mean 'temperature'? Choices: init, per, scores, temperature."),
+        ("--model.adapter.balance '[{class_path: switch, init_args: {weigth: 2}}]'", "Did you mean 'weight'?"),
+        ("--model.optimizer SGD --model.optimizer.momentun 0.9", "Did you mean 'momentum'?"),
+        ("--trainer.callbacks+=RoutingSensitivity --trainer.callbacks.tokns 3", "Did you mean 'tokens'"),
+    ],
+)
+def test_the_nearest_name_is_named(folder: Path, tmp_path: Path, capsys: Any, options: str, said: str) -> None:
+    assert fit(folder, tmp_path, *shlex.split(options)) == 2
+    _, *problems = capsys.readouterr().err.strip().splitlines()
+    assert len(problems) == 1 and said in problems[0], problems
+
+
+def test_unknown_options_in_a_config(folder: Path, tmp_path: Path, capsys: Any) -> None:
+    path = tmp_path / "wrong.yaml"
+    path.write_text("model: {base: {dtyp: float32}}\ndata: {train: [{path: x, limt: 3}]}\n")
+    assert fit(folder, tmp_path, "--config", str(path)) == 2
+    problems = capsys.readouterr().err
+    assert f"{path}: model.base.dtyp: The chosen component has no option 'dtyp'. Did you mean 'dtype'" in problems
+    assert f"{path}: data.train: The chosen component has no option 'limt'. Did you mean 'limit'" in problems
+
+
+def test_schedules_of_the_package_by_their_bare_name(folder: Path, tmp_path: Path) -> None:
+    assert fit(folder, tmp_path, "--model.lr_scheduler=WarmupCosine", "--trainer.fast_dev_run=true") == 0
 
 
 def test_a_trainer_option_that_lightning_refuses_has_no_traceback(folder: Path, tmp_path: Path, capsys: Any) -> None:
