@@ -211,7 +211,7 @@ class CLI(LightningCLI):
             except ValueError as e:
                 raise UserError(readable(str(e))) from e
 
-        problems = all_problems(build, self.options, ["--model.base.path=x"])
+        problems, *_ = all_problems(build, self.options, {"model.base.path": "x"})
         return UserError("\n  ".join(["The configuration cannot be used:", *problems]) if problems else str(first))
 
     def after_instantiate_classes(self) -> None:

@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterator
+from functools import reduce
+from itertools import groupby
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -18,20 +20,30 @@ from talklora_pl.registry import did_you_mean
 
 
 class Option(NamedTuple):
-    """One option of the command line (as typed), or one leaf of a config file (as a config with this leaf alone)."""
+    """One option of the command line (`args`, as typed), or one `leaf` of a config file."""
 
     file: str
     key: str
     args: list[str]
+    leaf: Any = None
 
     def problem(self, message: str) -> str:
         """`message` with its place: this option, or what this option belongs to."""
         place, said = re.fullmatch(r"(?:([\w.]+): )?(.*)", message, re.DOTALL).groups()  # type: ignore[union-attr]
         # a value may be refused where it is linked to
-        return f"{self.file}{place if place and self.key.startswith(place) else self.key}: {said}"
+        where = place if place and self.key.startswith(place) else self.key
+        return f"{self.file}: {where}: {said}" if self.file else f"{where}: {said}"
 
 
-def all_problems(parse: Callable[[list[str]], Any], argv: list[str], required: list[str]) -> list[str]:
+class Found(NamedTuple):
+    """Messages, the keys that they are about, and the command line that is left without those."""
+
+    problems: list[str]
+    wrong: list[str]
+    right: list[str]
+
+
+def all_problems(parse: Callable[[list[str]], Any], argv: list[str], required: dict[str, str]) -> Found:
     """What is wrong with each option.
 
     Args:
@@ -39,32 +51,33 @@ def all_problems(parse: Callable[[list[str]], Any], argv: list[str], required: l
         argv: options, with configs as paths.
         required: options without which nothing can be parsed, with any value: they stand in for those that come later.
     """
-    right = list(required)
-    wrong: list[str] = []
-    out: list[str] = []
+    stand_in = [f"--{key}={value}" for key, value in required.items()]
+    right: list[Option] = []
+    found = Found([], [], [])
 
     def search(options: list[Option]) -> None:
-        args = [arg for option in options for arg in option.args]
         try:
-            parse([*right, *args])
+            parse([*stand_in, *_command_line([*right, *options])])
         except UserError as e:
-            if "required" not in str(e):  # else another option of the same component may be that
+            if not re.search("(is|are) required", str(e)):  # else another option of the same component may be that
                 if len(options) > 1:
                     search(options[: len(options) // 2])
                     search(options[len(options) // 2 :])
                 # the options of a class that is wrong itself cannot be judged
-                elif not any(options[0].key.startswith(f"{key}.") for key in wrong):
-                    wrong.append(options[0].key)
-                    out.append(options[0].problem(str(e)))
+                elif not any(options[0].key.startswith(f"{key}.") for key in found.wrong):
+                    found.wrong.append(options[0].key)
+                    found.problems.append(options[0].problem(str(e)))
                 return
-        right.extend(args)
+        right.extend(options)
 
     search(list(_options(argv)))
+    found.right.extend(_command_line(right))
     try:
-        parse(right[len(required) :])
+        parse(found.right)
     except UserError as e:
-        out.append(str(e))
-    return out
+        found.wrong.append("")
+        found.problems.append(str(e))
+    return found
 
 
 def _options(argv: list[str]) -> Iterator[Option]:
@@ -79,11 +92,24 @@ def _options(argv: list[str]) -> Iterator[Option]:
             if not path:
                 raise UserError("--config: which? A file, or the name of a shipped one such as method/talklora.")
             for keys, leaf in _leaves(yaml.safe_load(Path(path).read_text(encoding="utf-8")) or {}):
-                for key in reversed(keys):
-                    leaf = {key: leaf}
-                yield Option(f"{path}: ", ".".join(keys), ["--config", yaml.safe_dump(leaf)])
+                yield Option(path, ".".join(keys), [], leaf)
         else:
             yield Option("", name.removeprefix("--").removesuffix("+"), args)
+
+
+def _command_line(options: list[Option]) -> list[str]:
+    """What is said again, with one config for the neighbours of one file."""
+    args: list[str] = []
+    for file, group in groupby(options, key=lambda option: option.file):
+        if not file:
+            args += [arg for option in group for arg in option.args]
+            continue
+        config: dict[str, Any] = {}
+        for option in group:
+            *above, last = option.key.split(".")
+            reduce(lambda part, key: part.setdefault(key, {}), above, config)[last] = option.leaf
+        args += ["--config", yaml.safe_dump(config)]
+    return args
 
 
 def _leaves(config: dict[str, Any], keys: tuple[str, ...] = ()) -> Iterator[tuple[tuple[str, ...], Any]]:
