@@ -137,13 +137,14 @@ def score_batch(tuner: FineTuner, batch: dict[str, Any], generate: bool = False)
 
     texts: list[tuple[str, float] | None] = [None] * len(answer_Q)
     open_Q = ~several_Q & real_Q if generate and tuner.evaluation.max_new_tokens else torch.zeros_like(several_Q)
-    if open_Q.any():
-        asked = open_Q.nonzero()[:, 0].tolist()
+    asked = open_Q.nonzero()[:, 0].tolist()
+    if generate and _any_rank(tuner, bool(asked)):
+        asked = asked or [0]  # not open, so what is generated for it is dropped
         first_Q = [int((group_B == q).nonzero()[0, 0]) for q in asked]
         prompts = [batch["input_ids"][row, : int(batch["prompt_length"][q])] for row, q in zip(first_Q, asked)]
         for q, answer in zip(asked, generate_texts(tuner, prompts)):
-            texts[q] = answer
-            if known_Q[q]:
+            texts[q] = answer if open_Q[q] else None
+            if open_Q[q] and known_Q[q]:
                 right_Q[q] = exact_match(answer[0], batch["answers"][q][0], tuner.evaluation.answer_pattern)
     return Scored(
         nll_Q=nll_B.new_zeros(len(answer_Q)).index_add_(0, group_B, nll_B * gold_B),
@@ -154,6 +155,13 @@ def score_batch(tuner: FineTuner, batch: dict[str, Any], generate: bool = False)
         right_Q=right_Q,
         texts=texts,
     )
+
+
+def _any_rank(tuner: FineTuner, here: bool) -> bool:
+    """Whether it holds here, or on any of the ranks that share a sharded model: these compute together."""
+    if tuner.device_mesh is None:
+        return here
+    return tuner.trainer.strategy.reduce_boolean_decision(here, all=False)
 
 
 def _score_classes(tuner: FineTuner, batch: dict[str, Any]) -> Scored:

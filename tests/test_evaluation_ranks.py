@@ -13,42 +13,52 @@ import pytest
 from tests.data.tiny import save_model
 
 ROOT = Path(__file__).parent.parent
-# one process runs the layout of one and that of two: the imports cost more than the work
 PROGRAM = """
+import sys
+from datetime import timedelta
 import lightning as L, torch
 from talklora_pl import AdapterConfig, FineTuner, TextData
 from talklora_pl.base import BaseModel
 from talklora_pl.data import Source
+from talklora_pl.distributed.fsdp import AdapterFSDP2Strategy
 from talklora_pl.evaluation import Evaluation
 
 torch.set_num_threads(1)
 sources = [Source("quiz.jsonl", rows="choice"), Source("sums.jsonl", rows="completion")]
-for devices, strategy in ((2, "ddp_fork"), (1, "auto")):
+name = sys.argv[1]
+for work in ("test", "predict"):
     base = BaseModel("model", dtype="float32")
     module = FineTuner(base, AdapterConfig(rank=8, targets="all-linear"), evaluation=Evaluation(max_new_tokens=4))
     data = TextData(test=sources, eval_batch_size=5, max_length=64)
-    trainer = L.Trainer(accelerator="cpu", devices=devices, strategy=strategy, default_root_dir=str(devices),
-                        use_distributed_sampler=False, logger=False, enable_progress_bar=False)
-    trainer.test(module, data, verbose=False)
-    trainer.predict(module, data, return_predictions=False)
+    strategy = AdapterFSDP2Strategy(timeout=timedelta(seconds=60)) if name == "fsdp" else name
+    trainer = L.Trainer(accelerator="cpu", devices=1 if name == "auto" else 2, strategy=strategy, logger=False,
+                        default_root_dir=name, use_distributed_sampler=False, enable_progress_bar=False)
+    getattr(trainer, work)(module, data, **{"test": {"verbose": False}, "predict": {"return_predictions": False}}[work])
 """
 
 
 @pytest.mark.slow
 def test_two_processes_score_as_one(tmp_path: Path) -> None:
+    """Also where they share a sharded model, and only one of them has something to generate."""
     save_model(tmp_path / "model", initializer_range=0.2)
     quiz = [{"question": f"q{i}", "choices": ["x", "yy", "zzz"][: 2 + i % 2], "label": i % 2} for i in range(9)]
     sums = [{"prompt": "p" * i, "completion": str(i)} for i in range(1, 6)]
     for name, rows in (("quiz", quiz), ("sums", sums)):
         (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     environment = os.environ | {"XDG_CACHE_HOME": str(tmp_path / "cache"), "PYTHONPATH": str(ROOT)}
-    subprocess.run([sys.executable, "-c", PROGRAM], cwd=tmp_path, env=environment, check=True, timeout=400)
-    one, two = (json.loads((tmp_path / n / "test_scores.json").read_text()) for n in "12")
+    (tmp_path / "program.py").write_text(PROGRAM)
+    for strategy in ("auto", "ddp_fork", "fsdp"):
+        program = [sys.executable, "program.py", strategy]
+        subprocess.run(program, cwd=tmp_path, env=environment, check=True, timeout=400)
+    one, *two = (json.loads((tmp_path / n / "test_scores.json").read_text()) for n in ("auto", "ddp_fork", "fsdp"))
     assert one["adapter"]["quiz"]["questions"] == 9 and one["adapter"]["sums"]["questions"] == 5
-    assert _rounded(one) == _rounded(two)
-    one, two = ((tmp_path / n / "predictions.jsonl").read_text().splitlines() for n in "12")
+    assert all(_rounded(one) == _rounded(other) for other in two)
+    one, *two = (
+        [_rounded(json.loads(line)) for line in (tmp_path / n / "predictions.jsonl").read_text().splitlines()]
+        for n in ("auto", "ddp_fork", "fsdp")
+    )
     assert len(one) == 14
-    assert [_rounded(json.loads(line)) for line in one] == [_rounded(json.loads(line)) for line in two]
+    assert all(one == other for other in two)
 
 
 def _rounded(value: object) -> object:
