@@ -15,6 +15,7 @@ message.
 from __future__ import annotations
 
 import json
+import re
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -216,7 +217,7 @@ class RowReader:
             return listed.index(str(value))
         if isinstance(value, str):
             meant = {i for names in texts for i, name in enumerate(names) if name == value}
-            if value.strip().lstrip("-").isdecimal() and (not meant or int(value) < (count or 0)):
+            if re.fullmatch(r"-?\d{1,9}", value.strip()) and (not meant or int(value) < (count or 0)):
                 meant.add(int(value))
             if len(meant) > 1:
                 raise BadRow(

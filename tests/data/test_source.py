@@ -206,6 +206,8 @@ CHOICE = {"question": "q", "choices": ["x", "y"], "label": 1}
         ("choice", CHOICE | {"label": -1}, "label", "out of range"),
         ("choice", CHOICE | {"label": "z"}, "label", "neither an index nor one of the choices"),
         ("choice", CHOICE | {"label": True}, "label", "neither"),
+        ("choice", CHOICE | {"label": "--1"}, "label", "neither"),
+        ("choice", CHOICE | {"label": "9" * 5000}, "label", "neither"),
         ("choice", CHOICE | {"choices": "x"}, "choices", "must be a list"),
         ("choice", CHOICE | {"choices": ["x"]}, "choices", "at least two"),
         ("choice", CHOICE | {"choices": ["x", ""]}, "choices[1]", "is empty"),
