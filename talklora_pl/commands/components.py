@@ -46,11 +46,12 @@ def components() -> list[dict[str, Any]]:
 def components_table() -> Table:
     """The same for a terminal."""
     table = Table(title="Parts of an adapter", show_lines=True)
-    for column in ("family", "name", "what it is", "options: type = default"):
-        table.add_column(column, overflow="fold")
+    table.add_column("part", no_wrap=True)
+    table.add_column("what it is", overflow="fold", ratio=1)
+    table.add_column("options: type = default", overflow="fold", ratio=1)
     for row in components():
         options = "\n".join(f"{o['name']}: {o['type']} = {o['default']}" for o in row["options"])
-        table.add_row(row["family"], row["name"], row["description"], options)
+        table.add_row(f"{row['family']}\n  {row['name']}", row["description"], options)
     return table
 
 
