@@ -8,6 +8,7 @@ import re
 import sys
 import traceback
 import warnings
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, get_args
 
@@ -57,6 +58,13 @@ def _resolve_name(family: Any, name: str) -> str:
 
 
 typehints.resolve_class_path_by_name = _resolve_name  # type: ignore[assignment]
+
+
+BESIDE = {
+    "model": ("data.", "trainer."),
+    "data": ("model.adapter.", "model.optimizer", "model.lr_scheduler", "trainer."),
+}
+"""Options that do not matter to the check of the model and of the data."""
 
 
 # --- configs by name
@@ -200,39 +208,53 @@ class CLI(LightningCLI):
             super().instantiate_classes()
         except ValueError as e:  # a part refuses the value of an option
             raise self._all_problems(e) from e
-
-    def _all_problems(self, first: Exception) -> UserError:
-        """Each wrong option with its place, where one message is known."""
-
-        def build(options: list[str]) -> None:
-            config = self.parser.parse_args([self.verb, *options])
-            try:
-                self.parser.instantiate_classes(config)
-            except ValueError as e:
-                raise UserError(readable(str(e))) from e
-
-        problems, *_ = all_problems(build, self.options, {"model.base.path": "x"})
-        return UserError("\n  ".join(["The configuration cannot be used:", *problems]) if problems else str(first))
+        except UserError as e:
+            if not hasattr(self, "model"):
+                raise
+            raise UserError("\n".join([str(e), *self._check(self.model, self.datamodule)])) from e
 
     def after_instantiate_classes(self) -> None:
         try:
             self.model.check()
-        except UserError as e:
+        except UserError:
             # what is wrong with the data would come next: say it now (good data only get cached by this)
-            problems = "\n".join([str(e), *self._data_problems()])
-            raise UserError("\n".join(dict.fromkeys(problems.splitlines()))) from None
+            raise UserError("\n".join(self._check(self.model, self.datamodule))) from None
         if (root := self._get(self.config, "trainer").default_root_dir) is not None:
             try:
                 Path(root).mkdir(parents=True, exist_ok=True)
             except OSError as e:
                 raise UserError(f"trainer.default_root_dir: {root} cannot be made: {e.strerror}.") from None
 
-    def _data_problems(self) -> list[str]:
-        try:
-            self.datamodule.check(self.subcommand)
-        except UserError as e:
-            return [str(e)]
-        return []
+    def _all_problems(self, first: Exception) -> UserError:
+        """Each wrong option with its place, then what is wrong with the parts that none of them touches."""
+
+        def build(options: list[str]) -> Any:
+            config = self.parser.parse_args([self.verb, *options])
+            try:
+                return self.parser.instantiate_classes(config)[self.verb]
+            except ValueError as e:
+                raise UserError(readable(str(e))) from e
+
+        found = all_problems(build, self.options, {"model.base.path": "x"})
+        if not found.problems:
+            return UserError(str(first))
+        problems = ["The configuration cannot be used:", *found.problems]
+        if all(key.startswith(BESIDE["model"] + BESIDE["data"]) for key in found.wrong):
+            left = build(found.right)
+            problems += self._check(left.model, left.data, found.wrong)
+        return UserError("\n".join(problems).replace("\n", "\n  "))
+
+    def _check(self, model: FineTuner, data: TextData, wrong: Sequence[str] = ()) -> list[str]:
+        """What only building the model and reading the data shows, where no wrong option can be the reason."""
+        checks = {"model": model.check, "data": lambda: data.check(self.verb)}
+        out: list[str] = []
+        for part, check in checks.items():
+            if all(key.startswith(BESIDE[part]) for key in wrong):
+                try:
+                    check()
+                except UserError as e:
+                    out += str(e).splitlines()
+        return list(dict.fromkeys(out))
 
     def _parse_ckpt_path(self) -> None:
         """Find and check the checkpoint; what the user typed wins, nothing is taken from its hyperparameters."""

@@ -20,6 +20,7 @@ from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 from torch import Tensor, nn
 
 from talklora_pl.adapter import Adapter, AdapterConfig, disable_adapter, inject
+from talklora_pl.adapter.gated import find_modules
 from talklora_pl.adapter.io import METHOD, describe, state_tensors
 from talklora_pl.allocation.rules import Uniform
 from talklora_pl.base import BaseModel, load_base, load_tokenizer, portable
@@ -123,22 +124,29 @@ class FineTuner(L.LightningModule):
             UserError: about the base, the adapter's options or targets, the parameter groups, the optimiser or the
                 schedule.
         """
-        problems = []
-        for part in (self.adapter_config.validate, lambda: setattr(self, "model", load_base(self.base, meta=True))):
+        config, problems = self.adapter_config, list[str]()
+        groups: list[dict[str, Any]] = [{"params": [nn.Parameter(torch.zeros(1, 1))]}]  # if there will be no others
+
+        def load() -> None:
+            self.model = load_base(self.base, meta=True)
+
+        def inject() -> None:
+            nonlocal groups
+            if self.model is not None:
+                find_modules(self.model, config.targets, config.exclude, config.layers, config.experts.site)
+            if not problems:
+                # a rule that reads weights has none to read here
+                self._inject(replace(config, allocation=Uniform()))
+                groups = self._grouped()
+
+        for part in (config.validate, load, inject, lambda: self._try_optimizer(groups)):
             try:
                 part()
             except UserError as e:
                 problems.append(str(e))
+        self.model = None
         if problems:
-            self.model = None
             raise UserError("\n".join(problems))
-        try:
-            # a rule that reads weights has none to read here
-            self._inject(replace(self.adapter_config, allocation=Uniform()))
-            groups = self._grouped()
-        finally:
-            self.model = None
-        self._try_optimizer(groups)
 
     def _try_optimizer(self, groups: list[dict[str, Any]]) -> None:
         """Do the optimiser and the schedule take their options? Tried on one number for every tensor."""

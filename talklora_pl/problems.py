@@ -27,12 +27,12 @@ class Option(NamedTuple):
     args: list[str]
     leaf: Any = None
 
-    def problem(self, message: str) -> str:
-        """`message` with its place: this option, or what this option belongs to."""
+    def blame(self, message: str) -> tuple[str, str]:
+        """What is wrong, this option or what it belongs to, and `message` with that place."""
         place, said = re.fullmatch(r"(?:([\w.]+): )?(.*)", message, re.DOTALL).groups()  # type: ignore[union-attr]
         # a value may be refused where it is linked to
         where = place if place and self.key.startswith(place) else self.key
-        return f"{self.file}: {where}: {said}" if self.file else f"{where}: {said}"
+        return where, f"{self.file}: {where}: {said}" if self.file else f"{where}: {said}"
 
 
 class Found(NamedTuple):
@@ -65,8 +65,9 @@ def all_problems(parse: Callable[[list[str]], Any], argv: list[str], required: d
                     search(options[len(options) // 2 :])
                 # the options of a class that is wrong itself cannot be judged
                 elif not any(options[0].key.startswith(f"{key}.") for key in found.wrong):
-                    found.wrong.append(options[0].key)
-                    found.problems.append(options[0].problem(str(e)))
+                    where, problem = options[0].blame(str(e))
+                    found.wrong.append(where)
+                    found.problems.append(problem)
                 return
         right.extend(options)
 
@@ -167,5 +168,5 @@ def _union(text: str) -> str:
         return "; ".join(dict.fromkeys(reasons))
     if values:
         return f"{value!r} is not one of its values.{did_you_mean(value, {*values, *types})}"
-    hint = f" Write [{value}]." if "list" in types and value.startswith("{") else ""
+    hint = f" Write [{value}]." if "a list" in types and value.startswith("{") else ""
     return f"{value} is not {' or '.join(dict.fromkeys(types))}.{hint}"

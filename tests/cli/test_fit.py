@@ -272,10 +272,43 @@ def test_all_mistakes_of_a_configuration_come_in_one_message(folder: Path, tmp_p
         assert all(word in problem for word in words), problem
 
 
-def test_a_wrong_adapter_and_wrong_data_come_in_one_message(folder: Path, tmp_path: Path, capsys: Any) -> None:
-    assert fit(folder, tmp_path, "--model.adapter.rank", "7", "--data.train", "none.csv") == 2
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        (
+            "--model.adapter.rank 7 --model.adapter.targets [q_prj] --model.optimizer.lr -1 --data.train none.csv",
+            ("rank 7 is not divisible", "'q_prj'", "model.optimizer: Invalid learning", "none.csv: there is no such"),
+        ),
+        (
+            "--trainer.accelerator gpuu --model.adapter.rank 7 --data.train none.csv",
+            ("accelerator='gpuu'", "rank 7 is not divisible", "none.csv: there is no such file"),
+        ),
+        (
+            "--trainer.max_stepz 3 --model.adapter.rank 7 --data.train none.csv",
+            ("trainer.max_steps", "rank 7 is not divisible", "none.csv: there is no such file"),
+        ),
+        (
+            "--model.optimizer Adm --model.adapter.router.temperature 0 --data.train none.csv",
+            ("'Adm'", "temperature must be > 0", "none.csv: there is no such file"),
+        ),
+    ],
+)
+def test_mistakes_of_several_parts_come_in_one_message(
+    folder: Path, tmp_path: Path, capsys: Any, options: str, said: tuple[str, ...]
+) -> None:
+    assert fit(folder, tmp_path, *options.split()) == 2
     err = capsys.readouterr().err
-    assert "rank 7 is not divisible" in err and "none.csv: there is no such file" in err
+    assert all(err.count(words) == 1 for words in said), err
+
+
+def test_no_problem_follows_from_leaving_out_a_wrong_option(folder: Path, tmp_path: Path, capsys: Any) -> None:
+    """Without its rank the adapter would lack one, and without its path the data."""
+    (tmp_path / "wrong.yaml").write_text("{model: {adapter: {rank: many}}, data: {train: 3}}")
+    (tmp_path / "base.yaml").write_text(f"model: {{base: {{path: {folder / 'base'}}}}}")
+    options = [f"--config={tmp_path / name}" for name in ("base.yaml", "wrong.yaml")]
+    assert main(["fit", *options]) == 2
+    _, *problems = capsys.readouterr().err.strip().splitlines()
+    assert len(problems) == 2 and "rank: many" in problems[0] and "data.train: 3" in problems[1], problems
 
 
 def test_what_is_missing_is_named(folder: Path, capsys: Any) -> None:
@@ -316,6 +349,12 @@ def test_a_mistake_before_the_base_is_not_blamed_on_it(folder: Path, capsys: Any
         ),
         (["--model.optimizer", "AdamW", "--model.optimizer.lr", "-1"], "model.optimizer: Invalid learning rate: -1"),
         (["--model.lr_scheduler=OneCycleLR", "--model.lr_scheduler.max_lr=1"], "model.lr_scheduler: You must define"),
+        (["data.train=x"], "data.train: options begin with two dashes: --data.train"),
+        (["--model.base", "../own/tiny"], "Write model.base: {path: ../own/tiny}, or --model.base.path ../own/tiny."),
+        (
+            ["--model.adapter.balance", "localised"],
+            "model.adapter.balance: localised is not a list. Write [localised].",
+        ),
         (["--model.param_groups", "[{match: router, lr: -2}]"], "model.param_groups: lr must be at least 0, got -2"),
         (
             ["--trainer.callbacks+=ModelCheckpoint", "--trainer.callbacks.every_n_epochs=-3"],
@@ -360,11 +399,14 @@ def test_the_nearest_name_is_named(folder: Path, tmp_path: Path, capsys: Any, op
 
 def test_unknown_options_in_a_config(folder: Path, tmp_path: Path, capsys: Any) -> None:
     path = tmp_path / "wrong.yaml"
-    path.write_text("model: {base: {dtyp: float32}}\ndata: {train: [{path: x, limt: 3}]}\n")
+    data = "{train: [{path: x, limt: 3}], test: {path: x, split: y}}"
+    path.write_text(f"model: {{base: {{dtyp: float32}}}}\ndata: {data}\n")
     assert fit(folder, tmp_path, "--config", str(path)) == 2
     problems = capsys.readouterr().err
     assert f"{path}: model.base.dtyp: The chosen component has no option 'dtyp'. Did you mean 'dtype'" in problems
     assert f"{path}: data.train: The chosen component has no option 'limt'. Did you mean 'limit'" in problems
+    assert problems.count("data.test: {'path': 'x'} is not") == problems.count("data.test") == 1
+    assert "Write [{'path': 'x'}]." in problems
 
 
 def test_schedules_of_the_package_by_their_bare_name(folder: Path, tmp_path: Path) -> None:
