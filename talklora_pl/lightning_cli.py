@@ -1,64 +1,33 @@
-"""LightningCLI with our defaults: registry names in place of class paths, shipped configs by name, plugins."""
+"""LightningCLI with our defaults: shipped configs by name, plugins, every mistake in one message."""
 
 from __future__ import annotations
 
-import difflib
 import logging
-import re
 import sys
 import traceback
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any
 
-import jsonargparse._typehints as typehints
 import yaml
-from lightning.pytorch.callbacks import Callback, ProgressBar
+from lightning.pytorch.callbacks import ProgressBar
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
-from lightning.pytorch.loggers import Logger, TensorBoardLogger
+from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
-from torch.optim import Optimizer
-from torch.optim.lr_scheduler import LRScheduler
 
 import talklora_pl
-import talklora_pl.schedules  # known by their bare names
 from talklora_pl import callbacks, registry
 from talklora_pl.callbacks.progress import EpochProgress
 from talklora_pl.data import TextData
 from talklora_pl.distributed.launch import resume_from, trainer_arguments, version_of
 from talklora_pl.errors import UserError
 from talklora_pl.module import FineTuner
+from talklora_pl.parser import Parser
 from talklora_pl.problems import all_problems, readable
 
 RUNS = "runs"
 """Where runs are kept unless ``--trainer.default_root_dir`` says otherwise."""
-
-KINDS = {Optimizer: "optimizer", LRScheduler: "learning-rate schedule", Callback: "callback", Logger: "logger"}
-"""Families of classes that are chosen by name; those of the package register themselves."""
-
-# --- registry names in place of class paths
-
-_resolve = typehints.resolve_class_path_by_name
-
-
-def _resolve_name(family: Any, name: str) -> str:
-    """Class path of a registered name or of a class of Lightning or PyTorch; the one hook that jsonargparse lacks."""
-    if isinstance(family, type) and issubclass(family, registry.Component) and "." not in name:
-        if any(name == c.__name__ for c in family._members.values()):
-            return _resolve(family, name)
-        cls = registry.get(family, name)
-        return f"{cls.__module__}.{cls.__qualname__}"
-    path = _resolve(family, name)
-    kinds = [KINDS[f] for f in get_args(family) or [family] if f in KINDS]
-    if kinds and "." not in path:
-        known = {p.rpartition(".")[2] for p in typehints.get_all_subclass_paths(family)}
-        raise UserError(f"There is no {kinds[0]} {name!r}.{registry.did_you_mean(name, known)}")
-    return path
-
-
-typehints.resolve_class_path_by_name = _resolve_name  # type: ignore[assignment]
-
 
 BESIDE = {
     "model": ("data.", "trainer."),
@@ -129,31 +98,6 @@ def _plugins(argv: list[str]) -> list[str]:
     if wrong := [p for p in plugins if not isinstance(p, str)]:
         raise UserError(f"plugins: a list of modules or .py files, and {wrong[0]!r} is neither.")
     return plugins
-
-
-class Parser(LightningArgumentParser):
-    """One message per mistake, with the nearest options where one is unknown."""
-
-    def error(self, message: str, ex: Exception | None = None) -> Any:
-        message = readable(message)
-        known = [o.removeprefix("--") for a in self._all_options() for o in a.option_strings if o.startswith("--")]
-        if bare := re.search(r"unrecognized arguments: ([^- =]+)", message):
-            hint = f"options begin with two dashes: --{bare[1]}" if bare[1] in known else "this belongs to no option"
-            message = f"{bare[1]}: {hint}."
-        elif unknown := re.search(r"unrecognized arguments: --([^ =]+)|does not accept option '([\w.]+)'", message):
-            option = unknown[1] or unknown[2]
-            close = difflib.get_close_matches(option, known, n=3, cutoff=0.6)
-            hint = f" Did you mean {' or '.join(close)}?" if close else ""
-            message = f"There is no option {option!r}.{hint} All options: --help."
-        elif refused := re.search(r"Option '(\w+)' is not accepted", message):  # this is the parser of one class
-            known = [option for option in known if "help" not in option]
-            hint = registry.did_you_mean(refused[1], known) if known else " It has none."
-            message = f"The chosen component has no option {refused[1]!r}.{hint}"
-        raise UserError(message)
-
-    def _all_options(self) -> list[Any]:
-        subparsers = (p for a in self._actions for p in (getattr(a, "choices", None) or {}).values())  # type: ignore[union-attr]
-        return [*self._actions, *(a for p in subparsers if isinstance(p, Parser) for a in p._actions)]
 
 
 class CLI(LightningCLI):
