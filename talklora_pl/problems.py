@@ -158,6 +158,8 @@ def _union(text: str) -> str:
     for line in re.findall(r"^\s+- (.*(?:\n\s{8,}[^\s-].*)?)", text, re.MULTILINE):
         if kind := re.match(r"Expected a <class '(?:\w+\.)*(\w+)'>$|Not a valid subclass of (\w+)", line):
             types.append(PLAIN.get(kind[1], kind[1] or kind[2]))
+        elif line.startswith("Expected a dot import path"):
+            types.append("a mapping of options")
         elif one_of := re.fullmatch(r"Expected a typing\.Literal\[(.*)\]", line):
             values |= {c.strip(" '") for c in one_of[1].split(",")}
         elif not re.match(r"Not of type|Does not validate|Expected a|a class path|a dict with", line):

@@ -349,6 +349,7 @@ def test_a_mistake_before_the_base_is_not_blamed_on_it(folder: Path, capsys: Any
         ),
         (["--model.optimizer", "AdamW", "--model.optimizer.lr", "-1"], "model.optimizer: Invalid learning rate: -1"),
         (["--model.lr_scheduler=OneCycleLR", "--model.lr_scheduler.max_lr=1"], "model.lr_scheduler: You must define"),
+        (["--model.adapter.plain", "7"], "model.adapter.plain: 7 is not a mapping of options or null."),
         (["data.train=x"], "data.train: options begin with two dashes: --data.train"),
         (["--model.base", "../own/tiny"], "Write model.base: {path: ../own/tiny}, or --model.base.path ../own/tiny."),
         (
