@@ -219,7 +219,7 @@ class CLI(LightningCLI):
             kwargs["callbacks"] = [*own, EpochProgress()]
         try:
             return super().instantiate_trainer(**kwargs)
-        except (MisconfigurationException, TypeError, ValueError) as e:
+        except (MisconfigurationException, ModuleNotFoundError, TypeError, ValueError) as e:
             raise UserError(f"trainer: {' '.join(str(e).split())}") from e
 
 

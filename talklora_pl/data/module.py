@@ -137,20 +137,22 @@ class TextData(L.LightningDataModule):
         base = self._base()
         least = {"batch_size": 1, "eval_batch_size": 1, "max_length": 1, "num_workers": 0, "val_size": 0}
         given_numbers = {name: getattr(self, name) for name in least}
-        if wrong := [n for n, value in given_numbers.items() if value is not None and value < least[n]]:
-            raise UserError("\n".join(f"data.{n}: {given_numbers[n]} is less than {least[n]}." for n in wrong))
+        wrong = [n for n, value in given_numbers.items() if value is not None and value < least[n]]
+        problems = [f"data.{n}: {given_numbers[n]} is less than {least[n]}." for n in wrong]
         self.classify = base.task == "sequence_classification"
         config, tokenizer = load_config(base), load_tokenizer(base)
         context = getattr(config, "max_position_embeddings", None)
-        max_length = default_length(config) if self.max_length is None else self.max_length
+        max_length = default_length(config) if self.max_length is None or "max_length" in wrong else self.max_length
         if context is not None and max_length > context:
-            raise UserError(f"data.max_length: {max_length} is more than the model's context of {context} tokens.")
+            problems.append(f"data.max_length: {max_length} is more than the model's context of {context} tokens.")
+            max_length = context
         self.classes = classes = self._classes()
         num_classes = config.num_labels if self.classify else None
         if classes and self.classify and len(classes) != num_classes:
-            raise UserError(
+            problems.append(
                 f"data.labels: {len(classes)} classes, but the model has {num_classes} (model.base.num_labels)."
             )
+            num_classes = len(classes)
         self.pad_id = pad_id(tokenizer)
         tokenize = Tokenize(tokenizer, max_length, self.eos_token, self.classify)
         self.eos_id = tokenize.eos
@@ -165,16 +167,22 @@ class TextData(L.LightningDataModule):
         if not wanted[first]:
             raise UserError(f"data.{first}: there is nothing to {stage}. Name at least one file or data set.")
         entries = [(name, source) for name, sources in wanted.items() for source in sources]
-        done = prepare(
-            [source for _, source in entries],
-            tokenize,
-            gold=stage != "predict",
-            classes=classes,
-            num_classes=num_classes,
-            on_bad_row=self.on_bad_row,
-            cache=Path(self.cache_dir) if self.cache_dir else None,
-            later=[*given["test"], *given["predict"]] if stage == "fit" else (),
-        )
+        done: list[Prepared] = []
+        try:
+            done = prepare(
+                [source for _, source in entries],
+                tokenize,
+                gold=stage != "predict",
+                classes=classes,
+                num_classes=num_classes,
+                on_bad_row=self.on_bad_row,
+                cache=Path(self.cache_dir) if self.cache_dir else None,
+                later=[*given["test"], *given["predict"]] if stage == "fit" else (),
+            )
+        except UserError as e:
+            problems.append(str(e))
+        if problems:
+            raise UserError("\n".join(problems))
         return {name: [p for (n, _), p in zip(entries, done) if n == name] for name in wanted}
 
     def _base(self) -> BaseModel:

@@ -210,6 +210,15 @@ def test_options(base: BaseModel, jsonl: Jsonl, options: dict[str, Any], message
         data(base, **{"train": jsonl(QA), **options})
 
 
+def test_options_and_rows_that_are_wrong_come_in_one_message(base: BaseModel, tmp_path: Path) -> None:
+    path = tmp_path / "rows.jsonl"
+    path.write_text('{"prompt": "a", "completion": ""}\n{"prompt": "a", "completion": "b"}\n')
+    with pytest.raises(UserError) as e:
+        TextData(base=base, train=str(path), max_length=9999, batch_size=0).setup("fit")
+    for words in ("data.batch_size: 0", "data.max_length: 9999", "line 1, column 'completion': is empty"):
+        assert words in str(e.value)
+
+
 def test_a_cache_that_cannot_be_written(base: BaseModel, jsonl: Jsonl, tmp_path: Path) -> None:
     path = jsonl(QA)
     with pytest.raises(UserError, match=r"data.cache_dir: the prepared rows cannot be kept in .*rows.jsonl"):
