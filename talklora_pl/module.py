@@ -7,8 +7,7 @@ from __future__ import annotations
 
 import functools
 import json
-import re
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -28,27 +27,8 @@ from talklora_pl.callbacks.allocation import ExpertAllocation
 from talklora_pl.distributed.checkpoint import refuse_differences
 from talklora_pl.errors import UserError
 from talklora_pl.evaluation import Evaluation, Scores, predictions, score_batch, table, write_json
+from talklora_pl.optimization import ParamGroup, grouped, try_optimizer
 from talklora_pl.routing import RoutingCollector, RoutingRecord
-
-
-@dataclass
-class ParamGroup:
-    """Settings of the trained tensors whose name matches.
-
-    Attributes:
-        match: regular expression, searched in names such as ``layers.model.layers.0.self_attn.q_proj.router.weight``.
-        lr: learning rate; the optimiser's by default.
-        weight_decay: the optimiser's by default.
-    """
-
-    match: str
-    lr: float | None = None
-    weight_decay: float | None = None
-
-    def __post_init__(self) -> None:
-        for key in ("lr", "weight_decay"):
-            if (getattr(self, key) or 0) < 0:
-                raise ValueError(f"{key} must be at least 0, got {getattr(self, key)}")
 
 
 class FineTuner(L.LightningModule):
@@ -137,9 +117,9 @@ class FineTuner(L.LightningModule):
             if not problems:
                 # a rule that reads weights has none to read here
                 self._inject(replace(config, allocation=Uniform()))
-                groups = self._grouped()
+                groups = grouped(self.trained(), self.param_groups)
 
-        for part in (config.validate, load, inject, lambda: self._try_optimizer(groups)):
+        for part in (config.validate, load, inject, lambda: try_optimizer(self.optimizer, self.lr_scheduler, groups)):
             try:
                 part()
             except UserError as e:
@@ -147,18 +127,6 @@ class FineTuner(L.LightningModule):
         self.model = None
         if problems:
             raise UserError("\n".join(problems))
-
-    def _try_optimizer(self, groups: list[dict[str, Any]]) -> None:
-        """Do the optimiser and the schedule take their options? Tried on one number for every tensor."""
-        tiny = [g | {"params": [nn.Parameter(torch.zeros([1] * p.dim())) for p in g["params"]]} for g in groups]
-        part = "optimizer"
-        try:
-            optimizer = self.optimizer(tiny)
-            part = "lr_scheduler"
-            if self.lr_scheduler is not None:
-                self.lr_scheduler(optimizer)
-        except (ArithmeticError, TypeError, ValueError) as e:
-            raise UserError(f"model.{part}: {e}") from e
 
     def _inject(self, config: AdapterConfig, device: torch.device | None = None) -> None:
         if self.base.task == "sequence_classification":
@@ -178,25 +146,8 @@ class FineTuner(L.LightningModule):
         named = ((n.removeprefix("model.talklora.default."), p) for n, p in self.named_parameters() if p.requires_grad)
         return dict(named)
 
-    def _grouped(self) -> list[dict[str, Any]]:
-        """Trained tensors in the optimiser's groups."""
-        groups: list[dict[str, Any]] = [{"params": []} for _ in range(len(self.param_groups) + 1)]
-        for group, options in zip(groups[1:], self.param_groups, strict=True):
-            group |= {k: v for k, v in (("lr", options.lr), ("weight_decay", options.weight_decay)) if v is not None}
-        for name, p in self.trained().items():
-            hit = next((i for i, g in enumerate(self.param_groups, 1) if re.search(g.match, name)), 0)
-            groups[hit]["params"].append(p)
-        for group, options in zip(groups[1:], self.param_groups, strict=True):
-            if not group["params"]:
-                names = list(self.trained())
-                raise UserError(
-                    f"model.param_groups: {options.match!r} matches no trained tensor. "
-                    f"Their names look like {', '.join(names[:1] + names[-3:])}."
-                )
-        return [g for g in groups if g["params"]]
-
     def configure_optimizers(self) -> Any:
-        optimizer = self.optimizer(self._grouped())
+        optimizer = self.optimizer(grouped(self.trained(), self.param_groups))
         if self.lr_scheduler is None:
             return optimizer
         scheduler = self.lr_scheduler(optimizer)
