@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import yaml
@@ -26,12 +27,13 @@ def test_the_papers_run_on_llama3_8b(tmp_path: Path, monkeypatch: pytest.MonkeyP
     rows = tmp_path / "rows.json"
     rows.write_text('[{"instruction": "a", "output": "b"}]')
     built: list[tuple[PreTrainedModel, int]] = []
-    grouped = FineTuner._grouped
-    monkeypatch.setattr(
-        FineTuner,
-        "_grouped",
-        lambda self: built.append((self.model, sum(p.numel() for p in self.trained().values()))) or grouped(self),
-    )
+    inject = FineTuner._inject
+
+    def injected(self: FineTuner, *args: Any) -> None:
+        inject(self, *args)
+        built.append((self.model, sum(p.numel() for p in self.trained().values())))
+
+    monkeypatch.setattr(FineTuner, "_inject", injected)
     args = ["--config", "recipe/talklora_llama3_8b", "--model.base.path", str(tmp_path), "--data.train", str(rows)]
     model = parsed(*args, monkeypatch=monkeypatch)
     (llama, trained), *_ = built
