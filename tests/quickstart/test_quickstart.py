@@ -97,7 +97,8 @@ def test_the_command(
     printed = capsys.readouterr().out
     assert "exact match" in " ".join(printed.split()) or "exact" in printed
     assert ("Which experts" in printed) is (method == "talklora")
-    assert (tmp_path / "quickstart" / "adapter" / "adapter.safetensors").is_file()
+    folder = next(line.split()[0] for line in printed.splitlines() if "  the adapter: " in line)
+    assert (tmp_path / folder / "adapter.safetensors").is_file() and (tmp_path / folder / "config.json").is_file()
     assert list((tmp_path / "quickstart").rglob("events.out.tfevents*"))
     for line in printed.splitlines():
         if line.startswith("  quickstart/"):  # what it says is there, is there
