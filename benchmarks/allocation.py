@@ -29,8 +29,8 @@ from safetensors.torch import save_file
 
 from talklora_pl.adapter.allocation import layer_targets
 from talklora_pl.allocation.spectra import exponents_of, peak
-from talklora_pl.allocation.weights import SafetensorsWeights
 from talklora_pl.base import BaseModel, load_base
+from talklora_pl.base.weights import SafetensorsWeights
 
 # one decoder layer: q, k, v, o, gate, up, down as [out, in]
 SHAPES = {

@@ -102,7 +102,7 @@ def main() -> None:
         print(f"observed step: {mean * 1e3:+.0f} ± {half * 1e3:.0f} CPU ms = {mean / step:+.2%} ± {half / step:.2%}")
         print(f"in the callback itself: {inside * 1e3:.1f} CPU ms = {inside / step:.2%} ± {half_inside / step:.2%}")
         print(f"per step at log_every_n_steps 10: {mean / step / 10:+.3%} ± {half / step / 10:.3%}")
-        from talklora_pl.tensorboard import Board
+        from talklora_pl.monitoring.tensorboard import Board
 
         began = time.process_time()
         clock._draw(model, Board(trainer), clock.latest)  # type: ignore[arg-type]

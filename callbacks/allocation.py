@@ -14,8 +14,8 @@ from talklora_pl.adapter.allocation import decide, layer_targets
 from talklora_pl.allocation.alpha import Alpha
 from talklora_pl.allocation.report import figure, layer_list, markdown, total
 from talklora_pl.allocation.rules import Uniform
-from talklora_pl.allocation.weights import SafetensorsWeights
 from talklora_pl.base import load_base
+from talklora_pl.base.weights import SafetensorsWeights
 from talklora_pl.errors import UserError
 
 

@@ -9,7 +9,7 @@ import torch.distributed as dist
 
 from talklora_pl.callbacks.preemption import directory
 from talklora_pl.errors import UserError
-from talklora_pl.tensorboard import Board
+from talklora_pl.monitoring.tensorboard import Board
 
 
 class FiniteGuard(L.Callback):

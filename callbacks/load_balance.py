@@ -10,17 +10,17 @@ import lightning as L
 import torch
 from torch import Tensor
 
-from talklora_pl.callbacks.alerts import AlertRules, Alerts
-from talklora_pl.metrics import Load, RoutingLoad, overlap, top_experts
+from talklora_pl.monitoring.alerts import AlertRules, Alerts
+from talklora_pl.monitoring.metrics import Load, RoutingLoad, overlap, top_experts
+from talklora_pl.monitoring.sensitivity import DecisionInputs, communication_matrices
+from talklora_pl.monitoring.tensorboard import Board
 from talklora_pl.routing import RoutingCollector, RoutingRecord
-from talklora_pl.sensitivity import DecisionInputs, communication_matrices
-from talklora_pl.tensorboard import Board
 
 PROBE_TOKENS = 2048
 
 
 class LoadBalance(L.Callback):
-    """Logs how the experts are used; for the metrics see :class:`talklora_pl.metrics.Load`.
+    """Logs how the experts are used; for the metrics see :class:`talklora_pl.monitoring.metrics.Load`.
 
     Training: ``load/*`` of the global batch (all micro-steps and ranks, pads left out) of every optimiser step that the
     trainer logs (``trainer.log_every_n_steps``). Evaluation: ``val_load/*`` over all validation data, and
@@ -78,7 +78,7 @@ class LoadBalance(L.Callback):
         board = Board(trainer)
         board.describe_run(pl_module)
         if self.figures and board.pictures:
-            from talklora_pl import figures
+            from talklora_pl.monitoring import figures
 
             board.figure("experts/allocation", figures.allocation(pl_module.adapter.experts_per_layer))
 
@@ -175,7 +175,7 @@ class LoadBalance(L.Callback):
     def _draw(self, pl_module: Any, board: Board, load: Load) -> None:
         if not board.pictures:
             return
-        from talklora_pl import figures
+        from talklora_pl.monitoring import figures
 
         board.figure("experts/load", figures.load(load))
         if len(load.tasks) > 1:

@@ -7,12 +7,12 @@ from typing import Any
 import lightning as L
 import torch
 
-from talklora_pl.sensitivity import DecisionInputs, Sensitivity
-from talklora_pl.tensorboard import Board
+from talklora_pl.monitoring.sensitivity import DecisionInputs, Sensitivity
+from talklora_pl.monitoring.tensorboard import Board
 
 
 class RoutingSensitivity(L.Callback):
-    """Logs how strongly routing weights react to the layers' inputs; equations: :mod:`talklora_pl.sensitivity`.
+    """Logs how strongly routing weights react to the layers' inputs; equations: :mod:`talklora_pl.monitoring.sensitivity`.
 
     ``sensitivity/change`` and ``sensitivity/jacobian`` are means over layers; ``sensitivity_layers/*`` is every layer.
     The tokens are those of the first validation batches of every process, the same in every evaluation.

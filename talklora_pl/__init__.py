@@ -1,15 +1,30 @@
 """Fine-tune any Hugging Face model with a mixture of low-rank experts that talk to each other."""
 
 import importlib
+import sys
+from importlib.machinery import ModuleSpec, PathFinder
 from pathlib import Path
 from typing import Any
 
 __version__ = "0.1.0"
 
-# In a checkout, callbacks/ and configs/ lie beside this folder; an installed package has them inside.
-_root = Path(__file__).parent.parent
-if not (Path(__file__).parent / "callbacks").exists() and (_root / "callbacks").exists():
-    __path__.append(str(_root))
+
+class _Checkout:
+    """Finds ``talklora_pl.callbacks`` and ``talklora_pl.configs``, which lie beside this folder in a checkout.
+
+    An installed package has them inside, so it needs no finder.
+    """
+
+    beside = ("talklora_pl.callbacks", "talklora_pl.configs")
+
+    @classmethod
+    def find_spec(cls, name: str, path: Any = None, target: Any = None) -> ModuleSpec | None:
+        return PathFinder.find_spec(name, [str(Path(__file__).parents[1])]) if name in cls.beside else None
+
+
+if not (Path(__file__).parent / "callbacks").exists():
+    # first, so that an editable install of another checkout does not answer for this one
+    sys.meta_path.insert(0, _Checkout)  # type: ignore[arg-type]
 
 # Imported on first use: `--help` and adapter loading need not pay for Lightning and datasets.
 _lazy = {
@@ -23,7 +38,7 @@ _lazy = {
     "remove_adapter": "talklora_pl.adapter",
     "merge_adapter": "talklora_pl.export.merge",
     "export_adapter": "talklora_pl.export",
-    "push_adapter": "talklora_pl.hub",
+    "push_adapter": "talklora_pl.adapter.hub",
     "FineTuner": "talklora_pl.module",
     "TextData": "talklora_pl.data",
     "register": "talklora_pl.registry",

@@ -27,7 +27,7 @@ from talklora_pl.callbacks.allocation import ExpertAllocation
 from talklora_pl.distributed.checkpoint import refuse_differences
 from talklora_pl.errors import UserError
 from talklora_pl.evaluation import Evaluation, Scores, predictions, score_batch, table, write_json
-from talklora_pl.optimization import ParamGroup, grouped, try_optimizer
+from talklora_pl.optim import ParamGroup, grouped, try_optimizer
 from talklora_pl.routing import RoutingCollector, RoutingRecord
 
 

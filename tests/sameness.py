@@ -26,7 +26,7 @@ from tests.data.tiny import tokenizer
 METHODS = sorted(p.stem for p in (Path(__file__).parents[1] / "configs/method").glob("*.yaml"))
 RECORDED = Path(__file__).parent / "losses"
 STEPS = 20
-WORDS = "river stone cloud lamp paper green seven quiet north apple".split()
+WORDS = ["river", "stone", "cloud", "lamp", "paper", "green", "seven", "quiet", "north", "apple"]
 
 
 class Losses(L.Callback):

@@ -10,7 +10,7 @@ from torch import nn
 from talklora_pl.adapter.gated import find_modules
 from talklora_pl.adapter.targets import is_linear, output_heads
 from talklora_pl.allocation import LayerTargets
-from talklora_pl.allocation.weights import WeightSource
+from talklora_pl.base.weights import WeightSource
 
 if TYPE_CHECKING:
     from talklora_pl.adapter.config import AdapterConfig

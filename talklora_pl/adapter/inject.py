@@ -20,7 +20,7 @@ from talklora_pl.adapter.host import Adapted, AdapterSet, attach, check_attachab
 from talklora_pl.adapter.layers import AdaptedLinear
 from talklora_pl.adapter.mixture import BlockMixture
 from talklora_pl.adapter.targets import is_linear, layer_index, widths
-from talklora_pl.allocation.weights import ModuleWeights
+from talklora_pl.base.weights import ModuleWeights
 from talklora_pl.errors import UserError
 from talklora_pl.ranks import sum_over_ranks
 from talklora_pl.routing import RoutingRecord

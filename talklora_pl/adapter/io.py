@@ -26,9 +26,9 @@ from talklora_pl.adapter.files import (
 )
 from talklora_pl.adapter.fingerprint import agree, fingerprint
 from talklora_pl.adapter.host import adapter_set, base_alone, get_adapter
+from talklora_pl.adapter.hub import local_folder
 from talklora_pl.adapter.inject import Adapter, Built, build, check_name, install, trained_by
 from talklora_pl.errors import UserError
-from talklora_pl.hub import local_folder
 from talklora_pl.registry import import_plugins
 
 Shapes = dict[str, tuple[tuple[int, ...], str]]

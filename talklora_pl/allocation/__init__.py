@@ -12,7 +12,7 @@ from abc import abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from talklora_pl.allocation.weights import WeightSource
+from talklora_pl.base.weights import WeightSource
 from talklora_pl.registry import Component, import_siblings
 
 

@@ -10,7 +10,7 @@ from typing import Literal
 from talklora_pl.allocation import Allocation, LayerTargets, per_layer
 from talklora_pl.allocation.cache import exponents
 from talklora_pl.allocation.spectra import mean
-from talklora_pl.allocation.weights import WeightSource
+from talklora_pl.base.weights import WeightSource
 from talklora_pl.errors import UserError
 from talklora_pl.registry import register
 

@@ -19,7 +19,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from talklora_pl.allocation.spectra import Exponents, exponents_of
-from talklora_pl.allocation.weights import WeightSource
+from talklora_pl.base.weights import WeightSource
 from talklora_pl.cache import cache_root
 from talklora_pl.errors import UserError
 

@@ -10,7 +10,7 @@ from typing import Any
 import yaml
 
 from talklora_pl.allocation import Allocation, LayerTargets, per_layer
-from talklora_pl.allocation.weights import WeightSource
+from talklora_pl.base.weights import WeightSource
 from talklora_pl.errors import UserError
 from talklora_pl.registry import did_you_mean, register
 

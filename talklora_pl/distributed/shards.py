@@ -10,7 +10,7 @@ from torch import nn
 from torch.distributed.tensor import DTensor
 from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
-from talklora_pl.allocation.weights import SafetensorsWeights
+from talklora_pl.base.weights import SafetensorsWeights
 from talklora_pl.errors import UserError
 
 

@@ -10,10 +10,10 @@ import transformers
 from transformers import AutoConfig, PretrainedConfig, PreTrainedModel
 
 from talklora_pl.adapter.files import open_tensors, read_about, read_json, shapes_of, short
+from talklora_pl.adapter.hub import is_repository_name, local_folder
 from talklora_pl.adapter.io import load_adapter
 from talklora_pl.base import resolve
 from talklora_pl.errors import UserError
-from talklora_pl.hub import is_repository_name, local_folder
 
 BASE, REVISION = "base_model_name_or_path", "base_model_revision"
 """Where ``config.json`` names the base."""

@@ -9,7 +9,7 @@ from typing import Any
 import yaml
 from torch import Tensor
 
-from talklora_pl.hub import is_repository_name
+from talklora_pl.adapter.hub import is_repository_name
 
 PIPELINES = {"causal_lm": "text-generation", "sequence_classification": "text-classification"}
 

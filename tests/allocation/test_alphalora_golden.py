@@ -10,7 +10,7 @@ from talklora_pl.allocation import LayerTargets, top_k_of
 from talklora_pl.allocation.alpha import Alpha, apportion
 from talklora_pl.allocation.rules import Published
 from talklora_pl.allocation.spectra import eigenvalues, exponents_of, hill, median, peak
-from talklora_pl.allocation.weights import SafetensorsWeights
+from talklora_pl.base.weights import SafetensorsWeights
 from talklora_pl.errors import UserError
 from tests.golden import GOLDEN_DIR
 

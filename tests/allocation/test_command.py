@@ -12,8 +12,8 @@ from talklora_pl.adapter.allocation import layer_targets
 from talklora_pl.allocation import cache
 from talklora_pl.allocation.alpha import Alpha
 from talklora_pl.allocation.rules import File
-from talklora_pl.allocation.weights import ModuleWeights
 from talklora_pl.base import BaseModel, load_base
+from talklora_pl.base.weights import ModuleWeights
 from tests.data.tiny import save_model
 
 

@@ -15,7 +15,7 @@ from talklora_pl.adapter.allocation import bare_layers, decide, layer_targets
 from talklora_pl.allocation import Allocation, LayerTargets
 from talklora_pl.allocation.alpha import Alpha, apportion
 from talklora_pl.allocation.rules import File, Groups, Listed, Published, Uniform
-from talklora_pl.allocation.weights import ModuleWeights
+from talklora_pl.base.weights import ModuleWeights
 from talklora_pl.errors import UserError
 
 

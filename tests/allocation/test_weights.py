@@ -14,7 +14,7 @@ from transformers import GPT2Config, GPT2LMHeadModel
 
 from talklora_pl.allocation import cache
 from talklora_pl.allocation.cache import cache_file, exponents
-from talklora_pl.allocation.weights import ModuleWeights, SafetensorsWeights
+from talklora_pl.base.weights import ModuleWeights, SafetensorsWeights
 from talklora_pl.errors import UserError
 
 Q1 = "model.layers.1.self_attn.q_proj"

@@ -13,7 +13,7 @@ import torch
 import yaml
 
 from talklora_pl.cli import main
-from talklora_pl.lightning_cli import run
+from talklora_pl.cli.lightning import run
 from tests.data.tiny import save_model
 
 
@@ -30,7 +30,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
             "base": {"path": str(folder / "base"), "dtype": "float32"},
             "adapter": {"rank": 8, "dropout_input": 0.0},
             "optimizer": {"class_path": "torch.optim.AdamW", "init_args": {"lr": 0.01}},
-            "lr_scheduler": {"class_path": "talklora_pl.schedules.WarmupLinear", "init_args": {"warmup_steps": 2}},
+            "lr_scheduler": {"class_path": "talklora_pl.optim.WarmupLinear", "init_args": {"warmup_steps": 2}},
         },
         "data": {
             "train": str(folder / "rows.jsonl"),

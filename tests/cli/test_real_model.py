@@ -30,7 +30,7 @@ def test_talklora_learns_commonsense_questions(tmp_path: Path) -> None:
     args += ["--data.rows", "choice", "--data.format", "cloze", "--data.max_length", "128", "--data.batch_size", "20"]
     args += ["--data.train", str(tmp_path / "train.jsonl"), "--data.val", str(tmp_path / "val.jsonl")]
     args += ["--model.optimizer=torch.optim.AdamW", "--model.optimizer.lr", "1e-3", "--trainer.max_steps", "24"]
-    args += ["--model.lr_scheduler=talklora_pl.schedules.WarmupLinear", "--model.lr_scheduler.warmup_steps", "4"]
+    args += ["--model.lr_scheduler=talklora_pl.optim.WarmupLinear", "--model.lr_scheduler.warmup_steps", "4"]
     args += [
         "--trainer.val_check_interval",
         "24",

@@ -9,7 +9,7 @@ import pytest
 import yaml
 from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedModel
 
-from talklora_pl.lightning_cli import CLI, _expand, shipped_configs
+from talklora_pl.cli.lightning import CLI, _expand, shipped_configs
 from talklora_pl.module import FineTuner
 from tests.conftest import LLAMA3_8B
 from tests.data.tiny import tokenizer

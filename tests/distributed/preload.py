@@ -6,4 +6,4 @@ import tensorboard.compat  # noqa: F401
 import torch.utils.tensorboard  # noqa: F401
 import transformers.models.llama.modeling_llama  # noqa: F401
 
-import talklora_pl.lightning_cli  # noqa: F401
+import talklora_pl.cli.lightning  # noqa: F401

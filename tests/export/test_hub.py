@@ -14,7 +14,7 @@ import torch
 from transformers import AutoTokenizer
 
 from talklora_pl import AdapterConfig, UserError, export_adapter, load_adapter, push_adapter
-from talklora_pl.hub import is_repository_name
+from talklora_pl.adapter.hub import is_repository_name
 from tests.export import models
 
 

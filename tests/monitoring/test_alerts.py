@@ -14,8 +14,8 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from talklora_pl import UserError
 from talklora_pl.callbacks import FiniteGuard, LoadBalance
-from talklora_pl.callbacks.alerts import AlertRules, Alerts
-from talklora_pl.metrics import Load
+from talklora_pl.monitoring.alerts import AlertRules, Alerts
+from talklora_pl.monitoring.metrics import Load
 from talklora_pl.routing import Routing, RoutingRecord
 from tests.monitoring.test_metrics import dense, load_of, sparse
 

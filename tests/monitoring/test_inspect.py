@@ -16,7 +16,7 @@ from talklora_pl.adapter import AdapterConfig, inject
 from talklora_pl.adapter.io import save_adapter
 from talklora_pl.base import BaseModel, load_base
 from talklora_pl.cli import main
-from talklora_pl.report import palette
+from talklora_pl.monitoring.page import palette
 from talklora_pl.routing import RoutingCollector
 
 QUESTIONS = [
@@ -90,7 +90,7 @@ def test_weights_on_the_page_are_the_models(case: tuple[str, str, str], tmp_path
 def test_loads_counted_by_hand_as_the_docs_do(
     base: BaseModel, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    from talklora_pl.metrics import RoutingLoad
+    from talklora_pl.monitoring.metrics import RoutingLoad
 
     docs = (Path(__file__).parents[2] / "docs" / "monitoring.md").read_text()
     (code,) = re.findall(r"```python\n(.*?)```", docs, re.S)

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from talklora_pl.metrics import Load, RoutingLoad, overlap, top_experts
+from talklora_pl.monitoring.metrics import Load, RoutingLoad, overlap, top_experts
 from talklora_pl.routing import Routing, RoutingRecord
 
 
@@ -119,7 +119,7 @@ def test_large_models_are_counted_in_parts(monkeypatch: pytest.MonkeyPatch) -> N
     torch.manual_seed(0)
     records = [sparse(str(i), torch.rand(7, 4).softmax(1).tolist(), 2) for i in range(5)]
     whole = load_of(*records)
-    monkeypatch.setattr("talklora_pl.metrics.MAX_ELEMENTS", 60)
+    monkeypatch.setattr("talklora_pl.monitoring.metrics.MAX_ELEMENTS", 60)
     parts = load_of(*records)
     torch.testing.assert_close(parts.share_LE, whole.share_LE)
     torch.testing.assert_close(parts.token_entropy, whole.token_entropy)

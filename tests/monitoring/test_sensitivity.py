@@ -13,7 +13,7 @@ from torch import Tensor
 
 from talklora_pl.adapter import AdapterConfig, inject
 from talklora_pl.callbacks.routing_sensitivity import RoutingSensitivity
-from talklora_pl.sensitivity import (
+from talklora_pl.monitoring.sensitivity import (
     DecisionInputs,
     communication_matrices,
     deciding_layers,

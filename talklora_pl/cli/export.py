@@ -41,7 +41,7 @@ def main(argv: list[str]) -> int:
     folder = export_checkpoint(given.checkpoint, given.out, given.base, given.license, given.trust_remote_code)
     print(f"Adapter: {folder}")
     if given.push:
-        from talklora_pl.hub import push_adapter
+        from talklora_pl.adapter.hub import push_adapter
 
         print(f"Pushed: {push_adapter(folder, given.push, private=not given.public)}")
     return 0

@@ -20,7 +20,7 @@ from matplotlib.colors import Normalize, TwoSlopeNorm
 from matplotlib.figure import Figure
 from torch import Tensor
 
-from talklora_pl.metrics import Load
+from talklora_pl.monitoring.metrics import Load
 
 EMPTY = "#e4e4e4"  # where a layer has no such expert
 CELL = 0.3  # height of a cell of a heat map, in inches

@@ -13,10 +13,10 @@ from lightning.pytorch.loggers import Logger
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
-import talklora_pl.schedules  # noqa: F401 (known by their bare names)
+import talklora_pl.optim  # noqa: F401 (known by their bare names)
 from talklora_pl import registry
+from talklora_pl.cli.problems import readable
 from talklora_pl.errors import UserError
-from talklora_pl.problems import readable
 
 KINDS = {Optimizer: "optimizer", LRScheduler: "learning-rate schedule", Callback: "callback", Logger: "logger"}
 """Families of classes that are chosen by name; those of the package register themselves."""

@@ -12,7 +12,7 @@ import lightning as L
 from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.loggers.logger import DummyLogger
 
-from talklora_pl.metrics import Load
+from talklora_pl.monitoring.metrics import Load
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

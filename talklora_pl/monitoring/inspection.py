@@ -13,9 +13,9 @@ import torch
 from torch import Tensor, nn
 
 from talklora_pl.adapter import Adapter
-from talklora_pl.metrics import Load, RoutingLoad
+from talklora_pl.monitoring.metrics import Load, RoutingLoad
+from talklora_pl.monitoring.sensitivity import DecisionInputs, Sensitivity, communication_matrices
 from talklora_pl.routing import RoutingCollector, RoutingRecord
-from talklora_pl.sensitivity import DecisionInputs, Sensitivity, communication_matrices
 
 EXAMPLE_TOKENS = 200  # shown of one text
 
@@ -36,7 +36,7 @@ class Inspection:
     Attributes:
         load: over all tokens.
         sensitivity: ``change`` and ``jacobian`` by layer, (L,), in the order of ``layers``; see
-            :mod:`talklora_pl.sensitivity`.
+            :mod:`talklora_pl.monitoring.sensitivity`.
         communication: who listens to whom, by layer.
         experts: number of experts of every adapted layer.
         texts: number of texts.

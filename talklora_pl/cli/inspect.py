@@ -13,14 +13,14 @@ from rich.console import Console
 from rich.table import Table
 
 from talklora_pl.adapter.files import read_about
+from talklora_pl.adapter.hub import local_folder
 from talklora_pl.adapter.io import load_adapter
 from talklora_pl.base import BaseModel, default_length, load_base, load_config, load_tokenizer, pad_id
 from talklora_pl.data import TextData
 from talklora_pl.data.batches import masked
 from talklora_pl.data.source import Source
 from talklora_pl.errors import UserError
-from talklora_pl.hub import local_folder
-from talklora_pl.inspection import Inspection
+from talklora_pl.monitoring.inspection import Inspection
 from talklora_pl.registry import import_plugins
 
 MAX_CLASSES = 1 << 20
@@ -108,7 +108,7 @@ def inspect(
 
     model = load_base(model_of, device)
     loaded = load_adapter(model, adapter)
-    from talklora_pl import inspection, report  # matplotlib, only now that it is needed
+    from talklora_pl.monitoring import inspection, report  # matplotlib, only now that it is needed
 
     found = inspection.inspect(model, loaded, tokenizer, batches, examples)
     config = loaded.config
@@ -134,8 +134,8 @@ def _texts(tokenizer: Any, texts: list[str], max_length: int) -> Iterator[dict[s
 
 def summary(found: Inspection, facts: dict[str, str]) -> None:
     """The report on the terminal."""
-    from talklora_pl.figures import by_kind, short
-    from talklora_pl.report import METRICS
+    from talklora_pl.monitoring.figures import by_kind, short
+    from talklora_pl.monitoring.page import METRICS
 
     console = Console()
     if not console.is_terminal:  # a pipe has no width to fit in

@@ -36,9 +36,9 @@ def main(argv: list[str] | None = None) -> int:
             print(_help())
             return 0
         if verb in COMMANDS:
-            return importlib.import_module(f"talklora_pl.commands.{verb}").main(argv[1:]) or 0
+            return importlib.import_module(f"talklora_pl.cli.{verb}").main(argv[1:]) or 0
         if verb in LIGHTNING:
-            from talklora_pl.lightning_cli import run
+            from talklora_pl.cli.lightning import run
 
             run(verb, argv[1:])
             return 0

@@ -30,7 +30,7 @@ def main(argv: list[str]) -> int:
         print(f"{len(skills.SKILLS)} skills: {', '.join(skills.SKILLS)} (written to {FOLDER})", file=sys.stderr)
     import rich
 
-    from talklora_pl.lightning_cli import run
+    from talklora_pl.cli.lightning import run
     from talklora_pl.quickstart.report import experts_by_task, specialist_table
 
     # method files do not add up

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from talklora_pl.metrics import Load
+from talklora_pl.monitoring.metrics import Load
 
 
 @dataclass

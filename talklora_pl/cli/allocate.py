@@ -19,8 +19,8 @@ from talklora_pl.allocation.alpha import Alpha
 from talklora_pl.allocation.cache import exponents
 from talklora_pl.allocation.report import Counts, as_config, figure, table
 from talklora_pl.allocation.rules import PUBLISHED, File, Groups, Published
-from talklora_pl.allocation.weights import SafetensorsWeights
 from talklora_pl.base import BaseModel, load_base
+from talklora_pl.base.weights import SafetensorsWeights
 from talklora_pl.errors import UserError
 
 

@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING
 
 from matplotlib import colormaps, colors
 
-from talklora_pl import figures
-from talklora_pl.inspection import Example, Inspection
+from talklora_pl.monitoring import figures
+from talklora_pl.monitoring.inspection import Example, Inspection
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import logging
 import sys
 import traceback
@@ -16,15 +17,14 @@ from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveCon
 from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
-import talklora_pl
 from talklora_pl import callbacks, registry
 from talklora_pl.callbacks.progress import EpochProgress
+from talklora_pl.cli.parser import Parser
+from talklora_pl.cli.problems import all_problems, readable
 from talklora_pl.data import TextData
 from talklora_pl.distributed.launch import resume_from, trainer_arguments, version_of
 from talklora_pl.errors import UserError
 from talklora_pl.module import FineTuner
-from talklora_pl.parser import Parser
-from talklora_pl.problems import all_problems, readable
 
 RUNS = "runs"
 """Where runs are kept unless ``--trainer.default_root_dir`` says otherwise."""
@@ -41,9 +41,9 @@ BESIDE = {
 
 def shipped_configs() -> Path:
     """The folder of the configs that come with the package."""
-    for root in talklora_pl.__path__:
-        if (Path(root) / "configs").is_dir():
-            return Path(root) / "configs"
+    spec = importlib.util.find_spec("talklora_pl.configs")
+    for folder in (spec.submodule_search_locations or ()) if spec is not None else ():
+        return Path(folder)
     raise UserError("The configs folder of talklora_pl is missing from this installation.")
 
 

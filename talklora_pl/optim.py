@@ -1,7 +1,8 @@
-"""The optimiser's groups of trained tensors, and a trial of an optimiser without any weights."""
+"""Optimiser: groups of trained tensors, a trial without any weights, and learning-rate schedules."""
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -10,6 +11,8 @@ from typing import Any
 import torch
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 from torch import nn
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LambdaLR
 
 from talklora_pl.errors import UserError
 
@@ -73,3 +76,37 @@ def try_optimizer(
             lr_scheduler(made)
     except (ArithmeticError, TypeError, ValueError) as e:
         raise UserError(f"model.{part}: {e}") from e
+
+
+class WarmupLinear(LambdaLR):
+    """Factor s/warmup up to step ``warmup_steps``, then linearly to 0 at ``total_steps``.
+
+    Args:
+        warmup_steps: optimiser steps; a value below 1 is a share of total_steps.
+        total_steps: optimiser steps; None means those of the whole fit (FineTuner fills it in).
+    """
+
+    def __init__(self, optimizer: Optimizer, warmup_steps: float = 0, total_steps: int | None = None) -> None:
+        self.warmup_steps = warmup_steps
+        self.total_steps = total_steps
+        super().__init__(optimizer, self.factor)
+
+    def factor(self, step: int) -> float:
+        total = self.total_steps or math.inf
+        warmup = self.warmup_steps if self.warmup_steps >= 1 else self.warmup_steps * (self.total_steps or 0)
+        if step < warmup:
+            return step / warmup
+        if math.isinf(total):
+            return 1.0
+        return self.decay(min(1.0, (step - warmup) / max(1.0, total - warmup)))
+
+    def decay(self, progress: float) -> float:
+        """Factor after warm-up for a progress in [0, 1]."""
+        return 1 - progress
+
+
+class WarmupCosine(WarmupLinear):
+    """Like :class:`WarmupLinear` with half a cosine, (1 + cos(pi p)) / 2, in place of the line."""
+
+    def decay(self, progress: float) -> float:
+        return (1 + math.cos(math.pi * progress)) / 2
