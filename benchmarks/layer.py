@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from talklora_pl.adapter import AdapterConfig, inject
-from talklora_pl.communication.silent import NoCommunication
+from talklora_pl.communication.identity import NoCommunication
 from talklora_pl.communication.talking import Talking
 from talklora_pl.experts.lora import LoRA
 from talklora_pl.experts.shared_b import SharedB

@@ -13,7 +13,7 @@ from talklora_pl import registry
 from talklora_pl.adapter.allocation import decide, layer_targets
 from talklora_pl.allocation.alpha import Alpha
 from talklora_pl.allocation.report import figure, layer_list, markdown, total
-from talklora_pl.allocation.rules import Uniform
+from talklora_pl.allocation.rules import UniformAllocation
 from talklora_pl.base import load_base
 from talklora_pl.base.weights import SafetensorsWeights
 from talklora_pl.errors import UserError
@@ -70,7 +70,7 @@ class ExpertAllocation(L.Callback):
         """The rule's answer; None for the uniform one, which needs no look at the model."""
         config = pl_module.adapter_config
         config.validate()
-        if isinstance(config.allocation, Uniform):
+        if isinstance(config.allocation, UniformAllocation):
             return None
         model = load_base(pl_module.base, meta=True)
         weights = SafetensorsWeights.of(pl_module.base.path, pl_module.base.revision)

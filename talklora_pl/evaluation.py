@@ -80,11 +80,11 @@ def choice_scores(nll_B: Tensor, tokens_B: Tensor, group_B: Tensor, choice_B: Te
     return scores_QC
 
 
-def exact_match(output: str, gold: str, pattern: str | None = None) -> bool:
+def exact_match(output: str, answer: str, pattern: str | None = None) -> bool:
     """Whether a generated text is the right answer, see :class:`Evaluation`. A text without a match is wrong."""
     if pattern is None:
-        return output.strip() == gold.strip()
-    found, wanted = re.search(pattern, output), re.search(pattern, gold)
+        return output.strip() == answer.strip()
+    found, wanted = re.search(pattern, output), re.search(pattern, answer)
     return found is not None and wanted is not None and found[0] == wanted[0]
 
 

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from talklora_pl.adapter import Adapter, AdapterConfig, disable_adapter, inject
 from talklora_pl.adapter.gated import find_modules
 from talklora_pl.adapter.io import METHOD, describe, state_tensors
-from talklora_pl.allocation.rules import Uniform
+from talklora_pl.allocation.rules import UniformAllocation
 from talklora_pl.base import BaseModel, load_base, load_tokenizer, portable
 from talklora_pl.callbacks.allocation import ExpertAllocation
 from talklora_pl.distributed.checkpoint import refuse_differences
@@ -116,7 +116,7 @@ class FineTuner(L.LightningModule):
                 find_modules(self.model, config.targets, config.exclude, config.layers, config.experts.site)
             if not problems:
                 # a rule that reads weights has none to read here
-                self._inject(replace(config, allocation=Uniform()))
+                self._inject(replace(config, allocation=UniformAllocation()))
                 groups = grouped(self.trained(), self.param_groups)
 
         for part in (config.validate, load, inject, lambda: try_optimizer(self.optimizer, self.lr_scheduler, groups)):
@@ -133,7 +133,7 @@ class FineTuner(L.LightningModule):
             # the head is new, so it is trained along: everything outside of the encoder that has parameters
             prefix = self.model.base_model_prefix
             heads = [n for n, m in self.model.named_children() if n != prefix and any(True for _ in m.parameters())]
-            config = replace(config, also_train=sorted({*config.also_train, *heads}))
+            config = replace(config, modules_to_save=sorted({*config.modules_to_save, *heads}))
         inject(self.model, config, allocation=self.allocation, device=device)
 
     @property

@@ -22,8 +22,8 @@ class LayerSpec:
         kind_experts: the largest E among the layers of this kind.
         rank: R, rank of one expert.
         hidden_features: width between the two projections of a feed-forward block; 0 for a single Linear.
-        talks: the experts communicate.
-        heard: someone uses what the experts say.
+        communicates: the experts communicate.
+        uses_features: someone uses what the experts say.
         device, dtype: of the trained tensors.
     """
 
@@ -36,8 +36,8 @@ class LayerSpec:
     kind_experts: int
     rank: int
     hidden_features: int = 0
-    talks: bool = False
-    heard: bool = False
+    communicates: bool = False
+    uses_features: bool = False
     device: torch.device | None = None
     dtype: torch.dtype = torch.float32
 

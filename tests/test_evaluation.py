@@ -88,7 +88,7 @@ def test_long_answers_are_not_punished_for_their_length() -> None:
 
 
 @pytest.mark.parametrize(
-    "output, gold, pattern, right",
+    "output, answer, pattern, right",
     [
         (" yes\n", "yes", None, True),
         ("yes!", "yes", None, False),
@@ -97,8 +97,8 @@ def test_long_answers_are_not_punished_for_their_length() -> None:
         ("nothing", "answer2", r"answer[1-5]", False),
     ],
 )
-def test_exact_match(output: str, gold: str, pattern: str | None, right: bool) -> None:
-    assert exact_match(output, gold, pattern) is right
+def test_exact_match(output: str, answer: str, pattern: str | None, right: bool) -> None:
+    assert exact_match(output, answer, pattern) is right
 
 
 def test_ranking_equals_the_model_asked_about_each_choice_alone(base: BaseModel, jsonl: Jsonl) -> None:

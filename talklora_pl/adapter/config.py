@@ -5,12 +5,12 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass, field, fields
 from typing import Any, Literal
 
-from talklora_pl import registry, typed
+from talklora_pl import aliases, registry, typed
 from talklora_pl.allocation import Allocation
-from talklora_pl.allocation.rules import Uniform as Everywhere
+from talklora_pl.allocation.rules import UniformAllocation
 from talklora_pl.balance import Balance
 from talklora_pl.communication import Communication
-from talklora_pl.communication.silent import NoCommunication
+from talklora_pl.communication.identity import NoCommunication
 from talklora_pl.communication.talking import Talking
 from talklora_pl.errors import UserError
 from talklora_pl.experts import Experts
@@ -54,7 +54,7 @@ class AdapterConfig:
         experts, communication, router, balance: the parts, by registry name.
         allocation: the rule by which layers get their number of experts; by default num_experts each.
         plain: ordinary LoRA on further layers.
-        also_train: modules of the base that are trained and saved along, by leaf or full name (a new head).
+        modules_to_save: modules of the base that are trained and saved along, by leaf or full name (a new head).
         dtype: of the trained tensors.
     """
 
@@ -74,9 +74,9 @@ class AdapterConfig:
     communication: Communication = field(default_factory=Talking)
     router: Router = field(default_factory=lambda: Softmax(scores="features"))
     balance: list[Balance] = field(default_factory=list)
-    allocation: Allocation = field(default_factory=Everywhere)
+    allocation: Allocation = field(default_factory=UniformAllocation)
     plain: PlainLoRA | None = None
-    also_train: list[str] = field(default_factory=list)
+    modules_to_save: list[str] = field(default_factory=list)
     dtype: Literal["float32", "float64", "bfloat16"] = "float32"
 
     def __post_init__(self) -> None:
@@ -109,12 +109,12 @@ class AdapterConfig:
         for key in ("dropout_input", "dropout_routing", "dropout_output"):
             if not 0 <= getattr(self, key) < 1:
                 out.append(f"{key} must be in [0, 1), got {getattr(self, key)}")
-        if not self.communication.silent and not (self.router.listens(True) or self.experts_see_talk):
+        if not self.communication.identity and not (self.router.uses_features(True) or self.experts_see_talk):
             out.append(
                 f"nobody hears communication {self.communication.name!r}: router {self.router.name!r} looks at x only; "
                 "set its scores to features or auto, or experts_see_talk to true, or communication to none"
             )
-        if self.experts_see_talk and not self.communication.hears():
+        if self.experts_see_talk and not self.communication.uses_features():
             out.append(
                 f"experts_see_talk: this {self.communication.name!r} does not depend on what the experts say, so they "
                 "cannot use it; choose another communication, or set experts_see_talk to false"
@@ -141,10 +141,10 @@ class AdapterConfig:
         reference = self.rank_per_expert() * (self.num_experts if self.experts.splits_rank else 1)
         return 1.0 if self.alpha is None else self.alpha / reference
 
-    def heard(self) -> bool:
+    def uses_features(self) -> bool:
         """Whether anyone uses what the experts say."""
-        talks = not self.communication.silent
-        return self.communication.hears() and (self.router.listens(talks) or self.experts_see_talk)
+        communicates = not self.communication.identity
+        return self.communication.uses_features() and (self.router.uses_features(communicates) or self.experts_see_talk)
 
     def plain_config(self) -> AdapterConfig | None:
         """The plain LoRA beside the mixture as a configuration of its own: one expert, nothing to decide."""
@@ -184,7 +184,7 @@ class AdapterConfig:
         Raises:
             UserError: an unknown key, component or option.
         """
-        data = dict(data)
+        data = aliases.renamed(data)
         known = {f.name for f in fields(cls)}
         for key in data:
             if key not in known:

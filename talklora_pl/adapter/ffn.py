@@ -47,7 +47,7 @@ class AdaptedFFN(Mixture):
             side.split(F.linear(drop_TD, side.down().to(x_TD.dtype)).to(side.A.dtype)) for side in (e.gate, e.up)
         )
         with torch.autocast(x_TD.device.type, enabled=False):
-            routing, m_TEG = self.decide(x_TD, e.say(hg_TER, hu_TER), x.shape[:-1])
+            routing, m_TEG = self.decide(x_TD, e.node_features(hg_TER, hu_TER), x.shape[:-1])
         if self.experts_see_talk:
             hg_TER, hu_TER = m_TEG.chunk(2, dim=-1)
 
@@ -74,9 +74,9 @@ class AdaptedFFN(Mixture):
         z_TQ = torch.cat(r_ETR, dim=-1) * self.scale
         return torch.addmm(y_TD, z_TQ.to(y_TD.dtype), e.down.up().to(y_TD.dtype)).view(x.shape)
 
-    def say(self, x_TD: Tensor) -> Tensor:
+    def node_features(self, x_TD: Tensor) -> Tensor:
         sides = (self.experts.gate, self.experts.up)
-        m_TEF: Tensor = self.experts.say(*(s.split(F.linear(x_TD.to(s.A.dtype), s.down())) for s in sides))
+        m_TEF: Tensor = self.experts.node_features(*(s.split(F.linear(x_TD.to(s.A.dtype), s.down())) for s in sides))
         return m_TEF
 
     def _add(self, frozen_tH: Tensor, h_tR: Tensor, B_RH: Tensor) -> Tensor:

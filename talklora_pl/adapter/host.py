@@ -1,8 +1,8 @@
 """How a frozen layer meets its adapters: it keeps its place and its names, and asks the active adapter first.
 
-The class of the frozen module is exchanged for a subclass whose forward consults a :class:`Slot`. So the base model's
-tree, its parameter names and its own state dict stay as they were, and every trained tensor lives in one tree of its
-own (``model.talklora.<adapter>``).
+The class of the frozen module is exchanged for a subclass whose forward consults :class:`LayerAdapters`. So the base
+model's tree, its parameter names and its own state dict stay as they were, and every trained tensor lives in one tree
+of its own (``model.talklora.<adapter>``).
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from talklora_pl.errors import UserError
 
 
-class Along:
+class SwappedParameter:
     """A parameter of the base of which adapters have values of their own (a head); they take turns in its place."""
 
     def __init__(self, model: Any, path: str) -> None:
@@ -45,12 +45,12 @@ class Along:
             self.config.vocab_size = rows
 
 
-class Switch:
+class ActiveAdapter:
     """Name of the adapter that is on, or None; one object for all layers of a model."""
 
     def __init__(self) -> None:
         self._active: str | None = None
-        self.along: dict[str, Along] = {}
+        self.along: dict[str, SwappedParameter] = {}
 
     @property
     def active(self) -> str | None:
@@ -64,7 +64,7 @@ class Switch:
 
     def add_value(self, model: nn.Module, path: str, name: str, value: Tensor) -> None:
         """Let ``name``, which is on, have its own value of the base's parameter ``path``."""
-        along = self.along.setdefault(path, Along(model, path))
+        along = self.along.setdefault(path, SwappedParameter(model, path))
         along.values[name] = value
         along.exchange(None, name)
 
@@ -81,10 +81,10 @@ class Switch:
                 del self.along[path]
 
 
-class Slot:
+class LayerAdapters:
     """The adapters of one frozen layer by adapter name. No module: adapters are registered in their own tree."""
 
-    def __init__(self, switch: Switch) -> None:
+    def __init__(self, switch: ActiveAdapter) -> None:
         self.switch = switch
         self.layers: dict[str, nn.Module] = {}
 
@@ -93,10 +93,10 @@ class Adapted:
     """Mixed into the class of an adapted module, in front of it."""
 
     frozen_class: type[nn.Module]
-    talklora_slot: Slot
+    talklora_adapters: LayerAdapters
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        slot = self.talklora_slot
+        slot = self.talklora_adapters
         layer = slot.layers.get(slot.switch.active) if slot.switch.active is not None else None
         if layer is None:
             return super().forward(*args, **kwargs)  # type: ignore[misc]
@@ -122,7 +122,7 @@ class AdapterSet(nn.ModuleDict):
 
     def __init__(self) -> None:
         super().__init__()
-        self.switch = Switch()
+        self.switch = ActiveAdapter()
 
 
 def adapter_set(model: nn.Module) -> AdapterSet:
@@ -157,22 +157,22 @@ def check_attachable(name: str, module: nn.Module) -> None:
         )
 
 
-def attach(module: Any, switch: Switch, name: str, layer: nn.Module) -> None:
+def attach(module: Any, switch: ActiveAdapter, name: str, layer: nn.Module) -> None:
     """Give one frozen module the adapter layer ``layer`` under the adapter's name."""
     if not isinstance(module, Adapted):
         module.__class__ = _adapted_class(type(module))
-        module.talklora_slot = Slot(switch)
+        module.talklora_adapters = LayerAdapters(switch)
         if "_old_forward" in module.__dict__:  # accelerate moves inputs to the layer's device, then calls this
             module._old_forward = MethodType(type(module).forward, module)
-    module.talklora_slot.layers[name] = layer
+    module.talklora_adapters.layers[name] = layer
 
 
 def detach(module: nn.Module, name: str) -> None:
     """Take one adapter from a module; with the last of them the module is what it was before."""
     if isinstance(module, Adapted):
-        module.talklora_slot.layers.pop(name, None)
-        if not module.talklora_slot.layers:
-            del module.talklora_slot
+        module.talklora_adapters.layers.pop(name, None)
+        if not module.talklora_adapters.layers:
+            del module.talklora_adapters
             module.__class__ = module.frozen_class  # type: ignore[assignment]
             if "_old_forward" in module.__dict__:
                 module._old_forward = MethodType(type(module).forward, module)  # type: ignore[assignment]

@@ -147,10 +147,12 @@ def build(
             found = _build(model, part, adapter, allocation if part is config else None, device)
             built.update(found)
             adapter.plain_layers = [] if part is config else list(found)
-    for also in config.also_train:
+    for also in config.modules_to_save:
         if not trained_by([also], model):
             children = [n for n, _ in model.named_children()]
-            raise UserError(f"also_train: this model has no module {also!r}.{registry.did_you_mean(also, children)}")
+            raise UserError(
+                f"modules_to_save: this model has no module {also!r}.{registry.did_you_mean(also, children)}"
+            )
     for loss in config.balance:
         if not adapter.routed_layers():
             raise UserError(
@@ -164,7 +166,7 @@ def build(
 
 def install(model: nn.Module, adapter: Adapter, built: Built, name: str) -> Adapter:
     """Freeze ``model``, register ``adapter`` under ``name`` and turn it on."""
-    along = trained_by(adapter.config.also_train, model)
+    along = trained_by(adapter.config.modules_to_save, model)
     for n, p in model.named_parameters():
         if not n.startswith("talklora."):
             p.requires_grad_(n in along)
@@ -180,10 +182,10 @@ def install(model: nn.Module, adapter: Adapter, built: Built, name: str) -> Adap
     return adapter
 
 
-def trained_by(also_train: list[str], model: nn.Module) -> set[str]:
-    """Names of the base's parameters that ``also_train`` selects."""
+def trained_by(modules_to_save: list[str], model: nn.Module) -> set[str]:
+    """Names of the base's parameters that ``modules_to_save`` selects."""
     names = [n for n, _ in model.named_parameters() if not n.startswith("talklora.")]
-    return {n for n in names if any(f".{a}." in f".{n}" for a in also_train)}
+    return {n for n in names if any(f".{a}." in f".{n}" for a in modules_to_save)}
 
 
 def _build(
@@ -268,8 +270,8 @@ def _spec(name: str, module: nn.Module, config: AdapterConfig, num_experts: int,
         kind_experts=num_experts,
         rank=config.rank_per_expert(),
         hidden_features=hidden,
-        talks=not config.communication.silent,
-        heard=config.heard(),
+        communicates=not config.communication.identity,
+        uses_features=config.uses_features(),
         device=torch.device(device),
         dtype=getattr(torch, config.dtype),
     )

@@ -46,8 +46,8 @@ OTHERS = {
 def trained_along(model: nn.Module, name: str = "default") -> dict[str, Tensor]:
     """Tensors of the base itself that are trained along with an adapter, by name."""
     adapters = adapter_set(model)
-    wanted = trained_by(get_adapter(model, name).config.also_train, model)
-    others = {n for a in adapters if a != name for n in trained_by(get_adapter(model, a).config.also_train, model)}
+    wanted = trained_by(get_adapter(model, name).config.modules_to_save, model)
+    others = {n for a in adapters if a != name for n in trained_by(get_adapter(model, a).config.modules_to_save, model)}
     return {
         n: p.detach()
         for n, p in model.named_parameters()

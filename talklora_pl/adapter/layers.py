@@ -48,9 +48,9 @@ class AdaptedLinear(Mixture):
         y_TO = add_up(y_TO, z_TQ, self.experts.up(), self.dropout_output, self.training)
         return y_TO.view(*x.shape[:-1], -1)
 
-    def say(self, x_TD: Tensor) -> Tensor:
+    def node_features(self, x_TD: Tensor) -> Tensor:
         A_PD = self.experts.down()
-        m_TEF: Tensor = self.experts.say(self.experts.split(F.linear(x_TD.to(A_PD.dtype), A_PD)))
+        m_TEF: Tensor = self.experts.node_features(self.experts.split(F.linear(x_TD.to(A_PD.dtype), A_PD)))
         return m_TEF
 
     def rank_space(self, x_TD: Tensor, h_TP: Tensor, leading_shape: torch.Size) -> Tensor:
@@ -61,7 +61,7 @@ class AdaptedLinear(Mixture):
             if self._block:
                 w_TE = self._block[0].weights()
             else:
-                routing, m_TEG = self.decide(x_TD, self.experts.say(h_TER), leading_shape)
+                routing, m_TEG = self.decide(x_TD, self.experts.node_features(h_TER), leading_shape)
                 w_TE = routing.weights_TE
                 if self.experts_see_talk:
                     h_TER = m_TEG

@@ -38,7 +38,7 @@ class Mixture(nn.Module):
                 f"per expert that communication {config.communication.name!r} gives; set experts_see_talk to false."
             )
 
-    def say(self, x_TD: Tensor) -> Tensor:
+    def node_features(self, x_TD: Tensor) -> Tensor:
         """What the experts say of an input by themselves, m_TEF: for measurements, which need the decision alone."""
         raise NotImplementedError
 
@@ -63,7 +63,7 @@ class BlockMixture(Mixture):
     def __init__(self, layer: LayerSpec, config: AdapterConfig) -> None:
         super().__init__(layer, config)
         self.width = layer.in_features
-        self.heard = layer.heard
+        self.uses_features = layer.uses_features
         self.num_experts = layer.num_experts
         self._speaker: tuple[Any, ...] = ()
         self._routing: Routing | None = None
@@ -97,15 +97,15 @@ class BlockMixture(Mixture):
         finally:
             self._routing = outer
 
-    def say(self, x_TD: Tensor) -> Tensor:
-        if not self.heard:
+    def node_features(self, x_TD: Tensor) -> Tensor:
+        if not self.uses_features:
             return x_TD.new_zeros(x_TD.shape[0], self.num_experts, 0)
         experts = self._speaker[0]
         A_PD = experts.down()
-        m_TEF: Tensor = experts.say(experts.split(F.linear(x_TD.to(A_PD.dtype), A_PD)))
+        m_TEF: Tensor = experts.node_features(experts.split(F.linear(x_TD.to(A_PD.dtype), A_PD)))
         return m_TEF
 
     def _decide(self, x: Tensor) -> Routing:
         x_TD = x.reshape(-1, x.shape[-1])
         with torch.autocast(x_TD.device.type, enabled=False):
-            return self.decide(x_TD, self.say(x_TD), x.shape[:-1])[0]
+            return self.decide(x_TD, self.node_features(x_TD), x.shape[:-1])[0]

@@ -50,7 +50,7 @@ def _spread(experts: Any, layers: Sequence[LayerTargets], where: str) -> dict[st
 
 @register("uniform")
 @dataclass
-class Uniform(Allocation):
+class UniformAllocation(Allocation):
     """The configured number of experts in every layer."""
 
     def allocate(

@@ -49,13 +49,13 @@ class Communication(Component):
     """Family of communication modules.
 
     Class attributes:
-        silent: the module returns what it is given.
+        identity: the module returns what it is given.
     """
 
     family = "communication"
-    silent: ClassVar[bool] = False
+    identity: ClassVar[bool] = False
 
-    def hears(self) -> bool:
+    def uses_features(self) -> bool:
         """Whether the result depends on what the experts of this token say."""
         return True
 

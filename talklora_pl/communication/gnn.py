@@ -148,7 +148,7 @@ class GNN(Communication):
         if self.width is not None and (self.width < 1 or self.nodes == "experts"):
             raise ValueError(f"width {self.width} needs nodes: embeddings, and must be at least 1")
 
-    def hears(self) -> bool:
+    def uses_features(self) -> bool:
         return self.nodes == "experts"
 
     def build(self, layer: LayerSpec, features: int) -> CommunicationModule:

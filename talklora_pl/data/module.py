@@ -172,7 +172,7 @@ class TextData(L.LightningDataModule):
             done = prepare(
                 [source for _, source in entries],
                 tokenize,
-                gold=stage != "predict",
+                require_answers=stage != "predict",
                 classes=classes,
                 num_classes=num_classes,
                 on_bad_row=self.on_bad_row,

@@ -46,7 +46,7 @@ def prepare(
     sources: list[Source],
     tokenize: Tokenize,
     *,
-    gold: bool = True,
+    require_answers: bool = True,
     classes: list[str] | None = None,
     num_classes: int | None = None,
     on_bad_row: str = "error",
@@ -58,7 +58,7 @@ def prepare(
     Args:
         sources: what to read.
         tokenize: how.
-        gold: every row must have its answer.
+        require_answers: every row must have its answer.
         classes: names of the classes.
         num_classes: number of classes.
         on_bad_row: `error` raises if any row is bad, `skip` leaves bad rows out.
@@ -73,8 +73,8 @@ def prepare(
     out: list[Prepared] = []
     for source in sources:
         try:
-            source = settle(source, tokenize.classify, bool(tokenize.tokenizer.chat_template))
-            out.append(_prepare(source, tokenize, RowReader(source, gold, classes, num_classes), cache))
+            source = resolve_source(source, tokenize.classify, bool(tokenize.tokenizer.chat_template))
+            out.append(_prepare(source, tokenize, RowReader(source, require_answers, classes, num_classes), cache))
         except UserError as e:
             problems.append(str(e))
             continue
@@ -114,7 +114,7 @@ def _grouped(bad: list[BadRow]) -> list[str]:
     return lines
 
 
-def settle(source: Source, classify: bool, has_template: bool = True) -> Source:
+def resolve_source(source: Source, classify: bool, has_template: bool = True) -> Source:
     """A source whose kind of rows and format are decided and fit together.
 
     Args:
@@ -151,7 +151,7 @@ def _prepare(source: Source, tokenize: Tokenize, read: RowReader, cache: Path | 
 
     rows = Reader(source)
     recipe = [VERSION, asdict(source), rows.identity, tokenize.identity, tokenize.max_length, tokenize.eos]
-    recipe += [tokenize.classify, read.gold, read.classes, read.num_classes]
+    recipe += [tokenize.classify, read.require_answers, read.classes, read.num_classes]
     key = hashlib.sha256(json.dumps(recipe).encode()).hexdigest()[:32]
 
     def write(folder: Path) -> None:

@@ -81,16 +81,20 @@ class RowReader:
 
     Args:
         source: gives the kind of rows and the names of the columns.
-        gold: the answer must be there.
+        require_answers: the answer must be there.
         classes: names of the classes, where `label` may be a name.
         num_classes: how many classes there are; None: any number.
     """
 
     def __init__(
-        self, source: Source, gold: bool = True, classes: list[str] | None = None, num_classes: int | None = None
+        self,
+        source: Source,
+        require_answers: bool = True,
+        classes: list[str] | None = None,
+        num_classes: int | None = None,
     ) -> None:
         self.kind = source.rows or "completion"
-        self.columns, self.gold, self.classes = source.columns, gold, classes
+        self.columns, self.require_answers, self.classes = source.columns, require_answers, classes
         self.num_classes = len(classes) if classes else num_classes
 
     def __call__(self, row: dict[str, Any]) -> Example:
@@ -103,7 +107,7 @@ class RowReader:
 
     def mapped(self) -> dict[str, str]:
         """Columns that the user names and that must be somewhere in the data -> their fields."""
-        optional = () if self.gold else FIELDS[self.kind][1]
+        optional = () if self.require_answers else FIELDS[self.kind][1]
         lists = {f: [c] if isinstance(c, str) else c for f, c in self.columns.items() if f not in optional}
         return {column: name for name, columns in lists.items() for column in columns}
 
@@ -143,7 +147,7 @@ class RowReader:
         return value
 
     def _answer(self, row: dict[str, Any], name: str) -> list[str]:
-        answer = self.text(row, name, required=self.gold)
+        answer = self.text(row, name, required=self.require_answers)
         return [answer] if answer else []
 
     def _instruction(self, row: dict[str, Any]) -> Example:
@@ -168,7 +172,7 @@ class RowReader:
             self._text(message.get("content"), f"{place}.content", empty=role == "system")
         messages = [{"role": m["role"], "content": m["content"]} for m in messages]
         answered = messages[-1]["role"] == "assistant"
-        if self.gold and not answered:
+        if self.require_answers and not answered:
             raise BadRow("the last message must be the assistant's: it is what the model learns", column)
         answers = [messages[-1]["content"]] if answered else []
         return Example(messages=messages, answers=answers, label=0 if answered else None)
@@ -207,7 +211,7 @@ class RowReader:
         Names that the user has `listed` come first, and alone if there is a number among them. Else an integer is an
         index, and a text is all that it can be: one of the `texts`, or an index in a CSV cell. That must be one thing.
         """
-        value, column = self.get(row, "label", required=self.gold), self._column("label")
+        value, column = self.get(row, "label", required=self.require_answers), self._column("label")
         what = "choices" if self.kind == "choice" else "classes"
         if value is None:
             return None

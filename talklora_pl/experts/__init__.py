@@ -33,7 +33,7 @@ class LinearExperts(nn.Module):
         """h_TP -> h_TER, the rank features of every expert."""
         raise NotImplementedError
 
-    def say(self, h_TER: Tensor) -> Tensor:
+    def node_features(self, h_TER: Tensor) -> Tensor:
         """h_TER -> m_TEF, what every expert says. The features themselves unless a kind needs something else."""
         return h_TER
 

@@ -28,7 +28,7 @@ class FFNExperts(nn.Module):
         self.up = PrivateExperts(inner)
         self.down = PrivateExperts(replace(layer, in_features=layer.hidden_features))
 
-    def say(self, gate_TER: Tensor, up_TER: Tensor) -> Tensor:
+    def node_features(self, gate_TER: Tensor, up_TER: Tensor) -> Tensor:
         """m_TEF: the rank features of gate and up, one after the other."""
         return torch.cat([gate_TER, up_TER], dim=-1)
 

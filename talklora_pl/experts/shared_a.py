@@ -24,7 +24,7 @@ class SharedAExperts(LinearExperts):
         self.A = layer.uniform(layer.rank, layer.in_features, fan_in=layer.in_features)
         self.B = layer.zeros(layer.num_experts, layer.rank, layer.out_features)
         shape = (layer.num_experts, layer.rank)
-        self.embedding = layer.uniform(*shape, fan_in=layer.rank) if layer.heard else None
+        self.embedding = layer.uniform(*shape, fan_in=layer.rank) if layer.uses_features else None
 
     def down(self) -> Tensor:
         return self.A
@@ -32,7 +32,7 @@ class SharedAExperts(LinearExperts):
     def split(self, h_TP: Tensor) -> Tensor:
         return h_TP.unsqueeze(1).expand(-1, self.B.shape[0], -1)
 
-    def say(self, h_TER: Tensor) -> Tensor:
+    def node_features(self, h_TER: Tensor) -> Tensor:
         return h_TER if self.embedding is None else h_TER + self.embedding
 
     def up(self) -> Tensor:

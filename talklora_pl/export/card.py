@@ -85,8 +85,8 @@ def _method(about: dict[str, Any]) -> dict[str, str]:
     rows["targets"] = str(adapter["targets"])
     if adapter["plain"]:
         rows["plain LoRA"] = f"rank {adapter['plain']['rank']} on {adapter['plain']['targets']}"
-    if adapter["also_train"]:
-        rows["trained along"] = ", ".join(adapter["also_train"])
+    if adapter["modules_to_save"]:
+        rows["trained along"] = ", ".join(adapter["modules_to_save"])
     return rows
 
 

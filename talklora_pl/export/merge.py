@@ -42,7 +42,7 @@ def why_not(config: AdapterConfig, experts_per_layer: dict[str, int]) -> str | N
         )
     if several and config.experts.site == "ffn":
         return f"the mean of several whole feed-forward blocks (as in {several[0]!r}) is not linear in the input"
-    if config.experts_see_talk and not config.communication.silent:
+    if config.experts_see_talk and not config.communication.identity:
         return f"the experts use what communication {config.communication.name!r} makes of each token's features"
     return None
 

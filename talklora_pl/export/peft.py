@@ -62,7 +62,7 @@ def write_peft(folder: Path, tensors: dict[str, Tensor], about: dict[str, Any], 
             "bias": "none",
             "fan_in_fan_out": any(isinstance(model.get_submodule(n), Conv1D) for n in changes),
             "target_modules": sorted(changes),
-            "modules_to_save": sorted(options.also_train) or None,
+            "modules_to_save": sorted(options.modules_to_save) or None,
         },
     )
     ready = {f"{n}.lora_A.weight": c.A_PD for n, c in changes.items()}

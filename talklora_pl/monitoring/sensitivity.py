@@ -75,7 +75,7 @@ def communication_matrices(adapter: nn.Module, inputs: Mapping[str, Tensor] | No
     for name, layer in deciding_layers(adapter).items():
         matrix = layer.communication.matrix()
         if matrix is None and inputs and name in inputs:
-            matrix = layer.communication.matrix(layer.say(inputs[name]))
+            matrix = layer.communication.matrix(layer.node_features(inputs[name]))
         if matrix is not None and len(matrix) > 1:
             found[name] = matrix.detach().float().cpu()
     return found
@@ -83,7 +83,7 @@ def communication_matrices(adapter: nn.Module, inputs: Mapping[str, Tensor] | No
 
 def routing_weights(layer: Mixture, x_TD: Tensor) -> Tensor:
     """w_TE of a layer as a function of its input alone, in the precision of the trained tensors."""
-    weights_TE: Tensor = layer.router(x_TD, layer.communication(layer.say(x_TD), x_TD)).weights_TE
+    weights_TE: Tensor = layer.router(x_TD, layer.communication(layer.node_features(x_TD), x_TD)).weights_TE
     return weights_TE
 
 

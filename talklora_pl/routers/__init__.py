@@ -50,7 +50,7 @@ class Router(Component):
     family = "router"
     per: Literal["linear", "block"] = field(default="linear", kw_only=True)
 
-    def listens(self, talks: bool) -> bool:
+    def uses_features(self, communicates: bool) -> bool:
         """Whether the decision depends on what the experts say; ``talks``: they communicate before."""
         return True
 

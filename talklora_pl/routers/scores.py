@@ -30,7 +30,7 @@ class Scores(nn.Module):
 
     def __init__(self, layer: LayerSpec, features: int, options: Scored) -> None:
         super().__init__()
-        self.source = options.source(layer.talks)
+        self.source = options.source(layer.communicates)
         self.temperature = options.temperature
         rows = 1 if self.source == "per_expert" else layer.num_experts
         width = {"x": layer.in_features, "features": layer.num_experts * features, "per_expert": features}[self.source]
@@ -73,11 +73,11 @@ class Scored(Router):
         if not self.temperature > 0:
             raise ValueError(f"temperature must be > 0, got {self.temperature}")
 
-    def source(self, talks: bool) -> str:
+    def source(self, communicates: bool) -> str:
         """``scores`` with ``auto`` resolved."""
         if self.scores == "auto":
-            return "features" if talks else "x"
+            return "features" if communicates else "x"
         return self.scores
 
-    def listens(self, talks: bool) -> bool:
-        return self.source(talks) != "x"
+    def uses_features(self, communicates: bool) -> bool:
+        return self.source(communicates) != "x"

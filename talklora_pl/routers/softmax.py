@@ -55,7 +55,7 @@ class UniformRouter(RouterModule):
 class Uniform(Router):
     """No decision: w_i = 1/E for every token. With one expert this is plain LoRA."""
 
-    def listens(self, talks: bool) -> bool:
+    def uses_features(self, communicates: bool) -> bool:
         return False
 
     def build(self, layer: LayerSpec, features: int) -> RouterModule:

@@ -12,7 +12,7 @@ from talklora_pl import UserError
 from talklora_pl.adapter import AdapterConfig, RoutingCollector, disable_adapter, inject, remove_adapter
 from talklora_pl.adapter.host import Adapted
 from talklora_pl.adapter.targets import find_targets
-from talklora_pl.communication.silent import NoCommunication
+from talklora_pl.communication.identity import NoCommunication
 from talklora_pl.communication.talking import Talking
 from talklora_pl.experts.lora import LoRA, SplitLoRA
 from talklora_pl.routers.softmax import Softmax, Uniform
@@ -313,7 +313,7 @@ def test_targets_by_name_regex_all_linear_exclude_and_layers() -> None:
         ({"rank": None}, ["either rank", "expert_rank"]),
         ({"num_experts": 0}, ["num_experts must be at least 1"]),
         ({"dropout_input": 1.5}, ["dropout_input must be in [0, 1)"]),
-        ({"also_train": ["score"]}, ["no module 'score'", "lm_head"]),
+        ({"modules_to_save": ["score"]}, ["no module 'score'", "lm_head"]),
         ({"rank": 7, "dropout_output": -1}, ["rank 7", "dropout_output"]),
     ],
 )

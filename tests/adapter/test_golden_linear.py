@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from talklora_pl.adapter import Adapter, AdapterConfig, RoutingCollector, inject
-from talklora_pl.communication.silent import NoCommunication
+from talklora_pl.communication.identity import NoCommunication
 from talklora_pl.communication.talking import Talking
 from talklora_pl.experts.lora import LoRA, SplitLoRA
 from talklora_pl.experts.shared_a import SharedA

@@ -14,7 +14,7 @@ from talklora_pl.adapter import AdapterConfig, inject
 from talklora_pl.adapter.allocation import bare_layers, decide, layer_targets
 from talklora_pl.allocation import Allocation, LayerTargets
 from talklora_pl.allocation.alpha import Alpha, apportion
-from talklora_pl.allocation.rules import File, Groups, Listed, Published, Uniform
+from talklora_pl.allocation.rules import File, Groups, Listed, Published, UniformAllocation
 from talklora_pl.base.weights import ModuleWeights
 from talklora_pl.errors import UserError
 
@@ -93,7 +93,7 @@ def test_groups_of_any_depth():
 
 
 def test_uniform_list_file_and_table(tmp_path):
-    assert counts(Uniform(), 3) == [4, 4, 4]
+    assert counts(UniformAllocation(), 3) == [4, 4, 4]
     assert counts(Listed([1, 2, 3]), 3) == [1, 2, 3]
     table = {"layers.0.q": 1, "layers.0.v": 2, "layers.1.q": 3, "layers.1.v": 4}
     assert Listed(table).allocate(layers(2), 9) == table
@@ -139,7 +139,7 @@ def test_broken_file(tmp_path):
 
 
 def test_registry_round_trip():
-    for rule in (Uniform(), Groups([1, 9]), Listed([1, 2]), Published(), Alpha(budget=7, estimator="median")):
+    for rule in (UniformAllocation(), Groups([1, 9]), Listed([1, 2]), Published(), Alpha(budget=7, estimator="median")):
         assert registry.from_dict(Allocation, registry.to_dict(rule)) == rule
     assert set(registry.names(Allocation)) >= {"alpha", "uniform", "groups", "list", "file", "published"}
 

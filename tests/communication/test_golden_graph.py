@@ -23,7 +23,17 @@ def build(config: dict[str, Any], tensors: dict[str, Tensor]) -> tuple[Any, Any,
     """(communication, router, our trained tensors by golden name) with the golden values."""
     n, d = config["n"], config["d_model"]
     spec = LayerSpec(
-        "layers.0.mlp", "mlp", 0, d, d, n, n, rank=2, talks=True, heard=False, dtype=getattr(torch, config["dtype"])
+        "layers.0.mlp",
+        "mlp",
+        0,
+        d,
+        d,
+        n,
+        n,
+        rank=2,
+        communicates=True,
+        uses_features=False,
+        dtype=getattr(torch, config["dtype"]),
     )
     options = GNN(
         nodes="embeddings",

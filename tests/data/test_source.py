@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from talklora_pl.data.formats import check_format
-from talklora_pl.data.prepare import settle
+from talklora_pl.data.prepare import resolve_source
 from talklora_pl.data.rows import Example, RowReader
 from talklora_pl.data.source import BadRow, Reader, Source
 from talklora_pl.errors import UserError
@@ -178,10 +178,10 @@ def test_a_label_that_can_mean_two_choices_is_refused() -> None:
 
 
 def test_predicting_needs_no_answers() -> None:
-    assert example("completion", {"prompt": "p"}, gold=False) == Example("p")
-    assert example("choice", {"question": "q", "choices": ["x", "y"]}, gold=False).label is None
-    assert example("chat", {"messages": [{"role": "user", "content": "u"}]}, gold=False).answers == []
-    assert example("classification", {"text": "t"}, gold=False).label is None
+    assert example("completion", {"prompt": "p"}, require_answers=False) == Example("p")
+    assert example("choice", {"question": "q", "choices": ["x", "y"]}, require_answers=False).label is None
+    assert example("chat", {"messages": [{"role": "user", "content": "u"}]}, require_answers=False).answers == []
+    assert example("classification", {"text": "t"}, require_answers=False).label is None
 
 
 CHOICE = {"question": "q", "choices": ["x", "y"], "label": 1}
@@ -223,7 +223,7 @@ def test_bad_rows(kind: str, row: dict[str, Any], column: str, problem: str) -> 
 
 def test_kind_and_format_are_decided_together() -> None:
     def decided(classify: bool = False, **options: Any) -> tuple[str | None, str | None]:
-        source = settle(Source("f", **options), classify)
+        source = resolve_source(Source("f", **options), classify)
         return source.rows, source.format
 
     assert decided() == ("completion", "plain")
@@ -249,14 +249,14 @@ def test_kind_and_format_are_decided_together() -> None:
 )
 def test_options_that_do_not_fit(options: dict[str, Any], message: str) -> None:
     with pytest.raises(UserError, match=f"^f: .*{message}"):
-        settle(Source("f", **options), False)
+        resolve_source(Source("f", **options), False)
 
 
 @pytest.mark.parametrize("rows, remedy", [("chat", r"model.base.path\."), ("choice", "or another format")])
 def test_a_tokenizer_without_a_chat_template(rows: str, remedy: str) -> None:
     with pytest.raises(UserError, match=f"^f: format: chat needs .*{remedy}"):
-        settle(Source("f", rows=rows, format="chat"), False, has_template=False)
-    settle(Source("f", rows="choice"), False, has_template=False)
+        resolve_source(Source("f", rows=rows, format="chat"), False, has_template=False)
+    resolve_source(Source("f", rows="choice"), False, has_template=False)
 
 
 def test_a_template_needs_its_place() -> None:

@@ -16,7 +16,7 @@ from transformers.models.phi3.modeling_phi3 import Phi3MLP
 from talklora_pl import UserError
 from talklora_pl.adapter import AdapterConfig, RoutingCollector, inject
 from talklora_pl.communication.gnn import GNN
-from talklora_pl.communication.silent import NoCommunication
+from talklora_pl.communication.identity import NoCommunication
 from talklora_pl.communication.talking import Talking
 from talklora_pl.experts.ffn_lora import FFNLoRA
 from talklora_pl.routers.softmax import Softmax

@@ -77,7 +77,7 @@ def cases() -> dict[str, tuple[str, AdapterConfig]]:
     out = {f"llama-{m}": ("llama", config_of(m)) for m in METHODS}
     for family in FAMILIES:
         head = {"roberta": ["classifier"], "bert": ["classifier"], "llama_classifier": ["score"]}.get(family, [])
-        out[family] = (family, AdapterConfig(targets="all-linear", rank=8, also_train=head))
+        out[family] = (family, AdapterConfig(targets="all-linear", rank=8, modules_to_save=head))
     return out
 
 

@@ -96,7 +96,7 @@ def test_memory_is_the_adapters_only(base: Path, tmp_path: Path) -> None:
 
 def test_every_adapter_has_its_own_head(tmp_path: Path) -> None:
     base = models.save_base(tmp_path / "base", "bert")
-    config = AdapterConfig(targets="all-linear", rank=8, also_train=["classifier"])
+    config = AdapterConfig(targets="all-linear", rank=8, modules_to_save=["classifier"])
     want = {n: saved(base, tmp_path / n, config, seed, "bert") for seed, n in enumerate(("a", "b"))}
     model = models.load(base, "bert")
     head, alone = model.classifier.weight.clone(), models.logits(model)
@@ -125,7 +125,7 @@ def test_every_adapter_has_its_own_head(tmp_path: Path) -> None:
 def test_an_adapter_beside_one_with_a_head(base: Path, tmp_path: Path) -> None:
     """What is the base does not depend on which adapter is on when another one is loaded, saved or removed."""
     want = {
-        "head": saved(base, tmp_path / "head", AdapterConfig(rank=8, also_train=["embed_tokens", "lm_head"]), 1),
+        "head": saved(base, tmp_path / "head", AdapterConfig(rank=8, modules_to_save=["embed_tokens", "lm_head"]), 1),
         "talk": saved(base, tmp_path / "talk", config_of("talklora"), 2),
     }
     model = models.load(base)
@@ -146,7 +146,7 @@ def test_an_adapter_beside_one_with_a_head(base: Path, tmp_path: Path) -> None:
 def test_new_tokens_go_along(base: Path, tmp_path: Path) -> None:
     model = models.load(base)
     model.resize_token_embeddings(models.VOCABULARY + 3, mean_resizing=False)
-    models.train(model, AdapterConfig(rank=8, also_train=["embed_tokens", "lm_head"]))
+    models.train(model, AdapterConfig(rank=8, modules_to_save=["embed_tokens", "lm_head"]))
     save_adapter(model, tmp_path / "a")
     ids = torch.tensor([[1, models.VOCABULARY + 2, 5]])
     other = models.load(base)

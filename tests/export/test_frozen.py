@@ -24,7 +24,7 @@ from tests.methods.test_configs import METHODS, config_of
 
 FOLDER = Path(__file__).parent / "frozen"
 OLD = FOLDER / "v1"
-FURTHER = {"head": AdapterConfig(rank=8, also_train=["lm_head"])}
+FURTHER = {"head": AdapterConfig(rank=8, modules_to_save=["lm_head"])}
 
 
 def tensors(method: str) -> dict[str, str]:

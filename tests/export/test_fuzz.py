@@ -206,7 +206,7 @@ def fuzz(count: int, seed: int, tmp_path: Path, watch: Watch) -> dict[str, int]:
         "talklora": config_of("talklora"),
         "mixlora": config_of("mixlora"),
         "graphlora": config_of("graphlora"),
-        "head": AdapterConfig(rank=8, also_train=["lm_head"]),
+        "head": AdapterConfig(rank=8, modules_to_save=["lm_head"]),
     }
     for name, config in configs.items():
         model = models.load(base)

@@ -170,7 +170,7 @@ def test_another_base_is_refused_by_from_pretrained(folder: Path, tmp_path: Path
 def test_classes_that_the_head_does_not_have_take_no_memory(tmp_path: Path) -> None:
     base = models.save_base(tmp_path / "base", "bert")
     model = models.load(base, "bert")
-    models.train(model, AdapterConfig(targets="all-linear", rank=8, also_train=["classifier"]))
+    models.train(model, AdapterConfig(targets="all-linear", rank=8, modules_to_save=["classifier"]))
     folder = export_adapter(model, tmp_path / "adapter")
     change(folder / "config.json", id2label={i: f"L{i}" for i in range(100_000)})
     with pytest.raises(UserError, match="no trained head in the folder has 100000 classes"):

@@ -157,9 +157,9 @@ def permute_experts(adapter: Adapter, order: Tensor) -> None:
             elif leaf in ("weight", "noise"):
                 if t.shape[0] == E:  # not the one row that all experts share
                     rows = t[order]
-                    features = t.shape[1] % E == 0 and adapter.config.router.listens(True) and ".router." in name
-                    talks = not adapter.config.communication.silent
-                    if features and adapter.config.router.listens(talks):
+                    features = t.shape[1] % E == 0 and adapter.config.router.uses_features(True) and ".router." in name
+                    communicates = not adapter.config.communication.identity
+                    if features and adapter.config.router.uses_features(communicates):
                         rows = rows.view(E, E, -1)[:, order].flatten(1)
                     t.copy_(rows)
             elif leaf in first and not (leaf == "A" and t.dim() == 2):

@@ -86,7 +86,7 @@ def test_whole_ffn_where_it_is_gated(kind: str, method: str) -> None:
 @pytest.mark.parametrize("kind", ENCODERS)
 def test_the_head_is_trained_and_saved_along(kind: str, tmp_path: Any) -> None:
     model = build(kind)
-    inject(model, sized("talklora", "all-linear", also_train=["classifier"]))
+    inject(model, sized("talklora", "all-linear", modules_to_save=["classifier"]))
     trained = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.SGD(trained, lr=0.5)
     for _ in range(2):

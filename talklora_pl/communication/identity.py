@@ -11,7 +11,7 @@ from talklora_pl.registry import register
 from talklora_pl.spec import LayerSpec
 
 
-class Silence(CommunicationModule):
+class Identity(CommunicationModule):
     """m'_i = m_i."""
 
     def forward(self, m_TEF: Tensor, x_TD: Tensor) -> Tensor:
@@ -23,7 +23,7 @@ class Silence(CommunicationModule):
 class NoCommunication(Communication):
     """Experts say nothing to each other: m'_i = m_i."""
 
-    silent = True
+    identity = True
 
     def build(self, layer: LayerSpec, features: int) -> CommunicationModule:
-        return Silence(features)
+        return Identity(features)
