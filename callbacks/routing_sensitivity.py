@@ -12,7 +12,9 @@ from talklora_pl.monitoring.tensorboard import Board
 
 
 class RoutingSensitivity(L.Callback):
-    """Logs how strongly routing weights react to the layers' inputs; equations: :mod:`talklora_pl.monitoring.sensitivity`.
+    """Logs how strongly routing weights react to the layers' inputs.
+
+    Equations: :mod:`talklora_pl.monitoring.sensitivity`.
 
     ``sensitivity/change`` and ``sensitivity/jacobian`` are means over layers; ``sensitivity_layers/*`` is every layer.
     The tokens are those of the first validation batches of every process, the same in every evaluation.
