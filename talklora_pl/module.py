@@ -21,7 +21,6 @@ from torch import Tensor, nn
 from talklora_pl.adapter import Adapter, AdapterConfig, disable_adapter, inject
 from talklora_pl.adapter.gated import find_modules
 from talklora_pl.adapter.io import METHOD, describe, state_tensors
-from talklora_pl.allocation.rules import UniformAllocation
 from talklora_pl.base import BaseModel, load_base, load_tokenizer, portable
 from talklora_pl.callbacks.allocation import ExpertAllocation
 from talklora_pl.distributed.checkpoint import refuse_differences
@@ -116,7 +115,7 @@ class FineTuner(L.LightningModule):
                 find_modules(self.model, config.targets, config.exclude, config.layers, config.experts.site)
             if not problems:
                 # a rule that reads weights has none to read here
-                self._inject(replace(config, allocation=UniformAllocation()))
+                self._inject(config.before_allocation())
                 groups = grouped(self.trained(), self.param_groups)
 
         for part in (config.validate, load, inject, lambda: try_optimizer(self.optimizer, self.lr_scheduler, groups)):
@@ -216,11 +215,11 @@ class FineTuner(L.LightningModule):
 
     def balance_loss(self) -> Tensor:
         """Weighted sum of the balance losses of the newest micro-step, each logged by name."""
-        records = [r for r in self.routing if r.routing.weights_TE.shape[1] > 1]
         total = torch.zeros((), device=self.device)
         with torch.autocast(self.device.type, enabled=False):  # sums over tokens need more than bf16's 8 bits
             for options in self.adapter.config.balance:
-                value = self.adapter.balance[options.name](records)
+                loss = self.adapter.balance[options.name]
+                value = loss([r for r in self.routing if r.layer in loss.group])
                 self.log(f"balance/{options.name}", value.detach(), batch_size=1)
                 total = total + options.weight * value
         return total

@@ -8,18 +8,12 @@ from typing import TYPE_CHECKING
 from torch import nn
 
 from talklora_pl.adapter.gated import find_modules
-from talklora_pl.adapter.targets import is_linear, output_heads
+from talklora_pl.adapter.targets import is_linear, layer_stem, output_heads
 from talklora_pl.allocation import LayerTargets
 from talklora_pl.base.weights import WeightSource
 
 if TYPE_CHECKING:
     from talklora_pl.adapter.config import AdapterConfig
-
-
-def _stem(name: str) -> str | None:
-    """``model.layers.3`` of ``model.layers.3.mlp.up_proj``: up to the first number."""
-    parts = name.split(".")
-    return next((".".join(parts[: i + 1]) for i, part in enumerate(parts) if part.isdigit()), None)
 
 
 def layer_targets(
@@ -38,12 +32,12 @@ def layer_targets(
     heads = output_heads(model)
     every: dict[str, list[str]] = {}
     for name, module in model.named_modules():
-        stem = _stem(name)
+        stem = layer_stem(name)
         if stem and is_linear(module) and id(module) not in heads and not name.startswith("talklora."):
             every.setdefault(stem, []).append(name)
     chosen: dict[str, list[str]] = {}
     for name in found:
-        if stem := _stem(name):
+        if stem := layer_stem(name):
             chosen.setdefault(stem, []).append(name)
     return [
         LayerTargets(int(stem.rsplit(".", 1)[-1]), tuple(modules), tuple(every.get(stem, ())))
@@ -53,9 +47,9 @@ def layer_targets(
 
 def bare_layers(model: nn.Module, layers: Sequence[LayerTargets]) -> list[str]:
     """Layers with Linears but without targets, in the same stacks as ``layers``, by name (``model.layers.3``)."""
-    served = {_stem(module) for layer in layers for module in layer.modules}
+    served = {layer_stem(module) for layer in layers for module in layer.modules}
     stacks = {stem.rpartition(".")[0] for stem in served if stem}
-    stems = dict.fromkeys(_stem(name) for name, module in model.named_modules() if is_linear(module))
+    stems = dict.fromkeys(layer_stem(name) for name, module in model.named_modules() if is_linear(module))
     return [stem for stem in stems if stem and stem not in served and stem.rpartition(".")[0] in stacks]
 
 

@@ -19,7 +19,8 @@ from talklora_pl.adapter.gated import find_modules, gated_ffn
 from talklora_pl.adapter.host import Adapted, AdapterSet, attach, check_attachable
 from talklora_pl.adapter.layers import AdaptedLinear
 from talklora_pl.adapter.mixture import BlockMixture
-from talklora_pl.adapter.targets import is_linear, layer_index, widths
+from talklora_pl.adapter.targets import is_linear, layer_index, num_layers, widths
+from talklora_pl.balance import Balance
 from talklora_pl.base.weights import ModuleWeights
 from talklora_pl.errors import UserError
 from talklora_pl.ranks import sum_over_ranks
@@ -74,6 +75,10 @@ class Adapter(nn.Module):
     def routed_layers(self) -> dict[str, int]:
         """Number of experts of the layers that have something to decide, by name."""
         return {n: e for n, e in self.decisions.items() if e > 1}
+
+    def balanced_layers(self, loss: Balance) -> dict[str, int]:
+        """Number of experts of the layers of the mixture that enter a balance loss, by name."""
+        return {n: e for n, e in self.decisions.items() if n not in self.plain_layers and loss.counts(e)}
 
 
 Built = dict[str, tuple[nn.Module, nn.Module]]
@@ -160,7 +165,9 @@ def build(
             )
         if loss.name in adapter.balance:
             raise UserError(f"balance loss {loss.name!r} is listed twice.")
-        adapter.balance[loss.name] = loss.build(adapter.routed_layers()).to(next(adapter.layers.parameters()).device)
+        adapter.balance[loss.name] = loss.build(adapter.balanced_layers(loss)).to(
+            next(adapter.layers.parameters()).device
+        )
     return adapter, built
 
 
@@ -197,7 +204,7 @@ def _build(
     if allocation is not None and (missing := modules.keys() - allocation.keys()):
         raise UserError(f"The allocation lacks {len(missing)} target layers, for example {sorted(missing)[0]!r}.")
     experts = {n: allocation[n] if allocation is not None else config.num_experts for n in modules}
-    specs = {n: _spec(n, m, config, experts[n], device) for n, m in modules.items()}
+    specs = {n: _spec(n, model, config, experts[n], device) for n in modules}
     most: dict[str, int] = {}
     for spec in specs.values():
         most[spec.kind] = max(most.get(spec.kind, 0), spec.num_experts)
@@ -252,7 +259,8 @@ def _build(
     return built
 
 
-def _spec(name: str, module: nn.Module, config: AdapterConfig, num_experts: int, device: Any) -> LayerSpec:
+def _spec(name: str, model: nn.Module, config: AdapterConfig, num_experts: int, device: Any) -> LayerSpec:
+    module = model.get_submodule(name)
     if device is None:
         device = next(chain(module.parameters(), module.buffers())).device
     if config.experts.site == "ffn":
@@ -264,6 +272,7 @@ def _spec(name: str, module: nn.Module, config: AdapterConfig, num_experts: int,
         name=name,
         kind=f"{name.rsplit('.', 1)[-1]}-{'x'.join(map(str, shape))}",
         index=layer_index(name),
+        num_layers=num_layers(model, name),
         in_features=shape[0],
         out_features=shape[-1],
         num_experts=num_experts,

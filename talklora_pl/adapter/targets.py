@@ -31,6 +31,20 @@ def layer_index(name: str) -> int | None:
     return next((int(part) for part in name.split(".") if part.isdigit()), None)
 
 
+def layer_stem(name: str) -> str | None:
+    """``model.layers.3`` of ``model.layers.3.mlp.up_proj``: up to the first number."""
+    parts = name.split(".")
+    return next((".".join(parts[: i + 1]) for i, part in enumerate(parts) if part.isdigit()), None)
+
+
+def num_layers(model: nn.Module, name: str) -> int:
+    """How many numbered layers the stack has that the module ``name`` is in; 0 outside of all."""
+    if (stem := layer_stem(name)) is None:
+        return 0
+    stack = model.get_submodule(stem.rpartition(".")[0])
+    return sum(child.isdigit() for child, _ in stack.named_children())
+
+
 def parse_layers(layers: list[int] | str | None) -> list[range] | None:
     """Ranges behind ``0-15``, ``4-``, ``0,2,5-7`` or a list of numbers; None means all."""
     if layers is None:

@@ -27,15 +27,16 @@ class SwitchLoss(BalanceLoss):
         statistics = []
         for group in groups:
             statistics += [
-                torch.stack([r.selections() for r in group]).sum(0),
+                # K may differ among the layers of a group
+                torch.stack([r.selections().sum(0) for r in group]).sum(0),
                 torch.stack([r.mask_T.to(r.routing.probs_TE.dtype) @ r.routing.probs_TE for r in group]).sum(0),
                 torch.stack([r.mask_T.sum() for r in group]).sum(),
             ]
         sums = iter(sum_over_ranks(*statistics))
         total = []
-        for chosen_KE, p_E, tokens in zip(sums, sums, sums, strict=True):
+        for chosen_E, p_E, tokens in zip(sums, sums, sums, strict=True):
             n = tokens.clamp(min=1)
-            f_E = chosen_KE.sum(0) / (n if self.count == "per_choice" else n * len(chosen_KE))
+            f_E = chosen_E / (n if self.count == "per_choice" else chosen_E.sum().clamp(min=1))
             total.append(len(p_E) * (f_E.to(p_E.dtype) * p_E / n).sum())
         return torch.stack(total).sum()
 
@@ -51,9 +52,14 @@ class Switch(Balance):
     Attributes:
         count: ``share``: f sums to 1 over experts; ``per_choice``: it is a fraction of tokens for each of the K
             choices, so it sums to K.
+        compat: ``published``: a layer with one expert counts too, 1 without a gradient, as in MoLA's released code.
     """
 
     count: Literal["share", "per_choice"] = "share"
+    compat: Literal["none", "published"] = "none"
+
+    def counts(self, num_experts: int) -> bool:
+        return super().counts(num_experts) or self.compat == "published"
 
     def build(self, layers: Mapping[str, int]) -> BalanceLoss:
         return SwitchLoss(layers, self)

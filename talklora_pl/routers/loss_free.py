@@ -28,7 +28,7 @@ class LossFreeRouter(RouterModule):
     def __init__(self, scores: Scores, options: LossFree, layer: LayerSpec) -> None:
         super().__init__()
         self.scores = scores
-        self.k = min(options.k, layer.num_experts)
+        self.k = options.k_of(layer)
         self.rate = options.rate
         self.activation = torch.sigmoid if options.activation == "sigmoid" else lambda l_TE: l_TE.softmax(-1)
         self.register_buffer("bias", torch.zeros(layer.num_experts, device=layer.device))

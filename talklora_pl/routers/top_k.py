@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from talklora_pl.errors import UserError
 from talklora_pl.registry import register
 from talklora_pl.routers import RouterModule
 from talklora_pl.routers.scores import Scored, Scores
@@ -52,15 +53,44 @@ class Sparse(Scored):
     """Options of all routers that select.
 
     Attributes:
-        k: K, experts that speak for a token; a layer of fewer experts uses all of them.
+        k: K, experts that speak for a token: one number, a list with one per decoder layer, or a table ``{8: 3, 4: 2}``
+            by the layer's number of experts. A layer of fewer experts uses all of them.
     """
 
-    k: int = 2
+    k: int | list[int] | dict[int, int] = 2
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.k < 1:
+        if isinstance(self.k, dict):
+            self.k = {int(E): k for E, k in self.k.items()}  # keys of JSON are texts
+        numbers = self.k.values() if isinstance(self.k, dict) else self.k if isinstance(self.k, list) else [self.k]
+        if min(numbers, default=0) < 1:
             raise ValueError(f"k must be at least 1, got {self.k}")
+
+    def k_of(self, layer: LayerSpec) -> int:
+        """K of one layer, at most its number of experts.
+
+        Raises:
+            UserError: a list that is not one number per decoder layer, or a table without the layer's number of experts.
+        """
+        k, where = self.k, f"router {self.name!r}: k"
+        if isinstance(k, list):
+            if layer.index is None:
+                raise UserError(
+                    f"{where} lists one number per decoder layer, and {layer.name!r} is in none; give one number, or a "
+                    "table by number of experts."
+                )
+            if len(k) != layer.num_layers:
+                raise UserError(f"{where} lists {len(k)} numbers, but the model has {layer.num_layers} decoder layers.")
+            k = k[layer.index]
+        elif isinstance(k, dict):
+            if layer.num_experts not in k:
+                raise UserError(
+                    f"{where} has no entry for the {layer.num_experts} experts of {layer.name!r}, only for "
+                    f"{', '.join(map(str, sorted(k)))}."
+                )
+            k = k[layer.num_experts]
+        return min(k, layer.num_experts)
 
 
 @register("top_k")
@@ -69,7 +99,7 @@ class TopK(Sparse):
     """The best K of the softmax, renormalised, selected in fp32 (MoLA, arXiv 2402.08562; MixLoRA, 2404.15159)."""
 
     def build(self, layer: LayerSpec, features: int) -> RouterModule:
-        return TopKRouter(Scores(layer, features, self), min(self.k, layer.num_experts))
+        return TopKRouter(Scores(layer, features, self), self.k_of(layer))
 
 
 class NoisyTopKRouter(TopKRouter):
@@ -98,4 +128,4 @@ class NoisyTopK(Sparse):
     """Top-k with trained noise on the logits while training (Shazeer et al., arXiv 1701.06538, equations 3-5)."""
 
     def build(self, layer: LayerSpec, features: int) -> RouterModule:
-        return NoisyTopKRouter(Scores(layer, features, self), min(self.k, layer.num_experts))
+        return NoisyTopKRouter(Scores(layer, features, self), self.k_of(layer))

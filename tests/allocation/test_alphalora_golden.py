@@ -12,21 +12,22 @@ from talklora_pl.allocation.rules import Published
 from talklora_pl.allocation.spectra import eigenvalues, exponents_of, hill, median, peak
 from talklora_pl.base.weights import SafetensorsWeights
 from talklora_pl.errors import UserError
-from tests.golden import GOLDEN_DIR
-
-pytestmark = pytest.mark.skipif(
-    not (GOLDEN_DIR / "alphalora.json").is_file(), reason=f"no golden numbers in {GOLDEN_DIR.name}/ (set GOLDEN_DIR)"
-)
+from tests.golden import cases
 
 
-@pytest.fixture(scope="module")
-def golden():
-    return json.loads((GOLDEN_DIR / "alphalora.json").read_text())
+@pytest.fixture(scope="module", params=cases("alphalora"))
+def file(request):
+    return request.param
 
 
 @pytest.fixture(scope="module")
-def matrices():
-    return load_file(GOLDEN_DIR / "alphalora.safetensors")
+def golden(file):
+    return json.loads(file.with_suffix(".json").read_text())
+
+
+@pytest.fixture(scope="module")
+def matrices(file):
+    return load_file(file)
 
 
 def test_exponents(golden, matrices):
