@@ -71,7 +71,7 @@ class Sparse(Scored):
         """K of one layer, at most its number of experts.
 
         Raises:
-            UserError: a list that is not one number per decoder layer, or a table without the layer's number of experts.
+            UserError: a list without one number per decoder layer, or a table without the layer's number of experts.
         """
         k, where = self.k, f"router {self.name!r}: k"
         if isinstance(k, list):
