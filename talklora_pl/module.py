@@ -218,7 +218,7 @@ class FineTuner(L.LightningModule):
         total = torch.zeros((), device=self.device)
         with torch.autocast(self.device.type, enabled=False):  # sums over tokens need more than bf16's 8 bits
             for options in self.adapter.config.balance:
-                loss = self.adapter.balance[options.name]
+                loss: Any = self.adapter.balance[options.name]
                 value = loss([r for r in self.routing if r.layer in loss.group])
                 self.log(f"balance/{options.name}", value.detach(), batch_size=1)
                 total = total + options.weight * value
