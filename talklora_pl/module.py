@@ -1,7 +1,4 @@
-"""The LightningModule: a frozen base model, an adapter, balance losses and an optimiser.
-
-B batch, S sequence, V vocabulary, N positions that carry loss.
-"""
+"""The LightningModule: a frozen base model, an adapter, an objective, balance losses and an optimiser."""
 
 from __future__ import annotations
 
@@ -14,7 +11,6 @@ from typing import Any
 import lightning as L
 import rich
 import torch
-import torch.nn.functional as F
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 from torch import Tensor, nn
 
@@ -26,7 +22,8 @@ from talklora_pl.base import BaseModel, load_base, load_tokenizer, portable
 from talklora_pl.callbacks.allocation import ExpertAllocation
 from talklora_pl.distributed.checkpoint import refuse_differences
 from talklora_pl.errors import UserError
-from talklora_pl.evaluation import Evaluation, Scores, predictions, score_batch, table, write_json
+from talklora_pl.evaluation import BatchScores, Evaluation, Generation, TaskScores, predictions, table, write_json
+from talklora_pl.objectives import Objective, choose
 from talklora_pl.optim import ParamGroup, grouped, try_optimizer
 from talklora_pl.routing import RoutingCollector, RoutingRecord
 
@@ -37,6 +34,7 @@ class FineTuner(L.LightningModule):
     Args:
         base: which pretrained model.
         adapter: which mixture of experts.
+        objective: what is learned from the data; None: what the task of the base says.
         optimizer: of the trained tensors.
         lr_scheduler: stepped every optimiser step.
         param_groups: other learning rates or weight decays for some tensors; the first that matches counts.
@@ -55,9 +53,10 @@ class FineTuner(L.LightningModule):
         gradient_checkpointing: bool = False,
         compile: bool = False,
         evaluation: Evaluation = Evaluation(),  # noqa: B008 (frozen)
+        objective: Objective | None = None,
     ) -> None:
         super().__init__()
-        self.base = base
+        self.base, self.objective = choose(base, objective)
         self.adapter_config = adapter
         self.optimizer = optimizer
         self.lr_scheduler = lr_scheduler
@@ -129,11 +128,8 @@ class FineTuner(L.LightningModule):
             raise UserError("\n".join(problems))
 
     def _inject(self, config: AdapterConfig, device: torch.device | None = None) -> None:
-        if self.base.task == "sequence_classification":
-            # the head is new, so it is trained along: everything outside of the encoder that has parameters
-            prefix = self.model.base_model_prefix
-            heads = [n for n, m in self.model.named_children() if n != prefix and any(True for _ in m.parameters())]
-            config = replace(config, modules_to_save=sorted({*config.modules_to_save, *heads}))
+        if along := self.objective.modules_to_save(self.model):
+            config = replace(config, modules_to_save=sorted({*config.modules_to_save, *along}))
         inject(self.model, config, allocation=self.allocation, device=device)
 
     @property
@@ -164,43 +160,17 @@ class FineTuner(L.LightningModule):
     def forward(self, **inputs: Any) -> Any:
         return self.model(**inputs)
 
-    def token_logits(self, batch: dict[str, Any]) -> tuple[Tensor, Tensor, Tensor]:
-        """Logits at the positions whose next token carries loss.
-
-        The vocabulary projection sees gathered, contiguous rows only: on a CPU a strided slice of bf16 rows is two
-        orders of magnitude slower, and everywhere the rest of the (B,S,V) logits is not needed.
-
-        Returns:
-            logits_NV, the tokens to predict (N,), and the batch row of each (N,).
-        """
-        targets_BS = F.pad(batch["labels"][:, 1:], (0, 1), value=-100)
-        keep_BS = targets_BS != -100
-        head = self.model.get_output_embeddings()
-        hook = head.register_forward_pre_hook(lambda _, args: (args[0][keep_BS].unsqueeze(0), *args[1:]))
-        try:
-            logits_1NV = self.model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).logits
-        finally:
-            hook.remove()
-        return logits_1NV.squeeze(0), targets_BS[keep_BS], keep_BS.nonzero()[:, 0]
-
-    def summed_loss(self, batch: dict[str, Any]) -> tuple[Tensor, int]:
-        """Sum of the task loss over what carries it, and how much that is: (scalar, tokens or rows)."""
-        if self.base.task == "sequence_classification":
-            logits_BC = self.model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).logits
-            loss_sum = F.cross_entropy(_at_least_float32(logits_BC), batch["labels"], reduction="sum")
-            return loss_sum, len(batch["labels"])
-        logits_NV, targets_N, _ = self.token_logits(batch)
-        return F.cross_entropy(_at_least_float32(logits_NV), targets_N, reduction="sum"), len(targets_N)
-
     def training_step(self, batch: dict[str, Any], batch_idx: int) -> Tensor:
         """Task loss over all tokens of the optimiser step, plus balance losses averaged over its micro-steps."""
         with RoutingCollector(batch["attention_mask"], batch.get("task_types")) as collector:
-            loss_sum, tokens = self.summed_loss(batch)
+            loss_sum, count = self.objective.loss(self.model, batch)
         self.routing = collector.records
         self.adapter.count_loads(self.routing)
-        # Lightning divides by the accumulation and DDP by the ranks: undo both, then divide by all tokens of the step
+        if batch.get("filler"):
+            loss_sum = loss_sum * 0  # it only keeps this rank in step with the others
+        # Lightning divides by the accumulation and DDP by the ranks: undo both, then divide by all that carries loss in the step
         accumulate = self.trainer.accumulate_grad_batches
-        step_tokens = batch.get("step_tokens") or self._tokens_of_all_ranks(tokens) * accumulate
+        step_tokens = batch.get("step_tokens") or self._count_of_all_ranks(count) * accumulate
         task = loss_sum * (self.trainer.world_size * accumulate / step_tokens)
         self._step_loss += task.detach() / accumulate
         if not self.trainer.fit_loop._should_accumulate():
@@ -225,11 +195,11 @@ class FineTuner(L.LightningModule):
                 total = total + options.weight * value
         return total
 
-    def _tokens_of_all_ranks(self, tokens: int) -> int:
-        """For data modules that do not say how many tokens an optimiser step has."""
+    def _count_of_all_ranks(self, count: int) -> int:
+        """For data modules that do not say how much of an optimiser step carries loss."""
         if self.trainer.world_size == 1:
-            return tokens
-        return int(self.trainer.strategy.reduce(torch.tensor(tokens, device=self.device), reduce_op="sum"))
+            return count
+        return int(self.trainer.strategy.reduce(torch.tensor(count, device=self.device), reduce_op="sum"))
 
     def on_train_batch_end(self, *args: Any) -> None:
         self.routing = []
@@ -251,29 +221,43 @@ class FineTuner(L.LightningModule):
         eos_id = getattr(self._datamodule, "eos_id", None)
         return self.tokenizer.eos_token_id if eos_id is None else eos_id
 
+    @torch.no_grad()
+    def score(self, batch: dict[str, Any], generate: bool = False) -> BatchScores:
+        """Score an evaluation batch with the model as it is now, adapter on or off.
+
+        Args:
+            batch: on the model's device.
+            generate: also answer what is open, by generating up to ``evaluation.max_new_tokens``.
+        """
+        answer = None
+        if generate and self.evaluation.max_new_tokens:
+            shared = self.device_mesh is not None  # the model, by the ranks
+            any_rank = (lambda here: self.trainer.strategy.reduce_boolean_decision(here, all=False)) if shared else None
+            answer = Generation(self.model, self.tokenizer, self.eos_id, self.evaluation, any_rank)
+        return self.objective.score(self.model, batch, answer)
+
     def on_validation_epoch_start(self) -> None:
-        self.scores = Scores(self._tasks()).to(self.device)
+        self.scores = TaskScores(self._tasks()).to(self.device)
 
     def validation_step(self, batch: dict[str, Any], batch_idx: int) -> None:
-        self.scores.update(score_batch(self, batch), self._tasks(batch))
+        self.scores.update(self.score(batch), self._tasks(batch))
 
     def on_validation_epoch_end(self) -> None:
         self._log_scores("val", self.scores.compute())
 
     @property
     def _compare_base(self) -> bool:
-        # a classifier's head is new: before it is trained, the base has no score
-        return self.evaluation.compare_base and self.base.task != "sequence_classification"
+        return self.evaluation.compare_base and self.objective.base_has_score
 
     def on_test_epoch_start(self) -> None:
-        self.scores = Scores(self._tasks()).to(self.device)
-        self.base_scores = Scores(self._tasks()).to(self.device)
+        self.scores = TaskScores(self._tasks()).to(self.device)
+        self.base_scores = TaskScores(self._tasks()).to(self.device)
 
     def test_step(self, batch: dict[str, Any], batch_idx: int) -> None:
-        self.scores.update(score_batch(self, batch, generate=True), self._tasks(batch))
+        self.scores.update(self.score(batch, generate=True), self._tasks(batch))
         if self._compare_base:
             with disable_adapter(self.model):
-                self.base_scores.update(score_batch(self, batch, generate=True), self._tasks(batch))
+                self.base_scores.update(self.score(batch, generate=True), self._tasks(batch))
 
     def on_test_epoch_end(self) -> None:
         tuned, base = self.scores.compute(), self.base_scores.compute() if self._compare_base else None
@@ -287,7 +271,7 @@ class FineTuner(L.LightningModule):
         self.predictions: list[dict[str, Any]] = []
 
     def predict_step(self, batch: dict[str, Any], batch_idx: int) -> list[dict[str, Any]]:
-        records = predictions(score_batch(self, batch, generate=True), batch)
+        records = predictions(self.score(batch, generate=True), batch)
         self.predictions += records
         return records
 
@@ -356,8 +340,3 @@ class FineTuner(L.LightningModule):
             if have[f"model.{key}"].shape != value.shape:
                 got, want = list(have[f"model.{key}"].shape), list(value.shape)
                 raise UserError(f"The checkpoint's {key!r} has shape {got}, this run needs {want}.")
-
-
-def _at_least_float32(logits: Tensor) -> Tensor:
-    """Losses are computed in float32 where the base computes in less."""
-    return logits.to(torch.promote_types(logits.dtype, torch.float32))

@@ -14,7 +14,9 @@ from talklora_pl import registry
 from talklora_pl.allocation import Allocation
 from talklora_pl.balance import Balance
 from talklora_pl.communication import Communication
+from talklora_pl.data.rows import RowKind
 from talklora_pl.experts import Experts
+from talklora_pl.objectives import Objective
 from talklora_pl.routers import Router
 
 FAMILIES: dict[str, type[registry.Component]] = {
@@ -23,6 +25,8 @@ FAMILIES: dict[str, type[registry.Component]] = {
     "router": Router,
     "balance": Balance,
     "allocation": Allocation,
+    "objective": Objective,
+    "rows": RowKind,
 }
 
 

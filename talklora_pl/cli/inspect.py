@@ -16,10 +16,11 @@ from talklora_pl.adapter.files import read_about
 from talklora_pl.adapter.hub import local_folder
 from talklora_pl.adapter.io import load_adapter
 from talklora_pl.base import BaseModel, default_length, load_base, load_config, load_tokenizer, pad_id
+from talklora_pl.base.heads import HEADS
 from talklora_pl.data import TextData
-from talklora_pl.data.batches import masked
 from talklora_pl.data.source import Source
 from talklora_pl.errors import UserError
+from talklora_pl.inputs import masked
 from talklora_pl.monitoring.inspection import Inspection
 from talklora_pl.registry import import_plugins
 
@@ -52,7 +53,7 @@ def inspect(
         data: files or data sets to run through it, one or several with commas between; each is a task.
         text: a text to run through it.
         output: HTML file to write.
-        rows: what a row of the data is: instruction, completion, chat, choice or classification.
+        rows: what a row of the data is, as in training.
         format: how a row is written as text, as in training.
         limit: rows to read in all, spread evenly over the data.
         examples: texts to show token by token.
@@ -86,10 +87,10 @@ def inspect(
     if not path:
         raise UserError("--base: the adapter does not say which model it belongs to; name it.")
     remembered, classes = about["base"].get("task"), about["base"].get("num_labels")
-    task = task or ("sequence_classification" if remembered == "sequence_classification" else "causal_lm")
-    if task == "sequence_classification" and num_labels is None and type(classes) is int and 0 < classes <= MAX_CLASSES:
+    model_of = BaseModel(path, task=task or (remembered if remembered in [*HEADS] else "causal_lm"), dtype=dtype)
+    if model_of.head.classifies and num_labels is None and type(classes) is int and 0 < classes <= MAX_CLASSES:
         num_labels = classes
-    model_of = BaseModel(path, task=task, dtype=dtype, num_labels=num_labels)
+    model_of = replace(model_of, num_labels=num_labels)
     # the adapter's own tokenizer may have new tokens
     reads = replace(model_of, path=str(folder)) if (folder / "tokenizer_config.json").is_file() else model_of
     tokenizer = load_tokenizer(reads)

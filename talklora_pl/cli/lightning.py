@@ -129,6 +129,7 @@ class CLI(LightningCLI):
             "--plugins", type=list[str], default=[], help="modules or .py files with your own components"
         )
         parser.link_arguments("model.base", "data.base")
+        parser.link_arguments("model.objective", "data.objective")
         parser.add_lightning_class_args(callbacks.Checkpoint, "checkpoint")
         parser.add_lightning_class_args(callbacks.AdapterExport, "export")
         parser.add_lightning_class_args(callbacks.LoadBalance, "load_balance")

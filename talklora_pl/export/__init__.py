@@ -29,15 +29,12 @@ from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
 from talklora_pl.adapter.files import CONFIG, write_files, write_json
 from talklora_pl.adapter.io import adapter_tensors, describe
+from talklora_pl.base.heads import HEADS
 from talklora_pl.errors import UserError
 from talklora_pl.export.auto import BASE, REVISION
 from talklora_pl.export.card import Facts, card
 
 MODELING = "modeling_talklora.py"
-CLASSES = {
-    "causal_lm": ("AutoModelForCausalLM", "TalkLoRAForCausalLM"),
-    "sequence_classification": ("AutoModelForSequenceClassification", "TalkLoRAForSequenceClassification"),
-}
 # entries of a base's config.json that describe how its own files are stored or how it was trained
 NOT_OURS = ("auto_map", "use_cache", "quantization_config", "_name_or_path", "transformers_version")
 
@@ -51,7 +48,7 @@ def export_adapter(
     **base: Any,
 ) -> Path:
     """Write one adapter of a model in memory. Arguments as in :func:`save_adapter` and :func:`write_folder`."""
-    task = {"task": "sequence_classification"} if "SequenceClassification" in type(model).__name__ else {}
+    task = {"task": task for task, head in HEADS.items() if type(model).__name__.endswith(head.suffix)}
     about = describe(model, name, task | base)
     return write_folder(folder, adapter_tensors(model, name), about, model.config, tokenizer, facts)  # type: ignore[arg-type]
 
@@ -93,10 +90,10 @@ def write_folder(
 def config_json(config: PretrainedConfig, about: dict[str, Any]) -> dict[str, Any]:
     """``config.json`` of the folder."""
     data: dict[str, Any] = json.loads(config.to_json_string(use_diff=True))
-    auto, ours = CLASSES[about["base"].get("task") or "causal_lm"]
+    head = HEADS[about["base"].get("task") or "causal_lm"]
     return {k: v for k, v in data.items() if k not in NOT_OURS} | {
         "architectures": [about["base"]["class"]],
-        "auto_map": {auto: f"{MODELING.removesuffix('.py')}.{ours}"},
+        "auto_map": {head.auto_class: f"{MODELING.removesuffix('.py')}.{head.exported}"},
         BASE: about["base"]["name_or_path"],
         REVISION: about["base"]["revision"],
     }

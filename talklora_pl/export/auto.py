@@ -13,6 +13,7 @@ from talklora_pl.adapter.files import open_tensors, read_about, read_json, shape
 from talklora_pl.adapter.hub import is_repository_name, local_folder
 from talklora_pl.adapter.io import load_adapter
 from talklora_pl.base import resolve
+from talklora_pl.base.heads import HEADS
 from talklora_pl.errors import UserError
 
 BASE, REVISION = "base_model_name_or_path", "base_model_revision"
@@ -61,7 +62,7 @@ def from_pretrained(
         path, base_revision = _where(here, settings, base, base_revision)
         hub["revision"] = base_revision
         base_config = _base_config(here, path, config, hub)
-        if auto_class == "AutoModelForSequenceClassification":
+        if any(head.classifies for head in HEADS.values() if head.auto_class == auto_class):
             _take_labels(here, base_config)
         loaded = _load(getattr(transformers, auto_class), path, config=base_config, **hub, **options)
         model, info = loaded if options.get("output_loading_info") else (loaded, None)

@@ -10,8 +10,7 @@ import yaml
 from torch import Tensor
 
 from talklora_pl.adapter.hub import is_repository_name
-
-PIPELINES = {"causal_lm": "text-generation", "sequence_classification": "text-classification"}
+from talklora_pl.base.heads import HEADS
 
 
 @dataclass
@@ -38,11 +37,11 @@ class Facts:
 def card(about: dict[str, Any], tensors: dict[str, Tensor], facts: Facts, peft: bool) -> str:
     """README.md: what was trained on what, how well, and how to load it."""
     base, adapter = about["base"], about["adapter"]
-    task = base.get("task") or "causal_lm"
+    head = HEADS[base.get("task") or "causal_lm"]
     hub_base = base["name_or_path"] if is_repository_name(base["name_or_path"]) else None
     front: dict[str, Any] = {
         "library_name": "transformers",
-        "pipeline_tag": PIPELINES[task],
+        "pipeline_tag": head.pipeline,
         "license": facts.license or "unknown",
         "tags": ["talklora-pl", "lora", "mixture-of-experts", f"experts:{adapter['experts']['name']}"],
     }
@@ -65,7 +64,7 @@ def card(about: dict[str, Any], tensors: dict[str, Tensor], facts: Facts, peft: 
         sections.append(f"## Metrics{after}\n\n" + _table({k: f"{v:.6g}" for k, v in facts.metrics.items()}))
     sections.append("## Routing\n\n" + _table(_routing(about) | {k: f"{v:.6g}" for k, v in facts.routing.items()}))
     sections.append("## Licence\n\n" + _licence(facts.license))
-    sections.append("## How to load\n\n" + _loading(task, peft))
+    sections.append("## How to load\n\n" + _loading(head.auto_class, peft))
     return "\n\n".join(sections) + "\n"
 
 
@@ -114,8 +113,7 @@ def _licence(name: str | None) -> str:
     return "The licence of this adapter was not stated. The base model has its own licence."
 
 
-def _loading(task: str, peft: bool) -> str:
-    auto = {"causal_lm": "AutoModelForCausalLM", "sequence_classification": "AutoModelForSequenceClassification"}[task]
+def _loading(auto: str, peft: bool) -> str:
     text = f"""With `pip install talklora-pl`, by itself or by any program that takes a `transformers` model:
 
 ```python

@@ -17,12 +17,8 @@ from talklora_pl.adapter.config import AdapterConfig
 from talklora_pl.adapter.files import write_json
 from talklora_pl.adapter.inject import build
 from talklora_pl.adapter.io import exactly
+from talklora_pl.base.heads import HEADS
 from talklora_pl.export.merge import low_rank, why_not
-
-TASKS = {
-    "causal_lm": ("AutoModelForCausalLM", "CAUSAL_LM"),
-    "sequence_classification": ("AutoModelForSequenceClassification", "SEQ_CLS"),
-}
 
 
 def write_peft(folder: Path, tensors: dict[str, Tensor], about: dict[str, Any], config: PretrainedConfig) -> bool:
@@ -34,9 +30,9 @@ def write_peft(folder: Path, tensors: dict[str, Tensor], about: dict[str, Any], 
     experts = about["experts_per_layer"]
     if why_not(options, experts) is not None:
         return False
-    auto, task = TASKS[about["base"].get("task") or "causal_lm"]
+    head = HEADS[about["base"].get("task") or "causal_lm"]
     with torch.device("meta"):
-        model = getattr(transformers, auto).from_config(config)
+        model = getattr(transformers, head.auto_class).from_config(config)
     adapter, built = build(model, exactly(options, about), experts, device="cpu")
     adapter.load_state_dict({k: tensors[k] for k in adapter.state_dict()}, assign=True)
     along = {k.removeprefix("base."): v for k, v in tensors.items() if k.startswith("base.")}
@@ -50,7 +46,7 @@ def write_peft(folder: Path, tensors: dict[str, Tensor], about: dict[str, Any], 
         folder / "adapter_config.json",
         {
             "peft_type": "LORA",
-            "task_type": task,
+            "task_type": head.peft,
             "base_model_name_or_path": about["base"]["name_or_path"],
             "revision": about["base"]["revision"],
             "inference_mode": True,

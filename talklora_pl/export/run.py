@@ -17,9 +17,10 @@ from transformers import AutoTokenizer
 from talklora_pl.adapter.config import AdapterConfig
 from talklora_pl.adapter.files import check_about
 from talklora_pl.base import BaseModel, load_config, load_tokenizer, pad_id
+from talklora_pl.base.heads import HEADS
 from talklora_pl.distributed.checkpoint import read_checkpoint
 from talklora_pl.errors import UserError
-from talklora_pl.export import CLASSES, write_folder
+from talklora_pl.export import write_folder
 from talklora_pl.export.auto import from_pretrained
 from talklora_pl.export.card import Facts
 from talklora_pl.export.merge import ALTERNATIVES, merge_adapter, why_not
@@ -59,7 +60,7 @@ def export_tensors(
         tokenizer = load_tokenizer(base)
     except UserError:
         tokenizer = None  # a base without one has been trained, so it can be exported
-    if base.task == "sequence_classification":
+    if base.head.classifies:
         if config.pad_token_id is None and tokenizer is not None:
             config.pad_token_id = pad_id(tokenizer)
         if len(facts.labels) == config.num_labels:
@@ -90,7 +91,7 @@ def export_checkpoint(
     data = read_checkpoint(path)
     about = data["talklora"]
     check_about(about, path)
-    if about["base"].get("task") not in CLASSES or not all(isinstance(t, Tensor) for t in data["state_dict"].values()):
+    if about["base"].get("task") not in HEADS or not all(isinstance(t, Tensor) for t in data["state_dict"].values()):
         raise UserError(f"{path} is damaged: it is no checkpoint of a run with an adapter.")
     if base is not None:
         about = {**about, "base": {**about["base"], "name_or_path": base, "revision": None}}
@@ -127,7 +128,7 @@ def merge_checkpoint(
         raise UserError(f"{folder} exists and is not empty; choose another place.")
     with tempfile.TemporaryDirectory() as scratch:
         adapter = export_checkpoint(path, Path(scratch) / "adapter", base)
-        model = from_pretrained(CLASSES[about["base"]["task"]][0], adapter)
+        model = from_pretrained(HEADS[about["base"]["task"]].auto_class, adapter)
         merge_adapter(model)
         model.save_pretrained(folder)
         if (adapter / "tokenizer_config.json").is_file():
