@@ -93,8 +93,8 @@ class BatchScores:
     """What one evaluation batch gave, per question.
 
     Attributes:
-        nll_Q, tokens_Q: loss, summed over what it is averaged over, and how much that is (negative log-likelihood of the
-            right answer and its tokens); both 0 where a question does not count or its answer is unknown.
+        nll_Q, tokens_Q: summed loss and what it is averaged over: negative log-likelihood of the right answer and its
+            tokens; both 0 where a question does not count or its answer is unknown.
         scores_QC: of the choices (or classes); a question with one answer has one.
         ranked_Q, generated_Q: by which of the two a question is judged; neither, where its answer is unknown.
         right_Q: whether it was answered rightly.
@@ -165,7 +165,7 @@ def answer_nll(model: Any, batch: Mapping[str, Any]) -> tuple[Tensor, Tensor]:
 
 
 def score_answers(model: Any, batch: Mapping[str, Any], generate: Generation | None = None) -> BatchScores:
-    """Rank the choices of questions that have several; generate the others' answers and compare them with the right one.
+    """Rank the choices of questions that have several; generate other answers and compare them with the right one.
 
     Args:
         model: as it is now, adapter on or off.
@@ -262,7 +262,7 @@ class TaskScores(Metric):
 
 
 def table(tuned: dict[str, dict[str, float]], base: dict[str, dict[str, float]] | None) -> Table:
-    """Results of :meth:`TaskScores.compute` for people: one line per task, the base model's number beside the adapter's.
+    """Results of :meth:`TaskScores.compute` for people: a line per task, the base model's number beside the adapter's.
 
     The loss is shown where nothing else was measured; the JSON file always has it.
     """

@@ -1,7 +1,7 @@
 """From rows of tokens to the arguments of a model, and back to the logits that carry loss.
 
-B rows, S tokens of the longest of them, V vocabulary, D width, N positions whose next token carries loss. Rows are padded
-on the right unless said otherwise; the attention mask alone says what is real.
+B rows, S tokens of the longest of them, V vocabulary, N positions whose next token carries loss. Rows are padded on the
+right unless said otherwise; the attention mask alone says what is real.
 """
 
 from __future__ import annotations
@@ -61,9 +61,9 @@ def loss_positions(labels_BS: Tensor) -> dict[str, Tensor]:
 def token_logits(model: Any, batch: Mapping[str, Any]) -> tuple[Tensor, Tensor, Tensor]:
     """Logits at the positions whose next token carries loss.
 
-    The vocabulary projection sees gathered, contiguous rows only: on a CPU a strided slice of bf16 rows is two orders of
-    magnitude slower, and everywhere the rest of the (B,S,V) logits is not needed. (``logits_to_keep`` of transformers
-    keeps the same columns of every row.)
+    The vocabulary projection sees gathered, contiguous rows only: on a CPU a strided slice of bf16 rows is two orders
+    of magnitude slower, and everywhere the rest of the (B,S,V) logits is not needed. (``logits_to_keep`` of
+    transformers keeps the same columns of every row.)
 
     Args:
         model: a causal language model.

@@ -168,7 +168,7 @@ class FineTuner(L.LightningModule):
         self.adapter.count_loads(self.routing)
         if batch.get("filler"):
             loss_sum = loss_sum * 0  # it only keeps this rank in step with the others
-        # Lightning divides by the accumulation and DDP by the ranks: undo both, then divide by all that carries loss in the step
+        # Lightning divides by the accumulation and DDP by the ranks: undo both, then divide by all tokens of the step
         accumulate = self.trainer.accumulate_grad_batches
         step_tokens = batch.get("step_tokens") or self._count_of_all_ranks(count) * accumulate
         task = loss_sum * (self.trainer.world_size * accumulate / step_tokens)

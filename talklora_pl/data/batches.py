@@ -18,14 +18,13 @@ if TYPE_CHECKING:
 
 
 class Batches(torch.utils.data.Dataset[dict[str, Any]]):
-    """Index it with a :class:`~talklora_pl.data.sampler.Batch`, get what the objective makes of its rows, and beside it:
+    """Index it with a :class:`~talklora_pl.data.sampler.Batch`, get what the objective makes of its rows, and beside it
 
-    Training: the lists `id` and `task`, and `step_tokens`, `micro_steps`, `filler` (see Batch).
-    A filler's rows are cut to one token without labels.
+    in training: the lists `id` and `task`, and `step_tokens`, `micro_steps`, `filler` (see Batch);
 
-    Evaluation, per question: `answer` (Q,) the right choice or -1, `prompt_length` (Q,) tokens before the answer, `real`
-    (Q,) false for fillers, `index` (Q,) its place in the data, and the lists `id`, `task`, `answers` (texts of the
-    choices, or names of the classes).
+    in evaluation, per question: `answer` (Q,) the right choice or -1, `prompt_length` (Q,) tokens before the answer,
+    `real` (Q,) false for fillers, `index` (Q,) its place in the data, and the lists `id`, `task`, `answers` (texts of
+    the choices, or names of the classes).
     """
 
     def __init__(

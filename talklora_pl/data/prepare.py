@@ -13,8 +13,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from talklora_pl import registry
-from talklora_pl.cache import cache_root, cached_folder
 from talklora_pl.base.heads import HEADS
+from talklora_pl.cache import cache_root, cached_folder
 from talklora_pl.data.formats import check_format
 from talklora_pl.data.rows import ABSENT, Row, RowKind, RowReader, find, row_kind
 from talklora_pl.data.source import BadRow, Reader, Source, check_path
@@ -155,11 +155,12 @@ def resolve_source(source: Source, objective: Objective, has_template: bool = Tr
 
 def _remedy(kind: RowKind) -> str:
     """What to set so that rows of a kind fit."""
-    fitting = [o for name in registry.names(Objective) if (o := registry.get(Objective, name)).takes == kind.gives]
+    objectives: list[Any] = [registry.get(Objective, name) for name in registry.names(Objective)]
+    fitting = [objective.name for objective in objectives if objective.takes == kind.gives]
     for task, head in HEADS.items():
-        if head.objective in [objective.name for objective in fitting]:
+        if head.objective in fitting:
             return f"set model.base.task: {task}" + (" and model.base.num_labels" if head.classifies else "")
-    return f"set model.objective: {fitting[0].name}" if fitting else "no objective takes them"
+    return f"set model.objective: {fitting[0]}" if fitting else "no objective takes them"
 
 
 def _prepare(source: Source, tokenize: Tokenize, objective: Objective, read: RowReader, cache: Path | None) -> Prepared:

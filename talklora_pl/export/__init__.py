@@ -48,7 +48,9 @@ def export_adapter(
     **base: Any,
 ) -> Path:
     """Write one adapter of a model in memory. Arguments as in :func:`save_adapter` and :func:`write_folder`."""
-    task = {"task": task for task, head in HEADS.items() if type(model).__name__.endswith(head.suffix)}
+    # without a word it is causal_lm
+    with_classes = [task for task, head in HEADS.items() if head.classifies and head.suffix in type(model).__name__]
+    task = {"task": with_classes[0]} if with_classes else {}
     about = describe(model, name, task | base)
     return write_folder(folder, adapter_tensors(model, name), about, model.config, tokenizer, facts)  # type: ignore[arg-type]
 
