@@ -89,7 +89,7 @@ class FineTuner(L.LightningModule):
         # a strategy that shards the base also reads it, each process its own part
         meta = self._trainer is not None and getattr(self.trainer.strategy, "loads_base", False)
         self.model = load_base(self.base, self.device, meta)
-        self._inject(self.adapter_config, self.device)
+        self._inject(self.model, self.adapter_config, self.device)
         if self.gradient_checkpointing:
             self.model.activation_checkpointing_enable()
         if self.compile_model:
@@ -104,33 +104,34 @@ class FineTuner(L.LightningModule):
                 schedule.
         """
         config, problems = self.adapter_config, list[str]()
+        model: Any = None
         groups: list[dict[str, Any]] = [{"params": [nn.Parameter(torch.zeros(1, 1))]}]  # if there will be no others
 
         def load() -> None:
-            self.model = load_base(self.base, meta=True)
+            nonlocal model
+            model = load_base(self.base, meta=True)
 
         def inject() -> None:
             nonlocal groups
-            if self.model is not None:
-                find_modules(self.model, config.targets, config.exclude, config.layers, config.experts.site)
+            if model is not None:
+                find_modules(model, config.targets, config.exclude, config.layers, config.experts.site)
             if not problems:
                 # a rule that reads weights has none to read here
-                self._inject(replace(config, allocation=UniformAllocation()))
-                groups = grouped(self.trained(), self.param_groups)
+                self._inject(model, replace(config, allocation=UniformAllocation()))
+                groups = grouped(trained_tensors(model), self.param_groups)
 
         for part in (config.validate, load, inject, lambda: try_optimizer(self.optimizer, self.lr_scheduler, groups)):
             try:
                 part()
             except UserError as e:
                 problems.append(str(e))
-        self.model = None
         if problems:
             raise UserError("\n".join(problems))
 
-    def _inject(self, config: AdapterConfig, device: torch.device | None = None) -> None:
-        if along := self.objective.modules_to_save(self.model):
+    def _inject(self, model: Any, config: AdapterConfig, device: torch.device | None = None) -> None:
+        if along := self.objective.modules_to_save(model):
             config = replace(config, modules_to_save=sorted({*config.modules_to_save, *along}))
-        inject(self.model, config, allocation=self.allocation, device=device)
+        inject(model, config, allocation=self.allocation, device=device)
 
     @property
     def adapter(self) -> Adapter:
@@ -139,8 +140,7 @@ class FineTuner(L.LightningModule):
 
     def trained(self) -> dict[str, nn.Parameter]:
         """Trained tensors by name, without the prefix that all of them have."""
-        named = ((n.removeprefix("model.talklora.default."), p) for n, p in self.named_parameters() if p.requires_grad)
-        return dict(named)
+        return trained_tensors(self.model)
 
     def configure_optimizers(self) -> Any:
         optimizer = self.optimizer(grouped(self.trained(), self.param_groups))
@@ -340,3 +340,9 @@ class FineTuner(L.LightningModule):
             if have[f"model.{key}"].shape != value.shape:
                 got, want = list(have[f"model.{key}"].shape), list(value.shape)
                 raise UserError(f"The checkpoint's {key!r} has shape {got}, this run needs {want}.")
+
+
+def trained_tensors(model: nn.Module) -> dict[str, nn.Parameter]:
+    """Trained tensors of a model; those of the adapter by their names in it, those of the base after ``model.``."""
+    named = ((f"model.{name}", p) for name, p in model.named_parameters() if p.requires_grad)
+    return {name.removeprefix("model.talklora.default."): p for name, p in named}

@@ -10,7 +10,7 @@ import yaml
 from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedModel
 
 from talklora_pl.cli.lightning import CLI, _expand, shipped_configs
-from talklora_pl.module import FineTuner
+from talklora_pl.module import FineTuner, trained_tensors
 from tests.conftest import LLAMA3_8B
 from tests.data.tiny import tokenizer
 
@@ -29,9 +29,9 @@ def test_the_papers_run_on_llama3_8b(tmp_path: Path, monkeypatch: pytest.MonkeyP
     built: list[tuple[PreTrainedModel, int]] = []
     inject = FineTuner._inject
 
-    def injected(self: FineTuner, *args: Any) -> None:
-        inject(self, *args)
-        built.append((self.model, sum(p.numel() for p in self.trained().values())))
+    def injected(self: FineTuner, model: PreTrainedModel, *args: Any) -> None:
+        inject(self, model, *args)
+        built.append((model, sum(p.numel() for p in trained_tensors(model).values())))
 
     monkeypatch.setattr(FineTuner, "_inject", injected)
     args = ["--config", "recipe/talklora_llama3_8b", "--model.base.path", str(tmp_path), "--data.train", str(rows)]
