@@ -23,11 +23,11 @@ from typing import Any
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from talklora_pl.cache import sha256
 from talklora_pl.durable import write_whole
 from talklora_pl.errors import UserError
+from talklora_pl.internals.torch import TorchDispatchMode
 
 FORMAT_VERSION = 1
 TENSORS = "adapter.safetensors"

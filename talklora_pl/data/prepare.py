@@ -16,6 +16,7 @@ from talklora_pl.data.rows import ABSENT, RowReader, check_kind, find
 from talklora_pl.data.source import BadRow, Reader, Source, check_path
 from talklora_pl.data.tokens import NO_LOSS, Tokenize
 from talklora_pl.errors import UserError
+from talklora_pl.internals.datasets import row_writer
 from talklora_pl.registry import did_you_mean
 
 if TYPE_CHECKING:
@@ -156,9 +157,7 @@ def _prepare(source: Source, tokenize: Tokenize, read: RowReader, cache: Path | 
 
     def write(folder: Path) -> None:
         report = {"bad": [], "cut_rows": 0, "cut_tokens": 0}
-        from datasets.arrow_writer import ArrowWriter
-
-        with ArrowWriter(features=_features(), path=str(folder / "rows.arrow")) as writer:
+        with row_writer(str(folder / "rows.arrow"), _features()) as writer:
             for row in _rows(rows, source, tokenize, read, report):
                 writer.write(row)
             writer.finalize()

@@ -24,6 +24,8 @@ from torch.distributed.tensor import DTensor
 
 from talklora_pl.distributed.shards import fill_from_files
 from talklora_pl.errors import UserError
+from talklora_pl.internals.lightning import data_parallel_over
+from talklora_pl.internals.transformers import whole_classes
 
 
 class AdapterFSDP2Strategy(ModelParallelStrategy):
@@ -58,7 +60,7 @@ class AdapterFSDP2Strategy(ModelParallelStrategy):
         self._accumulating = False
 
     def setup_environment(self) -> None:
-        self._data_parallel_size = self.num_nodes * self.num_processes  # Lightning's default is the number of nodes
+        data_parallel_over(self, self.num_nodes * self.num_processes)
         super().setup_environment()
         if self.root_device.type == "cpu":
             return_freed_memory()
@@ -156,7 +158,7 @@ def decoder_layers(model: nn.Module) -> list[nn.Module]:
     Raises:
         UserError: the model names no such class.
     """
-    names = set(getattr(model, "_no_split_modules", None) or ())
+    names = whole_classes(model)
     lists = [m for m in model.modules() if isinstance(m, nn.ModuleList)]
     layers = [m for blocks in lists for m in blocks if {c.__name__ for c in type(m).__mro__} & names]
     if not layers:

@@ -11,7 +11,7 @@ from lightning.pytorch.strategies import DDPStrategy
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from torch.nn.parallel import DistributedDataParallel
 
-from talklora_pl.distributed.checkpoint import DurableCheckpointIO, last_checkpoint, newest, read_checkpoint
+from talklora_pl.distributed.checkpoint import KEY, DurableCheckpointIO, last_checkpoint, newest, read_checkpoint
 from talklora_pl.distributed.fsdp import AdapterFSDP2Strategy
 from talklora_pl.errors import UserError
 
@@ -83,6 +83,14 @@ def resume_from(
         raise UserError(f"--ckpt_path: {ckpt_path} is a folder." + (f" Do you mean {found}?" if found else ""))
     read_checkpoint(ckpt_path)
     return ckpt_path
+
+
+def allocation_of(ckpt_path: str | None) -> dict[str, int] | None:
+    """Experts by module name of the checkpoint that a run begins from: no rule need decide again. None: one must."""
+    if ckpt_path is None or "://" in str(ckpt_path):
+        return None
+    found: dict[str, int] = read_checkpoint(ckpt_path)[KEY]["experts_per_layer"]
+    return found
 
 
 def version_of(ckpt_path: str | None, root: str | os.PathLike[str]) -> int | None:

@@ -8,10 +8,11 @@ from typing import Any
 import torch
 from torch import nn
 from torch.distributed.tensor import DTensor
-from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
 from talklora_pl.base.weights import SafetensorsWeights
 from talklora_pl.errors import UserError
+from talklora_pl.internals.torch import own_part
+from talklora_pl.internals.transformers import commit_of, initialise, mark_initialised
 
 
 def fill_from_files(model: Any, shard_device: torch.device, device: torch.device) -> None:
@@ -34,7 +35,7 @@ def fill_from_files(model: Any, shard_device: torch.device, device: torch.device
     if not meta:
         return
     try:
-        files = SafetensorsWeights.of(model.config._name_or_path, getattr(model.config, "_commit_hash", None))
+        files = SafetensorsWeights.of(model.config.name_or_path, commit_of(model.config))
     except UserError as e:
         raise UserError(
             f"strategy fsdp reads the base slice by slice: {e} Or pass --trainer.strategy.meta_init false, if every "
@@ -49,8 +50,7 @@ def fill_from_files(model: Any, shard_device: torch.device, device: torch.device
             content[id(tensor)] = _local_content(tensor, files.tensor(key), name, shard_device, device)
     read = {name: content[id(t)] for name, t in meta.items() if id(t) in content}
     model.load_state_dict(read, strict=False, assign=True)
-    for tensor in [*model.parameters(), *model.buffers()]:
-        tensor._is_hf_initialized = not tensor.is_meta  # so that _init_weights leaves it alone
+    mark_initialised(model)
     _initialise_rest(model, device)
 
 
@@ -64,8 +64,7 @@ def _local_content(
             "Pass --trainer.strategy.meta_init false, so that Hugging Face converts the weights."
         )
     if isinstance(like, DTensor):
-        shape, offset = compute_local_shape_and_global_offset(like.shape, like.device_mesh, like.placements)
-        local = stored[tuple(slice(o, o + s) for o, s in zip(offset, shape))].to(shard_device, like.dtype, copy=True)
+        local = stored[own_part(like)].to(shard_device, like.dtype, copy=True)
         full: torch.Tensor = DTensor.from_local(
             local, like.device_mesh, like.placements, run_check=False, shape=like.shape, stride=like.stride()
         )
@@ -89,4 +88,4 @@ def _initialise_rest(model: Any, device: torch.device) -> None:
         for name, b in buffers.items():
             module._buffers[name] = torch.empty_like(b, device=device)
         if parameters or buffers:
-            model._init_weights(module)
+            initialise(model, module)
