@@ -101,7 +101,7 @@ class ExpertAllocation(L.Callback):
         shown = layer_list(layers, counts) or "by module"
         rank_zero_info(f"Experts per layer ({name}, {total(layers, counts):g} in all): {shown}")
         for logger in trainer.loggers:
-            writer = getattr(logger, "experiment", None)
+            writer: Any = getattr(logger, "experiment", None)
             if hasattr(writer, "add_text"):
                 writer.add_text("allocation/table", markdown(layers, counts, self.alphas), trainer.global_step)
             if hasattr(writer, "add_figure"):

@@ -36,7 +36,7 @@ class Checkpoint(ModelCheckpoint):
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         super().setup(trainer, pl_module, stage)
-        if stage == "fit" and not trainer.fast_dev_run:
+        if stage == "fit" and not trainer.fast_dev_run:  # type: ignore[attr-defined]
             try:
                 os.makedirs(str(self.dirpath), exist_ok=True)
             except OSError as e:
@@ -74,7 +74,7 @@ class Checkpoint(ModelCheckpoint):
 
     def _save_newest(self, trainer: L.Trainer) -> None:
         # at most once a step: the second of two micro-batches, or the end of an epoch, would add nothing
-        if trainer.fast_dev_run or trainer.global_step == self._last_step:
+        if trainer.fast_dev_run or trainer.global_step == self._last_step:  # type: ignore[attr-defined]
             return
         self._last_step = trainer.global_step
         self.last_model_path = os.path.join(str(self.dirpath), f"{self.CHECKPOINT_NAME_LAST}{self.FILE_EXTENSION}")

@@ -1,9 +1,11 @@
 """What a resumed run needs, beyond Lightning's own state, to end as if it had never been interrupted."""
 
+from __future__ import annotations
+
 import hashlib
 import math
 import os
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import lightning as L
 
@@ -19,6 +21,9 @@ from talklora_pl.internals.lightning import (
     training_batches,
     validation_follows,
 )
+
+if TYPE_CHECKING:
+    from talklora_pl.module import FineTuner
 
 KEY = "talklora_resume"
 
@@ -54,7 +59,7 @@ class ExactResume(L.Callback):
             # Lightning counts a step after the validation that follows it
             logged_step(trainer, trainer.global_step - 1)
             # and would take the batch in which this validation was once interrupted for a new interruption
-            count = trainer.fit_loop.epoch_loop.val_loop.batch_progress.total
+            count: Any = trainer.fit_loop.epoch_loop.val_loop.batch_progress.total
             count.ready = count.started = count.processed
 
     # ------------------------------------------------------------------ 2
@@ -109,7 +114,7 @@ class ExactResume(L.Callback):
 
     # ------------------------------------------------------------------ 4, 6
 
-    def on_load_checkpoint(self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
+    def on_load_checkpoint(self, trainer: L.Trainer, pl_module: FineTuner, checkpoint: dict[str, Any]) -> None:
         if trainer.state.fn != "fit":
             return
         if "optimizer_states" not in checkpoint:
@@ -121,7 +126,8 @@ class ExactResume(L.Callback):
         if saved is None:
             return
         self._saved = saved
-        refuse_differences(*_methods(checkpoint[ABOUT], pl_module.describe()), trainer.ckpt_path or "")  # type: ignore[operator]
+        then, now = _methods(checkpoint[ABOUT], pl_module.describe())
+        refuse_differences(then, now, trainer.ckpt_path or "")
         self._refuse_other_parts(trainer)
         total, current, is_last = training_batches(checkpoint["loops"]["fit_loop"])
         done = current["processed"]
@@ -155,7 +161,7 @@ def _methods(*abouts: dict[str, Any]) -> list[dict[str, Any]]:
 
 def _data(trainer: L.Trainer) -> dict[str, Any]:
     """What the order of the rows within an epoch depends on."""
-    data = getattr(trainer, "datamodule", None)
+    data: Any = getattr(trainer, "datamodule", None)
     if not hasattr(data, "batch_size"):
         return {}
     return {
@@ -183,6 +189,6 @@ def validation_due(trainer: L.Trainer) -> bool:
     if trainer.validating:
         progress = loop.val_loop.batch_progress
         return not (progress.is_last_batch and progress.current.completed == progress.current.ready)
-    batches = loop.batch_progress.total
+    batches: Any = loop.batch_progress.total
     in_batch_end = batches.processed == batches.completed + 1
-    return in_batch_end and trainer.enable_validation and validation_follows(trainer)
+    return bool(in_batch_end) and trainer.enable_validation and validation_follows(trainer)
