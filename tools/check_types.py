@@ -1,6 +1,6 @@
 """mypy over the package as an installation has it, with ``callbacks/`` and ``configs/`` inside.
 
-In a checkout these two lie beside ``talklora_pl/``, where mypy does not look for them. The whole tree is linked together
+In a checkout these two lie beside ``talklora_pl/``, where mypy does not look for them. So all of it is linked together
 in a temporary folder. Arguments are mypy's.
 """
 

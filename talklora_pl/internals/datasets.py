@@ -7,7 +7,7 @@ from typing import Any
 
 def content_digest(dataset: Any) -> str:
     """Digest of a dataset's rows, by which `datasets` itself caches; there is no public name for it."""
-    return dataset._fingerprint
+    return str(dataset._fingerprint)
 
 
 def row_writer(path: str, features: Any) -> Any:
