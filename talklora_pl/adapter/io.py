@@ -29,7 +29,6 @@ from talklora_pl.adapter.host import adapter_set, base_alone, get_adapter
 from talklora_pl.adapter.hub import local_folder
 from talklora_pl.adapter.inject import Adapter, Built, build, check_name, install, trained_by
 from talklora_pl.errors import UserError
-from talklora_pl.internals.transformers import commit_of
 from talklora_pl.registry import import_plugins
 
 Shapes = dict[str, tuple[tuple[int, ...], str]]
@@ -84,7 +83,7 @@ def describe(model: nn.Module, name: str = "default", base: dict[str, Any] | Non
     plain = set(adapter.plain_layers)
     about = {
         "name_or_path": getattr(config, "name_or_path", None) or "",
-        "revision": commit_of(config),
+        "revision": None,  # transformers does not say which it loaded; who asked for one passes it
         "model_type": getattr(config, "model_type", None),
         # FSDP2 puts a class of its own, FSDPxyz, in front of the model's
         "class": type(model).__name__.removeprefix("FSDP"),

@@ -108,7 +108,8 @@ def inspect(
 
     model = load_base(model_of, device)
     loaded = load_adapter(model, adapter)
-    from talklora_pl.monitoring import inspection, report  # matplotlib, only now that it is needed
+    from talklora_pl.monitoring import inspection  # matplotlib, only now that it is needed
+    from talklora_pl.monitoring import page as html_page
 
     found = inspection.inspect(model, loaded, tokenizer, batches, examples)
     config = loaded.config
@@ -120,7 +121,7 @@ def inspect(
         "router": config.router.name,
         "read": f"{found.texts} texts, {int(found.load.tokens_N.sum())} tokens",
     }
-    page.write_text(report.html(found, f"Experts of {Path(adapter).name}", facts), encoding="utf-8")
+    page.write_text(html_page.html(found, f"Experts of {Path(adapter).name}", facts), encoding="utf-8")
     summary(found, facts)
     print(f"\nwrote {page} ({page.stat().st_size / 1e6:.1f} MB)")
 

@@ -163,7 +163,7 @@ class CLI(LightningCLI):
         except UserError:
             # what is wrong with the data would come next: say it now (good data only get cached by this)
             raise UserError("\n".join(self._check(self.model, self.datamodule))) from None
-        self.model.allocation = allocation_of(self._get(self.config_init, "ckpt_path"))
+        self.model.allocation = allocation_of(self.config_init[self.verb].ckpt_path)
         if (root := self._get(self.config, "trainer").default_root_dir) is not None:
             try:
                 Path(root).mkdir(parents=True, exist_ok=True)

@@ -24,5 +24,5 @@ class AdapterDDPStrategy(DDPStrategy):
     """
 
     def __init__(self, timeout: timedelta = timedelta(minutes=30), **options: Any) -> None:
-        options.setdefault(SYNC_BUFFERS, False)
+        options[SYNC_BUFFERS] = False  # what a parser passes is the default of each option
         super().__init__(timeout=timeout, **options)

@@ -71,7 +71,8 @@ class AdapterFSDP2Strategy(ModelParallelStrategy):
         model = self.lightning_module.model
         if not isinstance(model, nn.Module):
             raise UserError("strategy fsdp needs a LightningModule whose attribute `model` is the Hugging Face model.")
-        shard_frozen(model, self.device_mesh["data_parallel"], self.cpu_offload, self.root_device)
+        mesh, revision = self.device_mesh["data_parallel"], self.lightning_module.base.revision
+        shard_frozen(model, mesh, self.cpu_offload, self.root_device, revision)
         super().setup(trainer)
         for tensor in self._replicated():
             dist.broadcast(tensor.detach(), src=0)
@@ -130,7 +131,9 @@ class AdapterFSDP2Strategy(ModelParallelStrategy):
         return Strategy.load_checkpoint(self, checkpoint_path, weights_only=weights_only)
 
 
-def shard_frozen(model: nn.Module, mesh: DeviceMesh, cpu_offload: bool, device: torch.device) -> None:
+def shard_frozen(
+    model: nn.Module, mesh: DeviceMesh, cpu_offload: bool, device: torch.device, revision: str | None = None
+) -> None:
     """Shard every frozen parameter of `model` over `mesh`; read those on the meta device from the weight files.
 
     Raises:
@@ -149,7 +152,7 @@ def shard_frozen(model: nn.Module, mesh: DeviceMesh, cpu_offload: bool, device: 
     for layer in decoder_layers(model):
         fully_shard(layer, mesh=mesh, offload_policy=policy, ignored_params=ignored)
     fully_shard(model, mesh=mesh, offload_policy=policy, ignored_params=ignored)
-    fill_from_files(model, torch.device("cpu") if cpu_offload else device, device)
+    fill_from_files(model, torch.device("cpu") if cpu_offload else device, device, revision)
 
 
 def decoder_layers(model: nn.Module) -> list[nn.Module]:

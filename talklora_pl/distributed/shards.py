@@ -12,10 +12,10 @@ from torch.distributed.tensor import DTensor
 from talklora_pl.base.weights import SafetensorsWeights
 from talklora_pl.errors import UserError
 from talklora_pl.internals.torch import own_part
-from talklora_pl.internals.transformers import commit_of, initialise, mark_initialised
+from talklora_pl.internals.transformers import initialise, mark_initialised
 
 
-def fill_from_files(model: Any, shard_device: torch.device, device: torch.device) -> None:
+def fill_from_files(model: Any, shard_device: torch.device, device: torch.device, revision: str | None = None) -> None:
     """Replace every tensor of `model` that is on the meta device by its content.
 
     Frozen parameters (DTensors after ``fully_shard``) are read from the files that ``model.config`` was read from;
@@ -26,6 +26,7 @@ def fill_from_files(model: Any, shard_device: torch.device, device: torch.device
         model: a Hugging Face model, partly on the meta device.
         shard_device: where this rank's part of the sharded parameters goes.
         device: where everything else goes.
+        revision: of the base on the hub, as it was asked for; transformers does not keep it.
 
     Raises:
         UserError: the files do not hold the model's parameters under the names the model gives them.
@@ -35,7 +36,7 @@ def fill_from_files(model: Any, shard_device: torch.device, device: torch.device
     if not meta:
         return
     try:
-        files = SafetensorsWeights.of(model.config.name_or_path, commit_of(model.config))
+        files = SafetensorsWeights.of(model.config.name_or_path, revision)
     except UserError as e:
         raise UserError(
             f"strategy fsdp reads the base slice by slice: {e} Or pass --trainer.strategy.meta_init false, if every "

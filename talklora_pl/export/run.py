@@ -84,7 +84,7 @@ def export_checkpoint(
         trust_remote_code: run Python code that comes with the base.
 
     Raises:
-        UserError: no checkpoint of ours, or its base cannot be found.
+        UserError: not a checkpoint of this package, or its base cannot be found.
     """
     path = find_checkpoint(Path(checkpoint))
     data = read_checkpoint(path)

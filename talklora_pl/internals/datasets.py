@@ -6,7 +6,7 @@ from typing import Any
 
 
 def content_digest(dataset: Any) -> str:
-    """Digest of a dataset's rows, by which `datasets` itself caches; there is no public name for it."""
+    """By what `datasets` itself tells one content from another; there is no public name for it."""
     return str(dataset._fingerprint)
 
 

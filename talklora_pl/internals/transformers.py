@@ -8,11 +8,6 @@ from typing import Any
 from torch import nn
 
 
-def commit_of(config: Any) -> str | None:
-    """Commit of the hub repository that a model's configuration came from; None for a folder."""
-    return getattr(config, "_commit_hash", None)
-
-
 def take_attention(config: Any, asked: Any) -> None:
     """Give `config` the attention implementation of `asked`, if that names one; there is only the argument of
     ``from_pretrained``, of which the caller is handed the outcome."""
