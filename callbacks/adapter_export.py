@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import lightning as L
 from lightning.pytorch.callbacks import ModelCheckpoint
@@ -12,6 +12,9 @@ from lightning.pytorch.utilities import rank_zero_info
 
 from talklora_pl.adapter.io import adapter_tensors
 from talklora_pl.export.run import export_checkpoint, export_tensors, facts_of, remember, whole
+
+if TYPE_CHECKING:
+    from talklora_pl.module import FineTuner
 
 
 class AdapterExport(L.Callback):
@@ -40,10 +43,10 @@ class AdapterExport(L.Callback):
     def on_save_checkpoint(self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
         remember(checkpoint, replace(facts_of(trainer), license=self.license))
 
-    def on_train_batch_start(self, trainer: L.Trainer, pl_module: Any, batch: Any, batch_idx: int) -> None:
+    def on_train_batch_start(self, trainer: L.Trainer, pl_module: FineTuner, batch: Any, batch_idx: int) -> None:
         self._export_best(trainer, pl_module)  # Lightning saves checkpoints after all other callbacks had their turn
 
-    def on_fit_end(self, trainer: L.Trainer, pl_module: Any) -> None:
+    def on_fit_end(self, trainer: L.Trainer, pl_module: FineTuner) -> None:
         if trainer.fast_dev_run:  # type: ignore[attr-defined]
             return
         self._export_best(trainer, pl_module)
@@ -53,7 +56,7 @@ class AdapterExport(L.Callback):
             folder = export_tensors(self._folder / "last", tensors, about, pl_module.base, facts)
             rank_zero_info(f"Adapter: {folder}")
 
-    def _export_best(self, trainer: L.Trainer, pl_module: Any) -> None:
+    def _export_best(self, trainer: L.Trainer, pl_module: FineTuner) -> None:
         checkpoint = trainer.checkpoint_callback
         if not (self.best and trainer.is_global_zero and isinstance(checkpoint, ModelCheckpoint)):
             return

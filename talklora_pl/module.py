@@ -19,10 +19,11 @@ from talklora_pl.adapter.gated import find_modules
 from talklora_pl.adapter.io import METHOD, describe, state_tensors
 from talklora_pl.allocation.rules import UniformAllocation
 from talklora_pl.base import BaseModel, load_base, load_tokenizer, portable
-from talklora_pl.callbacks.allocation import ExpertAllocation
+from talklora_pl.callbacks.allocation import ExpertAllocation, refuse_other_allocation
 from talklora_pl.distributed.checkpoint import refuse_differences
 from talklora_pl.errors import UserError
 from talklora_pl.evaluation import BatchScores, Evaluation, Generation, TaskScores, predictions, table, write_json
+from talklora_pl.internals.lightning import step_ends, trainer_of
 from talklora_pl.objectives import Objective, choose
 from talklora_pl.optim import ParamGroup, grouped, try_optimizer
 from talklora_pl.routing import RoutingCollector, RoutingRecord
@@ -87,7 +88,7 @@ class FineTuner(L.LightningModule):
             return
         self.adapter_config.validate()
         # a strategy that shards the base also reads it, each process its own part
-        meta = self._trainer is not None and getattr(self.trainer.strategy, "loads_base", False)
+        meta = getattr(getattr(trainer_of(self), "strategy", None), "loads_base", False)
         self.model = load_base(self.base, self.device, meta)
         self._inject(self.model, self.adapter_config, self.device)
         if self.gradient_checkpointing:
@@ -173,7 +174,7 @@ class FineTuner(L.LightningModule):
         step_tokens = batch.get("step_tokens") or self._count_of_all_ranks(count) * accumulate
         task = loss_sum * (self.trainer.world_size * accumulate / step_tokens)
         self._step_loss += task.detach() / accumulate
-        if not self.trainer.fit_loop._should_accumulate():
+        if step_ends(self.trainer):
             # its mean over ranks is the mean over all tokens of the step, however they are spread
             self.log("train_loss", self._step_loss, prog_bar=True, sync_dist=True, batch_size=1)
             self._step_loss = 0.0
@@ -213,7 +214,7 @@ class FineTuner(L.LightningModule):
 
     @property
     def _datamodule(self) -> Any:
-        return getattr(self._trainer, "datamodule", None)
+        return getattr(trainer_of(self), "datamodule", None)
 
     @property
     def eos_id(self) -> int:
@@ -330,7 +331,9 @@ class FineTuner(L.LightningModule):
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Raises: UserError if a trained tensor is missing or has another shape, or was trained as part of another
         method. (A fit compares more, see :class:`~talklora_pl.callbacks.resume.ExactResume`.)"""
-        if self.trainer.state.fn != "fit" and (about := checkpoint.get("talklora")):
+        if about := checkpoint.get("talklora"):
+            refuse_other_allocation(about, self)
+        if about and self.trainer.state.fn != "fit":
             now = self.describe()
             refuse_differences({k: about[k] for k in METHOD}, {k: now[k] for k in METHOD}, self.trainer.ckpt_path or "")
         have = checkpoint["state_dict"]

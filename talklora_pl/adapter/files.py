@@ -15,7 +15,7 @@ from __future__ import annotations
 import json
 import math
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -23,10 +23,11 @@ from typing import Any
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from talklora_pl.cache import sha256
+from talklora_pl.durable import write_whole
 from talklora_pl.errors import UserError
+from talklora_pl.internals.torch import TorchDispatchMode
 
 FORMAT_VERSION = 1
 TENSORS = "adapter.safetensors"
@@ -41,25 +42,6 @@ def write_files(folder: Path, tensors: dict[str, Tensor], about: dict[str, Any])
     folder.mkdir(parents=True, exist_ok=True)
     write_whole(folder / TENSORS, lambda p: save_file(ready, p, {"format": "pt"}))
     write_json(folder / CONFIG, {**about, "tensors_sha256": sha256(folder / TENSORS)})
-
-
-def write_whole(path: Path, write: Callable[[Path], object]) -> None:
-    """Let ``write`` fill a file beside ``path``, which then takes its place."""
-    part = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        write(part)
-        part.chmod(0o666 & ~_umask())
-        with part.open("rb") as f:
-            os.fsync(f.fileno())
-        part.replace(path)
-    finally:
-        part.unlink(missing_ok=True)
-
-
-def _umask() -> int:
-    umask = os.umask(0)
-    os.umask(umask)
-    return umask
 
 
 def write_json(path: Path, data: Any) -> None:

@@ -9,12 +9,12 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from types import MethodType
 from typing import Any
 
 from torch import Tensor, nn
 
 from talklora_pl.errors import UserError
+from talklora_pl.internals.transformers import has_accelerate_hook, renew_accelerate_hook
 
 
 class SwappedParameter:
@@ -151,7 +151,7 @@ def get_adapter(model: nn.Module, name: str = "default") -> Any:
 
 def check_attachable(name: str, module: nn.Module) -> None:
     """Raises: UserError if the class's forward is not what runs, so that exchanging the class would do nothing."""
-    if "forward" in module.__dict__ and not isinstance(module, Adapted) and not hasattr(module, "_old_forward"):
+    if "forward" in module.__dict__ and not isinstance(module, Adapted) and not has_accelerate_hook(module):
         raise UserError(
             f"The forward of {name!r} was replaced by other code, past which no adapter comes; load the adapter before."
         )
@@ -162,8 +162,7 @@ def attach(module: Any, switch: ActiveAdapter, name: str, layer: nn.Module) -> N
     if not isinstance(module, Adapted):
         module.__class__ = _adapted_class(type(module))
         module.talklora_adapters = LayerAdapters(switch)
-        if "_old_forward" in module.__dict__:  # accelerate moves inputs to the layer's device, then calls this
-            module._old_forward = MethodType(type(module).forward, module)
+        renew_accelerate_hook(module)
     module.talklora_adapters.layers[name] = layer
 
 
@@ -174,8 +173,7 @@ def detach(module: nn.Module, name: str) -> None:
         if not module.talklora_adapters.layers:
             del module.talklora_adapters
             module.__class__ = module.frozen_class  # type: ignore[assignment]
-            if "_old_forward" in module.__dict__:
-                module._old_forward = MethodType(type(module).forward, module)  # type: ignore[assignment]
+            renew_accelerate_hook(module)
 
 
 def remove_adapter(model: nn.Module, name: str = "default") -> None:

@@ -82,8 +82,8 @@ def describe(model: nn.Module, name: str = "default", base: dict[str, Any] | Non
     config = getattr(model, "config", None)
     plain = set(adapter.plain_layers)
     about = {
-        "name_or_path": getattr(config, "_name_or_path", "") or "",
-        "revision": getattr(config, "_commit_hash", None),
+        "name_or_path": getattr(config, "name_or_path", None) or "",
+        "revision": None,  # transformers does not say which it loaded; who asked for one passes it
         "model_type": getattr(config, "model_type", None),
         # FSDP2 puts a class of its own, FSDPxyz, in front of the model's
         "class": type(model).__name__.removeprefix("FSDP"),

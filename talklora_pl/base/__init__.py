@@ -136,13 +136,14 @@ def pick_dtype(name: str, device: str | torch.device) -> torch.dtype:
     """Weights' dtype on a device; for ``auto`` see :class:`BaseModel`."""
     import torch
 
+    from talklora_pl.internals.torch import cpu_has_bf16
+
     if name != "auto":
         return getattr(torch, name)
     if torch.device(device).type == "cuda":
         fast = torch.cuda.is_bf16_supported(including_emulation=False)
     else:
-        checks = ("_is_amx_tile_supported", "_is_avx512_bf16_supported")
-        fast = torch.device(device).type == "cpu" and any(getattr(torch.cpu, check, bool)() for check in checks)
+        fast = torch.device(device).type == "cpu" and cpu_has_bf16()
     return torch.bfloat16 if fast else torch.float32
 
 

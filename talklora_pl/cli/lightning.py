@@ -22,7 +22,7 @@ from talklora_pl.callbacks.progress import EpochProgress
 from talklora_pl.cli.parser import Parser
 from talklora_pl.cli.problems import all_problems, readable
 from talklora_pl.data import TextData
-from talklora_pl.distributed.launch import resume_from, trainer_arguments, version_of
+from talklora_pl.distributed.launch import allocation_of, resume_from, trainer_arguments, version_of
 from talklora_pl.errors import UserError
 from talklora_pl.module import FineTuner
 
@@ -164,6 +164,7 @@ class CLI(LightningCLI):
         except UserError:
             # what is wrong with the data would come next: say it now (good data only get cached by this)
             raise UserError("\n".join(self._check(self.model, self.datamodule))) from None
+        self.model.allocation = allocation_of(self.config_init[self.verb].ckpt_path)
         if (root := self._get(self.config, "trainer").default_root_dir) is not None:
             try:
                 Path(root).mkdir(parents=True, exist_ok=True)

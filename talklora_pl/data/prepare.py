@@ -21,6 +21,7 @@ from talklora_pl.data.source import BadRow, Reader, Source, check_path
 from talklora_pl.data.tokens import Tokenize
 from talklora_pl.errors import UserError
 from talklora_pl.inputs import NO_LOSS
+from talklora_pl.internals.datasets import row_writer
 from talklora_pl.objectives import Objective
 from talklora_pl.registry import did_you_mean
 
@@ -173,9 +174,7 @@ def _prepare(source: Source, tokenize: Tokenize, objective: Objective, read: Row
 
     def write(folder: Path) -> None:
         report = {"bad": [], "cut_rows": 0, "cut_tokens": 0}
-        from datasets.arrow_writer import ArrowWriter
-
-        with ArrowWriter(features=_features(), path=str(folder / "rows.arrow")) as writer:
+        with row_writer(str(folder / "rows.arrow"), _features()) as writer:
             for row in _rows(rows, source, tokenize, objective, read, report):
                 writer.write(row)
             writer.finalize()

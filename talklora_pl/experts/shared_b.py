@@ -33,7 +33,8 @@ class SharedBExperts(PrivateA):
 
     def up(self) -> Tensor:
         # on a model spread over devices, B lives on one of them
-        return self._shared[0].B[: self.A.shape[0]].flatten(0, 1).to(self.A.device)
+        B_ERO: Tensor = self._shared[0].B[: self.A.shape[0]]
+        return B_ERO.flatten(0, 1).to(self.A.device)
 
 
 @register("shared_b")

@@ -13,12 +13,9 @@ tokenizer files            the base's tokenizer
 
 from __future__ import annotations
 
-import ctypes
 import json
 import os
 import shutil
-import sys
-import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -30,6 +27,7 @@ from transformers import PretrainedConfig, PreTrainedTokenizerBase
 from talklora_pl.adapter.files import CONFIG, write_files, write_json
 from talklora_pl.adapter.io import adapter_tensors, describe
 from talklora_pl.base.heads import HEADS
+from talklora_pl.durable import beside, folder_beside
 from talklora_pl.errors import UserError
 from talklora_pl.export.auto import BASE, REVISION
 from talklora_pl.export.card import Facts, card
@@ -117,29 +115,20 @@ def replaced_folder(target: Path) -> Iterator[Path]:
         raise UserError(f"{target} exists and is no adapter folder; choose another place.")
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
-        work = Path(tempfile.mkdtemp(prefix=f".{target.name}-", dir=target.parent))
     except OSError as e:
         raise UserError(f"{target} cannot be written: {e.strerror or e}.") from e
     try:
-        yield work
-        umask = os.umask(0)
-        os.umask(umask)
-        work.chmod(0o777 & ~umask)
-        if not target.exists():
-            work.rename(target)
-        elif not _exchange(work, target):
-            before = Path(tempfile.mkdtemp(prefix=f".{target.name}-old-", dir=target.parent))
-            target.rename(before / target.name)
-            work.rename(target)
-            shutil.rmtree(before, ignore_errors=True)
+        with folder_beside(target) as work:
+            yield work
+            old = beside(work)
+            if target.exists():
+                target.rename(old)
+            try:
+                work.rename(target)
+            except OSError:
+                if old.exists():
+                    old.rename(target)
+                raise
+            shutil.rmtree(old, ignore_errors=True)
     except OSError as e:  # a full disk, for example
         raise UserError(f"{target} could not be written: {e.strerror or e}. What was there before is untouched.") from e
-    finally:
-        shutil.rmtree(work, ignore_errors=True)
-
-
-def _exchange(one: Path, other: Path) -> bool:
-    """Swap two folders in one step, so that there is one at every moment; False where the system has no such step."""
-    renameat2 = getattr(ctypes.CDLL(None), "renameat2", None) if sys.platform == "linux" else None
-    here, swap = -100, 2  # AT_FDCWD, RENAME_EXCHANGE
-    return renameat2 is not None and renameat2(here, os.fsencode(one), here, os.fsencode(other), swap) == 0

@@ -15,6 +15,7 @@ from talklora_pl.adapter.io import load_adapter
 from talklora_pl.base import resolve
 from talklora_pl.base.heads import HEADS
 from talklora_pl.errors import UserError
+from talklora_pl.internals.transformers import take_attention
 
 BASE, REVISION = "base_model_name_or_path", "base_model_revision"
 """Where ``config.json`` names the base."""
@@ -107,8 +108,7 @@ def _base_config(here: Path, path: str, config: Any, hub: dict[str, Any]) -> Pre
         for key, value in asked.items():
             if before.get(key) != value and key not in ("auto_map", BASE, REVISION):
                 setattr(out, key, value)
-        if getattr(config, "_attn_implementation", None) is not None:
-            out._attn_implementation = config._attn_implementation
+        take_attention(out, config)
     return out
 
 
