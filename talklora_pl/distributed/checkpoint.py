@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from lightning.pytorch.plugins.io import TorchCheckpointIO
 
-from talklora_pl.adapter.io import FORMAT_VERSION
+from talklora_pl.adapter.files import FORMAT_VERSION
 from talklora_pl.errors import UserError
 
 KEY = "talklora"

@@ -74,7 +74,7 @@ def inspect(
         ids_BS, mask_BS = batch["input_ids"].to(device), batch["attention_mask"].to(device)
         groups = batch["group"].tolist() if "group" in batch else range(len(ids_BS))
         tasks = [batch["task"][g] for g in groups]
-        with RoutingCollector(mask_BS) as collector, DecisionInputs(adapter, mask_BS) as inputs:
+        with RoutingCollector(adapter, mask_BS) as collector, DecisionInputs(adapter, mask_BS) as inputs:
             model(input_ids=ids_BS, attention_mask=mask_BS)
         load.update(collector.records, tasks)
         sensitivity.update(inputs)

@@ -28,7 +28,7 @@ def experts_by_task(tuner: FineTuner, batches: Iterable[dict[str, Any]]) -> dict
     for batch in batches:
         batch = {k: v.to(tuner.model.device) if isinstance(v, Tensor) else v for k, v in batch.items()}
         mask_BS = batch["attention_mask"]
-        with RoutingCollector(mask_BS) as collector:
+        with RoutingCollector(tuner.model, mask_BS) as collector:
             tuner.token_logits(batch)
         rows_of = {
             task: torch.tensor([batch["task"][q] == task for q in batch["group"].tolist()], device=mask_BS.device)

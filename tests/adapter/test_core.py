@@ -11,11 +11,11 @@ from transformers import AutoConfig, AutoModelForCausalLM, GPT2Config, LlamaConf
 from talklora_pl import UserError
 from talklora_pl.adapter import AdapterConfig, RoutingCollector, disable_adapter, inject, remove_adapter
 from talklora_pl.adapter.host import Adapted
-from talklora_pl.adapter.targets import find_targets
 from talklora_pl.communication.identity import NoCommunication
 from talklora_pl.communication.talking import Talking
 from talklora_pl.experts.lora import LoRA, SplitLoRA
 from talklora_pl.routers.softmax import Softmax, Uniform
+from talklora_pl.sites.targets import find_targets
 from tests.conftest import LLAMA3_8B, tiny_llama
 
 METHODS: dict[str, dict[str, Any]] = {

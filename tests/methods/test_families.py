@@ -16,7 +16,7 @@ from transformers import (
 from talklora_pl import UserError
 from talklora_pl.adapter import AdapterConfig, RoutingCollector, inject
 from talklora_pl.adapter.io import load_adapter, save_adapter
-from talklora_pl.adapter.targets import find_targets
+from talklora_pl.sites.targets import find_targets
 from tests.methods.test_configs import config_of
 
 LLAMA = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2, "num_attention_heads": 2}
