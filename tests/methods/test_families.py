@@ -59,7 +59,7 @@ def test_all_linear(kind: str, method: str) -> None:
     assert len(find_targets(model, "all-linear")) == (DECODERS[kind][1] if kind in DECODERS else ENCODERS[kind])
     adapter = inject(model, sized(method, "all-linear"))
     torch.testing.assert_close(model(input_ids=IDS).logits, base)
-    with RoutingCollector(torch.ones(IDS.shape)) as collector:
+    with RoutingCollector(model, torch.ones(IDS.shape)) as collector:
         model.train()(input_ids=IDS).logits.sum().backward()
     assert {r.layer for r in collector.records} == set(adapter.routed_layers())
     assert all(len(r.mask_T) == IDS.numel() for r in collector.records)
