@@ -50,6 +50,13 @@ class RoutingRecord:
     shape: tuple[int, ...] = ()
     task_types_B: Tensor | None = None
 
+    def sum_of(self, values: Tensor) -> Tensor:
+        """Sum of (T, ...) over the real tokens."""
+        if values.dim() == 1:
+            return (self.mask_T * values).sum()
+        flat = self.mask_T.to(values.dtype) @ values.flatten(1)
+        return flat.view(values.shape[1:])
+
     def weight_share(self) -> Tensor:
         """Mean weight of every expert over the real tokens, shape (E,); sums to 1."""
         m_T = self.mask_T.to(self.routing.weights_TE.dtype)
