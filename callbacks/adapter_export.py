@@ -11,7 +11,7 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.utilities import rank_zero_info
 
 from talklora_pl.adapter.io import adapter_tensors
-from talklora_pl.export.run import export_checkpoint, export_tensors, facts_of, remember, whole
+from talklora_pl.export.run import export_checkpoint, export_tensors, facts_of, gather_full, store_facts
 
 if TYPE_CHECKING:
     from talklora_pl.module import FineTuner
@@ -41,7 +41,7 @@ class AdapterExport(L.Callback):
         self._folder = Path(self.dirpath or Path(trainer.log_dir or trainer.default_root_dir) / "adapters")
 
     def on_save_checkpoint(self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
-        remember(checkpoint, replace(facts_of(trainer), license=self.license))
+        store_facts(checkpoint, replace(facts_of(trainer), license=self.license))
 
     def on_train_batch_start(self, trainer: L.Trainer, pl_module: FineTuner, batch: Any, batch_idx: int) -> None:
         self._export_best(trainer, pl_module)  # Lightning saves checkpoints after all other callbacks had their turn
@@ -50,10 +50,10 @@ class AdapterExport(L.Callback):
         if trainer.fast_dev_run:  # type: ignore[attr-defined]
             return
         self._export_best(trainer, pl_module)
-        tensors, about = whole(adapter_tensors(pl_module.model)), pl_module.describe()
+        tensors, metadata = gather_full(adapter_tensors(pl_module.model)), pl_module.adapter_metadata()
         if trainer.is_global_zero:
             facts = replace(facts_of(trainer), license=self.license)
-            folder = export_tensors(self._folder / "last", tensors, about, pl_module.base, facts)
+            folder = export_tensors(self._folder / "last", tensors, metadata, pl_module.base, facts)
             rank_zero_info(f"Adapter: {folder}")
 
     def _export_best(self, trainer: L.Trainer, pl_module: FineTuner) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 import lightning as L
@@ -10,6 +9,7 @@ from lightning.pytorch.utilities import rank_zero_info
 
 from talklora_pl import registry
 from talklora_pl.adapter.allocation import decide, layer_targets
+from talklora_pl.adapter.metadata import AdapterMetadata
 from talklora_pl.allocation.alpha import Alpha
 from talklora_pl.allocation.report import figure, layer_list, markdown, total
 from talklora_pl.allocation.rules import UniformAllocation
@@ -22,21 +22,21 @@ if TYPE_CHECKING:
     from talklora_pl.module import FineTuner
 
 
-def refuse_other_allocation(about: Mapping[str, Any], pl_module: FineTuner) -> None:
+def refuse_other_allocation(metadata: AdapterMetadata, pl_module: FineTuner) -> None:
     """Raise a `UserError` if a checkpoint gives other numbers of experts to the layers of this run.
 
     Args:
-        about: the checkpoint's entry ``talklora``.
+        metadata: the checkpoint's.
         pl_module: after its adapter was built.
     """
-    rule, configured = about["adapter"]["allocation"], registry.to_dict(pl_module.adapter_config.allocation)
+    rule, configured = metadata.adapter["allocation"], registry.to_dict(pl_module.adapter_config.allocation)
     if rule != configured:
         raise UserError(
             f"model.adapter.allocation: the checkpoint has experts per layer by {rule}, the configuration says "
             f"{configured}. Configure the same; only a new run, without --ckpt_path, may have another."
         )
     counts = pl_module.adapter.experts_per_layer
-    for layer, before in about["experts_per_layer"].items():
+    for layer, before in metadata.experts_per_layer.items():
         if (now := counts.get(layer, before)) != before:
             raise UserError(
                 f"model.adapter.allocation: the checkpoint has {before} experts in {layer}, the same rule now gives it "

@@ -133,7 +133,7 @@ class LoadBalance(L.Callback):
         if self.figures and batch_idx == 0 and trainer.is_global_zero:
             inputs = DecisionInputs(pl_module.adapter, batch["attention_mask"])
             self._inputs = self._evaluation.enter_context(inputs).x
-        self._collector = self._evaluation.enter_context(RoutingCollector(batch["attention_mask"]))
+        self._collector = self._evaluation.enter_context(RoutingCollector(pl_module.adapter, batch["attention_mask"]))
 
     def on_validation_batch_end(
         self,

@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING, Any
 import lightning as L
 
 from talklora_pl.adapter.fingerprint import agree
-from talklora_pl.adapter.io import METHOD
-from talklora_pl.distributed.checkpoint import KEY as ABOUT
+from talklora_pl.adapter.metadata import AdapterMetadata
+from talklora_pl.distributed.checkpoint import KEY as METADATA
 from talklora_pl.distributed.checkpoint import refuse_differences
 from talklora_pl.distributed.seeding import seed_step
 from talklora_pl.errors import UserError
@@ -126,8 +126,9 @@ class ExactResume(L.Callback):
         if saved is None:
             return
         self._saved = saved
-        then, now = _methods(checkpoint[ABOUT], pl_module.describe())
-        refuse_differences(then, now, trainer.ckpt_path or "")
+        path = trainer.ckpt_path or ""
+        written = AdapterMetadata.from_dict(checkpoint[METADATA], path)
+        refuse_differences(*_methods(written, pl_module.adapter_metadata()), path)  # type: ignore[operator]
         self._refuse_other_parts(trainer)
         total, current, is_last = training_batches(checkpoint["loops"]["fit_loop"])
         done = current["processed"]
@@ -146,17 +147,16 @@ class ExactResume(L.Callback):
                 count.update(ready=done, started=done, processed=done, completed=done - running)
 
 
-def _methods(*abouts: dict[str, Any]) -> list[dict[str, Any]]:
+def _methods(*metadata: AdapterMetadata) -> list[dict[str, Any]]:
     """What may not differ: the adapter, the experts per layer, and the base, by its weights rather than its place."""
-    bases = [dict(about["base"]) for about in abouts]
-    marks = [base.pop("fingerprint", None) for base in bases]
+    bases = [m.base.to_dict() for m in metadata]
+    marks = [base.pop("fingerprint") for base in bases]
     if all(marks):
         same = agree(*marks)
         for base, mark in zip(bases, marks):
-            del base["name_or_path"]
-            base.pop("revision", None)
+            del base["name_or_path"], base["revision"]
             base["weights"] = "the same" if same else hashlib.sha256(mark.encode()).hexdigest()[:12]
-    return [{"base": base, **{k: about[k] for k in METHOD}} for base, about in zip(bases, abouts)]
+    return [{"base": base, **m.method()} for base, m in zip(bases, metadata)]
 
 
 def _data(trainer: L.Trainer) -> dict[str, Any]:

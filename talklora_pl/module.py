@@ -15,8 +15,8 @@ from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 from torch import Tensor, nn
 
 from talklora_pl.adapter import Adapter, AdapterConfig, disable_adapter, inject
-from talklora_pl.adapter.gated import find_modules
-from talklora_pl.adapter.io import METHOD, describe, state_tensors
+from talklora_pl.adapter.io import adapter_metadata, state_tensors
+from talklora_pl.adapter.metadata import AdapterMetadata
 from talklora_pl.allocation.rules import UniformAllocation
 from talklora_pl.base import BaseModel, load_base, load_tokenizer, portable
 from talklora_pl.callbacks.allocation import ExpertAllocation, refuse_other_allocation
@@ -115,7 +115,7 @@ class FineTuner(L.LightningModule):
         def inject() -> None:
             nonlocal groups
             if model is not None:
-                find_modules(model, config.targets, config.exclude, config.layers, config.experts.site)
+                config.experts.site.find(model, config.targets, config.exclude, config.layers)
             if not problems:
                 # a rule that reads weights has none to read here
                 self._inject(model, replace(config, allocation=UniformAllocation()))
@@ -156,14 +156,14 @@ class FineTuner(L.LightningModule):
 
     def on_fit_start(self) -> None:
         # while all processes are alive: the weights may be sharded
-        self._fingerprint = self.describe()["base"]["fingerprint"]
+        self._fingerprint = self.adapter_metadata().base.fingerprint
 
     def forward(self, **inputs: Any) -> Any:
         return self.model(**inputs)
 
     def training_step(self, batch: dict[str, Any], batch_idx: int) -> Tensor:
         """Task loss over all tokens of the optimiser step, plus balance losses averaged over its micro-steps."""
-        with RoutingCollector(batch["attention_mask"], batch.get("task_types")) as collector:
+        with RoutingCollector(self.model, batch["attention_mask"], batch.get("task_types")) as collector:
             loss_sum, count = self.objective.loss(self.model, batch)
         self.routing = collector.records
         self.adapter.count_loads(self.routing)
@@ -313,29 +313,34 @@ class FineTuner(L.LightningModule):
 
     # --- checkpoints
 
-    def describe(self) -> dict[str, Any]:
-        """What a checkpoint remembers of the run's method: plain data."""
-        base = {"name_or_path": portable(self.base.path), "task": self.base.task, "num_labels": self.base.num_labels}
+    def adapter_metadata(self) -> AdapterMetadata:
+        """What a checkpoint and an exported folder hold of the run's method."""
+        base: dict[str, Any] = {
+            "name_or_path": portable(self.base.path),
+            "task": self.base.task,
+            "num_labels": self.base.num_labels,
+        }
         if self.base.revision is not None:
             base["revision"] = self.base.revision
         if self._fingerprint is not None:
             base["fingerprint"] = self._fingerprint
-        return describe(self.model, base=base)
+        return adapter_metadata(self.model, **base)
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Keep trained tensors and the adapter's buffers; the base is not ours to store."""
         keep = {f"model.{k}" for k in state_tensors(self.model)}
         checkpoint["state_dict"] = {k: v for k, v in checkpoint["state_dict"].items() if k in keep}
-        checkpoint["talklora"] = self.describe()
+        checkpoint["talklora"] = self.adapter_metadata().to_dict()
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Raises: UserError if a trained tensor is missing or has another shape, or was trained as part of another
         method. (A fit compares more, see :class:`~talklora_pl.callbacks.resume.ExactResume`.)"""
-        if about := checkpoint.get("talklora"):
-            refuse_other_allocation(about, self)
-        if about and self.trainer.state.fn != "fit":
-            now = self.describe()
-            refuse_differences({k: about[k] for k in METHOD}, {k: now[k] for k in METHOD}, self.trainer.ckpt_path or "")
+        if saved := checkpoint.get("talklora"):
+            path = self.trainer.ckpt_path or ""
+            metadata = AdapterMetadata.from_dict(saved, path)
+            refuse_other_allocation(metadata, self)
+            if self.trainer.state.fn != "fit":
+                refuse_differences(metadata.method(), self.adapter_metadata().method(), path)
         have = checkpoint["state_dict"]
         for key, value in state_tensors(self.model).items():
             if f"model.{key}" not in have:

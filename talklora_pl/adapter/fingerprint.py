@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from talklora_pl.internals.torch import own_part
+from talklora_pl.names import base_parameters
 
 SAMPLES = 1024
 
@@ -32,7 +33,7 @@ def fingerprint(model: nn.Module, without: Iterable[str] = ()) -> str | None:
         without: names of parameters that are no part of the frozen base: those trained along.
     """
     skip = set(without)
-    frozen = {n: p for n, p in model.named_parameters() if not n.startswith("talklora.") and n not in skip}
+    frozen = {n: p for n, p in base_parameters(model).items() if n not in skip}
     quantised = getattr(model, "is_quantized", False) or getattr(model, "hf_quantizer", None) is not None
     if quantised or not frozen or any(p.is_meta or not p.is_floating_point() for p in frozen.values()):
         return None

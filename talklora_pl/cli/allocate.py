@@ -13,7 +13,7 @@ from jsonargparse import ArgumentParser
 from rich.console import Console
 
 from talklora_pl import registry
-from talklora_pl.adapter.allocation import bare_layers, layer_targets
+from talklora_pl.adapter.allocation import layer_targets, layers_without_targets
 from talklora_pl.allocation import Allocation, LayerTargets
 from talklora_pl.allocation.alpha import Alpha
 from talklora_pl.allocation.cache import exponents
@@ -77,7 +77,7 @@ def allocate(
     decoder = layer_targets(model, targets, exclude, layers)
     if not decoder:
         raise UserError(f"--targets: {targets!r} lie outside of the numbered layers; there is nothing to allocate.")
-    if layers is None and (bare := bare_layers(model, decoder)):
+    if layers is None and (bare := layers_without_targets(model, decoder)):
         raise UserError(
             f"--targets: {targets!r} match nothing in {len(bare)} decoder layers, the first is {bare[0]!r}. Choose "
             "targets that every layer has, or say with --layers which layers are meant."

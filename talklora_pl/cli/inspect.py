@@ -12,9 +12,9 @@ from jsonargparse import ArgumentParser
 from rich.console import Console
 from rich.table import Table
 
-from talklora_pl.adapter.files import read_about
 from talklora_pl.adapter.hub import local_folder
 from talklora_pl.adapter.io import load_adapter
+from talklora_pl.adapter.metadata import read_metadata
 from talklora_pl.base import BaseModel, default_length, load_base, load_config, load_tokenizer, pad_id
 from talklora_pl.base.heads import HEADS
 from talklora_pl.data import TextData
@@ -82,11 +82,11 @@ def inspect(
     except (RuntimeError, AssertionError) as e:  # torch without CUDA asserts
         raise UserError(f"--device: {device!r} cannot be used here: {str(e).splitlines()[0]}") from e
     folder = local_folder(adapter)
-    about = read_about(folder)
-    path = base or about["base"].get("name_or_path")
+    metadata = read_metadata(folder)
+    path = base or metadata.base.name_or_path
     if not path:
         raise UserError("--base: the adapter does not say which model it belongs to; name it.")
-    remembered, classes = about["base"].get("task"), about["base"].get("num_labels")
+    remembered, classes = metadata.base.task, metadata.base.num_labels
     model_of = BaseModel(path, task=task or (remembered if remembered in [*HEADS] else "causal_lm"), dtype=dtype)
     if model_of.head.classifies and num_labels is None and type(classes) is int and 0 < classes <= MAX_CLASSES:
         num_labels = classes

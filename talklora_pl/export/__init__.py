@@ -25,7 +25,8 @@ from torch import Tensor, nn
 from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
 from talklora_pl.adapter.files import CONFIG, write_files, write_json
-from talklora_pl.adapter.io import adapter_tensors, describe
+from talklora_pl.adapter.io import adapter_metadata, adapter_tensors
+from talklora_pl.adapter.metadata import AdapterMetadata
 from talklora_pl.base.heads import HEADS
 from talklora_pl.durable import beside, folder_beside
 from talklora_pl.errors import UserError
@@ -49,14 +50,14 @@ def export_adapter(
     # without a word it is causal_lm
     with_classes = [task for task, head in HEADS.items() if head.classifies and head.suffix in type(model).__name__]
     task = {"task": with_classes[0]} if with_classes else {}
-    about = describe(model, name, task | base)
-    return write_folder(folder, adapter_tensors(model, name), about, model.config, tokenizer, facts)  # type: ignore[arg-type]
+    metadata = adapter_metadata(model, name, **(task | base))
+    return write_folder(folder, adapter_tensors(model, name), metadata, model.config, tokenizer, facts)  # type: ignore[arg-type]
 
 
 def write_folder(
     folder: str | os.PathLike[str],
     tensors: dict[str, Tensor],
-    about: dict[str, Any],
+    metadata: AdapterMetadata,
     config: PretrainedConfig,
     tokenizer: PreTrainedTokenizerBase | None = None,
     facts: Facts | None = None,
@@ -65,7 +66,7 @@ def write_folder(
 
     Args:
         folder: takes the place of an adapter folder that is there already.
-        tensors, about: from :func:`~talklora_pl.adapter.io.adapter_tensors` and ``describe``.
+        tensors, metadata: from :func:`~talklora_pl.adapter.io.adapter_tensors` and ``adapter_metadata``.
         config: of the base, with the classes of a trained head.
         tokenizer: of the base.
         facts: for the model card.
@@ -77,25 +78,25 @@ def write_folder(
 
     facts = facts or Facts()
     with replaced_folder(Path(folder)) as work:
-        write_files(work, tensors, about)
-        write_json(work / "config.json", config_json(config, about))
+        write_files(work, tensors, metadata)
+        write_json(work / "config.json", config_json(config, metadata))
         shutil.copyfile(Path(__file__).with_name(MODELING), work / MODELING)
         if tokenizer is not None:
             tokenizer.save_pretrained(work)
-        peft = write_peft(work / "peft", tensors, about, config)
-        (work / "README.md").write_text(card(about, tensors, facts, peft), encoding="utf-8")
+        peft = write_peft(work / "peft", tensors, metadata, config)
+        (work / "README.md").write_text(card(metadata, tensors, facts, peft), encoding="utf-8")
     return Path(folder)
 
 
-def config_json(config: PretrainedConfig, about: dict[str, Any]) -> dict[str, Any]:
+def config_json(config: PretrainedConfig, metadata: AdapterMetadata) -> dict[str, Any]:
     """``config.json`` of the folder."""
     data: dict[str, Any] = json.loads(config.to_json_string(use_diff=True))
-    head = HEADS[about["base"].get("task") or "causal_lm"]
+    head = HEADS[metadata.base.task or "causal_lm"]
     return {k: v for k, v in data.items() if k not in NOT_OURS} | {
-        "architectures": [about["base"]["class"]],
+        "architectures": [metadata.base.class_name],
         "auto_map": {head.auto_class: f"{MODELING.removesuffix('.py')}.{head.exported}"},
-        BASE: about["base"]["name_or_path"],
-        REVISION: about["base"]["revision"],
+        BASE: metadata.base.name_or_path,
+        REVISION: metadata.base.revision,
     }
 
 

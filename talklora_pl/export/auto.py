@@ -9,9 +9,10 @@ from typing import Any
 import transformers
 from transformers import AutoConfig, PretrainedConfig, PreTrainedModel
 
-from talklora_pl.adapter.files import open_tensors, read_about, read_json, shapes_of, short
+from talklora_pl.adapter.files import open_tensors, read_json, shapes_of, short
 from talklora_pl.adapter.hub import is_repository_name, local_folder
 from talklora_pl.adapter.io import load_adapter
+from talklora_pl.adapter.metadata import read_metadata
 from talklora_pl.base import resolve
 from talklora_pl.base.heads import HEADS
 from talklora_pl.errors import UserError
@@ -54,7 +55,7 @@ def from_pretrained(
     hub = {k: options.pop(k) for k in HUB if k in options}
     options = {k: v for k, v in options.items() if k not in OURS}
     here = local_folder(folder, revision, **hub)
-    read_about(here)  # what is damaged is refused before a base is loaded
+    read_metadata(here)  # what is damaged is refused before a base is loaded
     settings = read_json(here / "config.json")
     info = None
     if isinstance(base, PreTrainedModel):

@@ -76,7 +76,7 @@ def inspect(
         ids_BS, mask_BS = batch["input_ids"], batch["attention_mask"]
         groups = batch["group"].tolist() if "group" in batch else range(len(ids_BS))
         tasks = [batch["task"][g] for g in groups]
-        with RoutingCollector(mask_BS) as collector, DecisionInputs(adapter, mask_BS) as inputs:
+        with RoutingCollector(adapter, mask_BS) as collector, DecisionInputs(adapter, mask_BS) as inputs:
             model(**model_inputs(batch))
         load.update(collector.records, tasks)
         sensitivity.update(inputs)

@@ -29,7 +29,7 @@ def experts_by_task(tuner: FineTuner, batches: Iterable[dict[str, Any]]) -> dict
     for batch in batches:
         batch = to_device(batch, tuner.model.device)
         mask_BS = batch["attention_mask"]
-        with RoutingCollector(mask_BS) as collector:
+        with RoutingCollector(tuner.model, mask_BS) as collector:
             tuner.model(**model_inputs(batch))
         rows_of = {
             task: torch.tensor([batch["task"][q] == task for q in batch["group"].tolist()], device=mask_BS.device)
