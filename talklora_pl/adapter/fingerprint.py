@@ -43,7 +43,7 @@ def fingerprint(model: nn.Module, without: Iterable[str] = ()) -> str | None:
     each = SAMPLES // len(chosen)
     values = torch.cat([_sample(frozen[n].detach(), each) for n in chosen])
     if any(_is_sharded(frozen[n]) for n in chosen):
-        values = values.to(next(iter(frozen.values())).device)  # type: ignore[arg-type]
+        values = values.to(next(iter(frozen.values())).device)
         torch.distributed.all_reduce(values, torch.distributed.ReduceOp.MAX)
     numbers = values.to(torch.bfloat16).cpu().view(torch.int16).numpy().astype("<i2")
     return f"{structure.hexdigest()[:16]}:{base64.b64encode(numbers.tobytes()).decode()}"

@@ -23,7 +23,8 @@ class PrivateA(LinearExperts):
         return self.A.flatten(0, 1)
 
     def split(self, h_TP: Tensor) -> Tensor:
-        return h_TP.unflatten(-1, self.A.shape[:2])
+        h_TER: Tensor = h_TP.unflatten(-1, self.A.shape[:2])
+        return h_TER
 
 
 class PrivateExperts(PrivateA):

@@ -36,7 +36,8 @@ class GatedFFN:
         return gate.chunk(2, dim=-1) if self.up is None else (gate, getattr(block, self.up)(x_TD))
 
     def activation(self, block: Any) -> Callable[[Tensor], Tensor]:
-        return getattr(block, self.act)
+        act: Callable[[Tensor], Tensor] = getattr(block, self.act)
+        return act
 
     def width(self, block: nn.Module) -> tuple[int, int]:
         """(D, H)."""

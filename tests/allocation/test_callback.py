@@ -104,9 +104,9 @@ def test_resume_keeps_the_stored_numbers(base, monkeypatch):
 @pytest.mark.parametrize(
     ("old", "new"),
     [
-        (rules.Listed([1, 4, 2]), rules.Uniform()),
+        (rules.Listed([1, 4, 2]), rules.UniformAllocation()),
         (rules.Listed([1, 4, 2]), rules.Listed([1, 1, 5])),
-        (rules.Uniform(), rules.Listed([1, 2, 3])),
+        (rules.UniformAllocation(), rules.Listed([1, 2, 3])),
     ],
 )
 def test_another_allocation_than_the_checkpoints_is_refused(base, old, new):
@@ -131,8 +131,8 @@ def test_one_callback_only(base):
     [
         (Alpha(budget=2), None, "budget of 2 experts is too small for 3 layers"),
         (rules.Listed([1, 2]), None, "2 entries, but 3 decoder layers"),
-        (rules.Uniform(), "absent.ckpt", "no checkpoint 'absent.ckpt'"),
-        (rules.Uniform(), "train.jsonl", "cannot be read as a checkpoint"),
+        (rules.UniformAllocation(), "absent.ckpt", "no checkpoint 'absent.ckpt'"),
+        (rules.UniformAllocation(), "train.jsonl", "cannot be read as a checkpoint"),
     ],
 )
 def test_refusals(base, rule, checkpoint, message):
