@@ -109,7 +109,7 @@ class RoutingCollector:
 
     def __enter__(self) -> RoutingCollector:
         adapters: Any = getattr(self.model, ADAPTERS, None)
-        found = [self.model] if adapters is None else adapters.values()
+        found: list[Any] = [self.model] if adapters is None else list(adapters.values())
         self._stacks = [adapter.collectors for adapter in found if hasattr(adapter, "collectors")]
         if not self._stacks:
             raise UserError(f"This {type(self.model).__name__} has no adapter whose routing could be collected.")

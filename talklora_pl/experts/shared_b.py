@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -31,7 +32,8 @@ class SharedBExperts(PrivateA):
 
     def up(self) -> Tensor:
         # on a model spread over devices, B lives on one of them
-        B_ERO: Tensor = self._shared[0].B
+        holder: Any = self._shared[0]
+        B_ERO: Tensor = holder.B
         return B_ERO[: self.A.shape[0]].flatten(0, 1).to(self.A.device)
 
 

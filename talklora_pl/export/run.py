@@ -93,7 +93,7 @@ def export_checkpoint(
         raise UserError(f"{path} is damaged: it is no checkpoint of a run with an adapter.")
     if base is not None:
         metadata = replace(metadata, base=replace(metadata.base, name_or_path=base, revision=None))
-    info = metadata.base
+    info: Any = metadata.base
     model = BaseModel(
         path=info.name_or_path,
         task=info.task,

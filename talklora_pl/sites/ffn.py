@@ -39,7 +39,7 @@ class AdaptedFFN(Mixture):
         self.parts = parts
         self.scale = config.scale()
         self.dropout_input = config.dropout_input
-        self.experts = cast("FFNExperts", config.experts.build(layer, bank))
+        self.experts: FFNExperts = cast("FFNExperts", config.experts.build(layer, bank))
         self.build_decision(layer, config, self.experts.features)
 
     def forward(self, frozen: Any, x: Tensor) -> Tensor:

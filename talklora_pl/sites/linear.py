@@ -36,7 +36,7 @@ class AdaptedLinear(Mixture):
         self.scale = config.scale()
         self.dropout_input = config.dropout_input
         self.dropout_output = config.dropout_output
-        self.experts = cast("LinearExperts", config.experts.build(layer, bank))
+        self.experts: LinearExperts = cast("LinearExperts", config.experts.build(layer, bank))
         self._block = () if block is None else unregistered(block)
         if block is None:
             self.build_decision(layer, config, self.experts.features)

@@ -31,6 +31,7 @@ class Mixture(nn.Module):
 
     communication: CommunicationModule
     router: RouterModule
+    experts: Any  # of the kind that the site's layer knows; a block has none of its own
 
     def __init__(self, layer: LayerSpec, config: AdapterConfig) -> None:
         super().__init__()
@@ -82,7 +83,7 @@ class BlockMixture(Mixture):
         self.width = layer.in_features
         self.uses_features = layer.uses_features
         self.num_experts = layer.num_experts
-        self._experts: tuple[LinearExperts] | tuple[()] = ()
+        self._experts: tuple[LinearExperts, ...] = ()
         self._routing: Routing | None = None
 
     def use_features_of(self, experts: LinearExperts, layer: LayerSpec, config: AdapterConfig) -> None:
@@ -112,8 +113,7 @@ class BlockMixture(Mixture):
     def node_features(self, x_TD: Tensor) -> Tensor:
         if not self.uses_features:
             return x_TD.new_zeros(x_TD.shape[0], self.num_experts, 0)
-        (experts,) = self._experts
-        return own_features(experts, x_TD)
+        return own_features(self._experts[0], x_TD)
 
     def _decide(self, x: Tensor) -> Routing:
         x_TD = x.reshape(-1, x.shape[-1])
