@@ -71,8 +71,8 @@ class AdapterFSDP2Strategy(ModelParallelStrategy):
         model = self.lightning_module.model
         if not isinstance(model, nn.Module):
             raise UserError("strategy fsdp needs a LightningModule whose attribute `model` is the Hugging Face model.")
-        mesh, revision = self.device_mesh["data_parallel"], self.lightning_module.base.revision
-        shard_frozen(model, mesh, self.cpu_offload, self.root_device, revision)
+        revision = getattr(getattr(self.lightning_module, "base", None), "revision", None)
+        shard_frozen(model, self.device_mesh["data_parallel"], self.cpu_offload, self.root_device, revision)
         super().setup(trainer)
         for tensor in self._replicated():
             dist.broadcast(tensor.detach(), src=0)
