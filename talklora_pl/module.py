@@ -17,7 +17,6 @@ from torch import Tensor, nn
 from talklora_pl.adapter import Adapter, AdapterConfig, disable_adapter, inject
 from talklora_pl.adapter.io import adapter_metadata, state_tensors
 from talklora_pl.adapter.metadata import AdapterMetadata
-from talklora_pl.allocation.rules import UniformAllocation
 from talklora_pl.base import BaseModel, load_base, load_tokenizer, portable
 from talklora_pl.callbacks.allocation import ExpertAllocation, refuse_other_allocation
 from talklora_pl.distributed.checkpoint import refuse_differences
@@ -118,7 +117,7 @@ class FineTuner(L.LightningModule):
                 config.experts.site.find(model, config.targets, config.exclude, config.layers)
             if not problems:
                 # a rule that reads weights has none to read here
-                self._inject(model, replace(config, allocation=UniformAllocation()))
+                self._inject(model, config.before_allocation())
                 groups = grouped(trained_tensors(model), self.param_groups)
 
         for part in (config.validate, load, inject, lambda: try_optimizer(self.optimizer, self.lr_scheduler, groups)):
@@ -187,11 +186,11 @@ class FineTuner(L.LightningModule):
 
     def balance_loss(self) -> Tensor:
         """Weighted sum of the balance losses of the newest micro-step, each logged by name."""
-        records = [r for r in self.routing if r.routing.weights_TE.shape[1] > 1]
         total = torch.zeros((), device=self.device)
         with torch.autocast(self.device.type, enabled=False):  # sums over tokens need more than bf16's 8 bits
             for options in self.adapter.config.balance:
-                value = self.adapter.balance[options.name](records)
+                loss = self.adapter.balance[options.name]
+                value = loss([r for r in self.routing if r.layer in loss.group])
                 self.log(f"balance/{options.name}", value.detach(), batch_size=1)
                 total = total + options.weight * value
         return total

@@ -35,6 +35,15 @@ def layer_index(name: str) -> int | None:
     return None if layer is None else int(leaf(layer))
 
 
+def num_layers(model: nn.Module, name: str) -> int:
+    """How many numbered layers the stack has that the module ``name`` is in; 0 outside of all."""
+    layer = decoder_layer(name)
+    if layer is None:
+        return 0
+    stack = model.get_submodule(layer.rpartition(".")[0])
+    return sum(child.isdecimal() for child, _ in stack.named_children())
+
+
 def kind_and_index(name: str) -> tuple[str, int | None]:
     """``model.layers.3.self_attn.q_proj`` -> (``self_attn.q_proj``, 3); modules outside of the layers have no index."""
     layer = decoder_layer(name)

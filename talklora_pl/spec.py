@@ -19,6 +19,7 @@ class LayerSpec:
         name: full module name in the base model, ``model.layers.3.self_attn.q_proj``.
         kind: key of what layers may share: exact leaf name and shape, ``q_proj-576x576``.
         index: number of the decoder layer, or None outside of the numbered layers.
+        num_layers: how many decoder layers the stack has that this one is in.
         in_features: D.
         out_features: O.
         num_experts: E, experts of this layer.
@@ -39,6 +40,7 @@ class LayerSpec:
     kind_experts: int
     rank: int
     hidden_features: int = 0
+    num_layers: int = 0
     communicates: bool = False
     uses_features: bool = False
     device: torch.device | None = None

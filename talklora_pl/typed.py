@@ -24,12 +24,17 @@ def fits(value: Any, hint: Any) -> bool:
     if origin is tuple:
         return isinstance(value, (list, tuple)) and all(fits(v, a) for v in value for a in args if a is not ...)
     if origin is dict:
-        return isinstance(value, dict) and all(fits(k, args[0]) and fits(v, args[1]) for k, v in value.items())
+        return isinstance(value, dict) and all(_key_fits(k, args[0]) and fits(v, args[1]) for k, v in value.items())
     if hint is float:
         return type(value) in (int, float)
     if hint in (int, str, bool, NoneType):
         return type(value) is hint
     return isinstance(value, origin or hint)
+
+
+def _key_fits(key: Any, hint: Any) -> bool:
+    """JSON writes every key as text."""
+    return fits(key, hint) or (hint is int and isinstance(key, str) and key.isdecimal())
 
 
 def problems(cls: type, values: Mapping[str, Any]) -> list[str]:

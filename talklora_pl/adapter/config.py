@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field, fields, replace
 from typing import Any, Literal
 
 from talklora_pl import aliases, registry, typed
@@ -131,6 +131,15 @@ class AdapterConfig:
         """Raises: UserError that lists every problem of the options."""
         if problems := self.problems():
             raise UserError("adapter: " + "; ".join(problems) + ".")
+
+    def before_allocation(self) -> AdapterConfig:
+        """The same with ``num_experts`` in every layer, to find mistakes before a rule reads weights."""
+        if isinstance(self.allocation, UniformAllocation):
+            return self
+        router = self.router
+        if isinstance(table := getattr(router, "k", None), dict):  # of the numbers of experts that the rule will give
+            router = replace(router, k=min(table.values()))  # type: ignore[call-arg]
+        return replace(self, allocation=UniformAllocation(), router=router)
 
     def rank_per_expert(self) -> int:
         """R."""

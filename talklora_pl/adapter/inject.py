@@ -15,9 +15,10 @@ from talklora_pl import registry
 from talklora_pl.adapter.allocation import decide
 from talklora_pl.adapter.config import AdapterConfig
 from talklora_pl.adapter.host import Adapted, AdapterSet, attach, check_attachable
+from talklora_pl.balance import Balance
 from talklora_pl.base.weights import ModuleWeights
 from talklora_pl.errors import UserError
-from talklora_pl.names import ADAPTERS, base_parameters, layer_index, leaf
+from talklora_pl.names import ADAPTERS, base_parameters, layer_index, leaf, num_layers
 from talklora_pl.ranks import sum_over_ranks
 from talklora_pl.routers import RouterModule
 from talklora_pl.routing import RoutingCollector, RoutingRecord
@@ -78,6 +79,10 @@ class Adapter(nn.Module):
     def routed_layers(self) -> dict[str, int]:
         """Number of experts of the layers that have something to decide, by name."""
         return {n: e for n, e in self.decisions.items() if e > 1}
+
+    def balanced_layers(self, loss: Balance) -> dict[str, int]:
+        """Number of experts of the layers of the mixture that enter a balance loss, by name."""
+        return {n: e for n, e in self.decisions.items() if n not in self.plain_layers and loss.counts(e)}
 
 
 Layers = dict[str, tuple[nn.Module, Mixture]]
@@ -151,7 +156,9 @@ def build(
             )
         if loss.name in adapter.balance:
             raise UserError(f"balance loss {loss.name!r} is listed twice.")
-        adapter.balance[loss.name] = loss.build(adapter.routed_layers()).to(next(adapter.layers.parameters()).device)
+        adapter.balance[loss.name] = loss.build(adapter.balanced_layers(loss)).to(
+            next(adapter.layers.parameters()).device
+        )
     return adapter, built
 
 
@@ -187,7 +194,7 @@ def _build_layers(
     """Adapter layers by module name, registered in ``adapter`` but not yet attached to the model."""
     site = config.experts.site
     modules = site.find(model, config.targets, config.exclude, config.layers)
-    specs = _specs(modules, config, _experts_of(modules, config, allocation), device)
+    specs = _specs(model, modules, config, _experts_of(modules, config, allocation), device)
     blocks: dict[str, BlockMixture] = {}
     built: Layers = {}
 
@@ -247,7 +254,11 @@ def _experts_of(
 
 
 def _specs(
-    modules: Mapping[str, nn.Module], config: AdapterConfig, experts: dict[str, int], device: torch.device | str | None
+    model: nn.Module,
+    modules: Mapping[str, nn.Module],
+    config: AdapterConfig,
+    experts: dict[str, int],
+    device: torch.device | str | None,
 ) -> dict[str, LayerSpec]:
     """What the components may know of every module."""
     specs = {}
@@ -261,6 +272,7 @@ def _specs(
             name=name,
             kind=kind,
             index=layer_index(name),
+            num_layers=num_layers(model, name),
             in_features=shape[0],
             out_features=shape[-1],
             num_experts=experts[name],

@@ -110,6 +110,10 @@ class Balance(Component):
     weight: float = 0.01
     scope: Scope = "layer"
 
+    def counts(self, num_experts: int) -> bool:
+        """Whether a layer of so many experts enters the loss; one expert has nothing to balance."""
+        return num_experts > 1
+
     @abstractmethod
     def build(self, layers: Mapping[str, int]) -> BalanceLoss:
         """The loss of one model, given the number of experts of every routed layer by name."""

@@ -23,12 +23,14 @@ class SwitchLoss(BalanceLoss):
 
     def statistics(self, record: RoutingRecord) -> tuple[Tensor, ...]:
         probs_TE = record.routing.probs_TE
-        return one_hot(record.chosen(), probs_TE.shape[1]).float(), probs_TE
+        # summed over the choices: K may differ among the layers of a group
+        chosen_TE = one_hot(record.chosen(), probs_TE.shape[1]).float().sum(1)
+        return chosen_TE, probs_TE
 
     def value(self, tokens: Tensor, *sums: Tensor) -> Tensor:
-        chosen_KE, p_E = sums
+        chosen_E, p_E = sums
         n = tokens.clamp(min=1)
-        f_E = chosen_KE.sum(0) / (n if self.count == "per_choice" else n * len(chosen_KE))
+        f_E = chosen_E / (n if self.count == "per_choice" else chosen_E.sum().clamp(min=1))
         return len(p_E) * (f_E.to(p_E.dtype) * p_E / n).sum()
 
 
@@ -43,9 +45,14 @@ class Switch(Balance):
     Attributes:
         count: ``share``: f sums to 1 over experts; ``per_choice``: it is a fraction of tokens for each of the K
             choices, so it sums to K.
+        compat: ``published``: a layer with one expert counts too, 1 without a gradient, as in MoLA's released code.
     """
 
     count: Literal["share", "per_choice"] = "share"
+    compat: Literal["none", "published"] = "none"
+
+    def counts(self, num_experts: int) -> bool:
+        return super().counts(num_experts) or self.compat == "published"
 
     def build(self, layers: Mapping[str, int]) -> BalanceLoss:
         return SwitchLoss(layers, self)

@@ -27,7 +27,7 @@ class LossFreeRouter(ScoredRouter):
 
     def __init__(self, layer: LayerSpec, features: int, options: LossFree) -> None:
         super().__init__(layer, features, options)
-        self.k = min(options.k, layer.num_experts)
+        self.k = options.k_of(layer)
         self.rate = options.rate
         self.activation = torch.sigmoid if options.activation == "sigmoid" else lambda l_TE: l_TE.softmax(-1)
         self.register_buffer("bias", torch.zeros(layer.num_experts, device=layer.device))

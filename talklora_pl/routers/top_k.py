@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from talklora_pl.errors import UserError
 from talklora_pl.registry import register
 from talklora_pl.routers import RouterModule
 from talklora_pl.routers.scores import Scored, ScoredRouter
@@ -38,7 +39,7 @@ class TopKRouter(ScoredRouter):
 
     def __init__(self, layer: LayerSpec, features: int, options: Sparse) -> None:
         super().__init__(layer, features, options)
-        self.k = min(options.k, layer.num_experts)
+        self.k = options.k_of(layer)
 
     def forward(self, x_TD: Tensor, m_TEF: Tensor) -> Routing:
         logits_TE = self.scores(x_TD, m_TEF)
@@ -51,15 +52,44 @@ class Sparse(Scored):
     """Options of all routers that select.
 
     Attributes:
-        k: K, selected experts of a token; a layer of fewer experts uses all of them.
+        k: K, selected experts of a token: one number, a list with one per decoder layer, or a table ``{8: 3, 4: 2}``
+            by the layer's number of experts. A layer of fewer experts uses all of them.
     """
 
-    k: int = 2
+    k: int | list[int] | dict[int, int] = 2
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.k < 1:
+        if isinstance(self.k, dict):
+            self.k = {int(E): k for E, k in self.k.items()}  # keys of JSON are texts
+        numbers = self.k.values() if isinstance(self.k, dict) else self.k if isinstance(self.k, list) else [self.k]
+        if min(numbers, default=0) < 1:
             raise ValueError(f"k must be at least 1, got {self.k}")
+
+    def k_of(self, layer: LayerSpec) -> int:
+        """K of one layer, at most its number of experts.
+
+        Raises:
+            UserError: a list without one number per decoder layer, or a table without the layer's number of experts.
+        """
+        k, where = self.k, f"router {self.name!r}: k"
+        if isinstance(k, list):
+            if layer.index is None:
+                raise UserError(
+                    f"{where} lists one number per decoder layer, and {layer.name!r} is in none; give one number, or a "
+                    "table by number of experts."
+                )
+            if len(k) != layer.num_layers:
+                raise UserError(f"{where} lists {len(k)} numbers, but the model has {layer.num_layers} decoder layers.")
+            k = k[layer.index]
+        elif isinstance(k, dict):
+            if layer.num_experts not in k:
+                raise UserError(
+                    f"{where} has no entry for the {layer.num_experts} experts of {layer.name!r}, only for "
+                    f"{', '.join(map(str, sorted(k)))}."
+                )
+            k = k[layer.num_experts]
+        return min(k, layer.num_experts)
 
 
 @register("top_k")

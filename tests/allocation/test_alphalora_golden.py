@@ -6,29 +6,28 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from talklora_pl.allocation import LayerTargets
+from talklora_pl.allocation import LayerTargets, top_k_of
 from talklora_pl.allocation.alpha import Alpha, apportion
 from talklora_pl.allocation.rules import Published
 from talklora_pl.allocation.spectra import eigenvalues, exponents_of, hill, median, peak
 from talklora_pl.base.weights import SafetensorsWeights
 from talklora_pl.errors import UserError
-from talklora_pl.routers.top_k import TopK
-from talklora_pl.spec import LayerSpec
-from tests.golden import GOLDEN_DIR
-
-pytestmark = pytest.mark.skipif(
-    not (GOLDEN_DIR / "alphalora.json").is_file(), reason=f"no golden numbers in {GOLDEN_DIR.name}/ (set GOLDEN_DIR)"
-)
+from tests.golden import cases
 
 
-@pytest.fixture(scope="module")
-def golden():
-    return json.loads((GOLDEN_DIR / "alphalora.json").read_text())
+@pytest.fixture(scope="module", params=cases("alphalora"))
+def file(request):
+    return request.param
 
 
 @pytest.fixture(scope="module")
-def matrices():
-    return load_file(GOLDEN_DIR / "alphalora.safetensors")
+def golden(file):
+    return json.loads(file.with_suffix(".json").read_text())
+
+
+@pytest.fixture(scope="module")
+def matrices(file):
+    return load_file(file)
 
 
 def test_exponents(golden, matrices):
@@ -64,12 +63,6 @@ def test_layer_mean(golden, tmp_path, matrices):
     ]
     expected = [case["alpha"] for case in golden["layer_mean"]]
     assert Alpha().layer_alphas(layers, weights) == pytest.approx(expected, abs=1e-4)
-
-
-def top_k_of(num_experts: int) -> int:
-    """K that the router with the published K = 2 uses in a layer of so many experts: ``2 if n > 1 else 1``."""
-    layer = LayerSpec("layers.0.q", "q-2x2", 0, 2, 2, num_experts, num_experts, rank=1)
-    return TopK(k=2).build(layer, 1).k
 
 
 def test_allocations(golden):

@@ -97,7 +97,8 @@ def through_the_toy(
 @pytest.mark.parametrize("file", golden.cases("mola"))
 def test_mola(file: Any) -> None:
     config, tensors, toy, adapter = build(file)
-    loss = Switch(scope="layer", count="share").build(adapter.routed_layers())
+    options = Switch(scope="layer", count="share", compat="published")
+    loss = options.build(adapter.balanced_layers(options))
     value, x = through_the_toy(config, tensors, toy, adapter, loss)
     golden.check(config, "balance_loss", value.reshape(1), tensors["balance_loss"])
     golden.check(config, "x", x.grad, tensors["balance_grad.x"])

@@ -347,6 +347,18 @@ def test_a_mistake_before_the_base_is_not_blamed_on_it(folder: Path, capsys: Any
             ["--model.adapter.router=top_k", "--model.adapter.router.k=0"],
             "router.k: k must be at least 1",
         ),
+        (
+            ["--model.adapter.router=loss_free", "--model.adapter.router.k=[2, 0]"],
+            "router.k: k must be at least 1, got [2, 0]",
+        ),
+        (
+            ["--model.adapter.router=top_k", "--model.adapter.router.k=[2, 2, 1]"],
+            "router 'top_k': k lists 3 numbers, but the model has 2 decoder layers.",
+        ),
+        (
+            ["--model.adapter.router=noisy_top_k", "--model.adapter.router.k={8: 3, 2: 1}"],
+            "router 'noisy_top_k': k has no entry for the 4 experts of 'model.layers.0.self_attn.q_proj',",
+        ),
         (["--model.optimizer", "AdamW", "--model.optimizer.lr", "-1"], "model.optimizer: Invalid learning rate: -1"),
         (["--model.lr_scheduler=OneCycleLR", "--model.lr_scheduler.max_lr=1"], "model.lr_scheduler: You must define"),
         (["--model.adapter.plain", "7"], "model.adapter.plain: 7 is not a mapping of options or null."),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,8 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, PreTrainedModel
 
 from talklora_pl.adapter import Adapter, AdapterConfig, inject
+from talklora_pl.allocation.rules import Listed
+from talklora_pl.routers.top_k import TopK
 from tests.data.tiny import tokenizer
 from tests.methods.test_configs import METHODS, config_of
 
@@ -75,6 +78,9 @@ def train(
 def cases() -> dict[str, tuple[str, AdapterConfig]]:
     """(family, options) by name: every method file on a Llama, and TalkLoRA on every family."""
     out = {f"llama-{m}": ("llama", config_of(m)) for m in METHODS}
+    mola = replace(config_of("mola"), allocation=Listed([3, 1]))
+    for way, k in {"list": [3, 1], "table": {3: 3, 1: 1}}.items():
+        out[f"llama-mola_k_{way}"] = ("llama", replace(mola, router=TopK(k=k)))
     for family in FAMILIES:
         head = {"roberta": ["classifier"], "bert": ["classifier"], "llama_classifier": ["score"]}.get(family, [])
         out[family] = (family, AdapterConfig(targets="all-linear", rank=8, modules_to_save=head))
