@@ -56,7 +56,9 @@ def parameters(cls: type, skip: int = 0) -> tuple[dict[str, Parameter], bool]:
         hints = _hints(init)
         own = list(signature(init).parameters.values())[1 + skip :]
         named = (p for p in own if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY))
-        found = {p.name: p.replace(annotation=hints.get(p.name, Any)) for p in named} | found
+        for p in named:  # what comes from a base may be filled in by the class
+            default = p.default if base is cls or p.default is not p.empty else None
+            found.setdefault(p.name, p.replace(annotation=hints.get(p.name, Any), default=default))
         if not any(p.kind is p.VAR_KEYWORD for p in own):
             return found, True
     return found, cls.__init__ is object.__init__

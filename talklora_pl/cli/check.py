@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import collections.abc
 import inspect
+import re
 import sys
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import MISSING, dataclass, field, fields, is_dataclass, replace
@@ -22,6 +23,7 @@ import yaml
 from jsonargparse import get_loader
 from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.loggers import Logger
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
@@ -68,7 +70,7 @@ class Problem(NamedTuple):
 
 @dataclass
 class Chosen:
-    """A class, what it takes, and what it was given so far: options and the file of each."""
+    """A class, what it takes, and what it was given so far: options, and the file and the key to name for each."""
 
     cls: type
     takes: dict[str, Parameter]
@@ -76,7 +78,7 @@ class Chosen:
     listed: bool = False  # an item of a list
     default: Any = None  # the instance whose options count where none is given
     options: dict[str, Any] = field(default_factory=dict)
-    files: dict[str, str] = field(default_factory=dict)
+    places: dict[str, tuple[str, str]] = field(default_factory=dict)
 
     @classmethod
     def of(cls, chosen: type, skip: int = 0, **more: Any) -> Chosen:
@@ -125,50 +127,56 @@ class Check:
             ]
             for name in lacks:
                 full = f"{key}.{name}"
-                how = f"--{full}, or the same in a config" if not chosen.listed else f"an item of {key} needs it"
-                self._report("", f"{full} is required: {how}.", "")
-            if not lacks and not any(w.startswith(f"{key}.") for w in wrong):
+                if chosen.listed:
+                    self._report(key, f"{chosen.cls.__name__} needs its option {name!r}.", "")
+                else:
+                    self._report("", f"{full} is required: --{full}, or the same in a config.", "")
+            if is_dataclass(chosen.cls) and not lacks and not any(w.startswith(f"{key}.") for w in wrong):
+                self._build(chosen, key)  # it checks its values
+
+    def refused(self) -> list[Problem]:
+        """Find out which class refuses the values of its options, after building all of them has failed."""
+        for key, chosen in [(key, one) for key, several in self.chosen.items() for one in several]:
+            if chosen.cls not in self.sections and not is_dataclass(chosen.cls):
                 self._build(chosen, key)
+        return self.problems
 
     def _build(self, chosen: Chosen, key: str) -> None:
-        """Dataclasses of plain options check their values."""
-        if not is_dataclass(chosen.cls) or any(self._classes(p.annotation)[0] for p in chosen.takes.values()):
+        if any(self._classes(p.annotation)[0] and name in chosen.options for name, p in chosen.takes.items()):
             return
         try:
             if chosen.default is None:
                 chosen.cls(**chosen.options)
             else:
                 replace(chosen.default, **chosen.options)
-        except ValueError as e:
-            option = str(e).split(" ")[0]  # their messages begin with it
-            file = chosen.files.get(option, next(iter(chosen.files.values()), ""))
-            named = option in chosen.options and not chosen.listed
-            self._report(f"{key}.{option}" if named else key, str(e), file)
+        except TypeError:  # arguments that come later, such as an optimiser's parameters
+            pass
+        except (ValueError, MisconfigurationException) as e:
+            named = [place for option, place in chosen.places.items() if re.search(rf"\b{option}\b", str(e))]
+            file, place = (named or [(file, key) for file, _ in chosen.places.values()] or [("", key)])[0]
+            self._report(place, str(e), file)
 
     def _report(self, key: str, text: str, file: str | None = None) -> None:
         self.problems.append(Problem(self.file if file is None else file, key, text))
 
     # --- mappings of options
 
-    def _options(self, given: Any, chosen: Chosen, key: str) -> dict[str, Any]:
+    def _options(self, given: Any, chosen: Chosen, key: str, item: bool = False) -> dict[str, Any]:
         if not isinstance(given, Mapping):
             raise Wrong(f"{given} is not a mapping of options.")
         out: dict[str, Any] = {}
-        for name, value in given.items():
-            name, _, rest = str(name).partition(".")
-            if rest:  # a.b: c is a: {b: c}
-                value = {rest: value}
+        for name, value in map(_undotted, given.items()):
             bare = name.removesuffix("+")
             full = f"{key}.{bare}".removeprefix(".")
-            where = key if chosen.listed and self.file else full
+            where = key if item else full
             if bare in chosen.takes and full not in self.linked:
                 try:
-                    right = self._value(value, chosen.takes[bare].annotation, where, add=name.endswith("+"))
+                    right = self._value(value, chosen.takes[bare].annotation, full, add=name.endswith("+"))
                 except Wrong as e:
                     if str(e):
                         self._report(where, str(e))
                     continue
-                chosen.options[bare], chosen.files[bare] = right, self.file
+                chosen.options[bare], chosen.places[bare] = right, (self.file, where)
                 _merge(out, {name: right})
             elif not chosen.complete:
                 out[name] = value
@@ -194,12 +202,13 @@ class Check:
                     self.chosen[f"{key}.{name}"] = [Chosen.of(type(default), default=default)]
         if cls is AdapterConfig:
             given = aliases.renamed(given, say=True)
-        return self._options(given, self.chosen[key][-1], key)
+        return self._options(given, self.chosen[key][-1], key, listed)
 
     def _choice(
         self, given: Mapping[str, Any], classes: tuple[type, ...], skip: int, key: str, listed: bool
     ) -> dict[str, Any]:
         """A class with options (`class_path`, `init_args`), or options of the one that was chosen before."""
+        given = dict(map(_undotted, given.items()))
         out = dict(given)
         if "class_path" in given:
             before = self.chosen.get(key, [])
@@ -209,7 +218,7 @@ class Check:
             if before and not listed:  # what the new class takes, too, stays
                 kept = before[-1].options.keys() & chosen.takes.keys()
                 chosen.options = {name: before[-1].options[name] for name in kept}
-                chosen.files = {name: before[-1].files[name] for name in kept}
+                chosen.places = {name: before[-1].places[name] for name in kept}
                 if before[-1].cls is cls:
                     chosen.default = before[-1].default
             self.chosen[key].append(chosen)
@@ -218,11 +227,11 @@ class Check:
                 raise Wrong()  # that class is wrong itself
             chosen = self.chosen[key][-1]
             if "init_args" not in given:
-                return self._options(given, chosen, key)
+                return self._options(given, chosen, key, listed)
         else:
             return out  # of the family's base
         if "init_args" in given:
-            out["init_args"] = self._options(given["init_args"] or {}, chosen, key)
+            out["init_args"] = self._options(given["init_args"] or {}, chosen, key, listed)
         return out
 
     # --- one value
@@ -234,8 +243,10 @@ class Check:
         plain = [kind for kind in kinds if self._is_plain(kind)]
         if isinstance(value, str) and classes and "." in value:
             value = aliases.class_path(value, say=True)
-        if isinstance(value, str) and not any(_is(value, kind) for kind in plain):
-            value = load(value)
+        if isinstance(value, str):
+            loaded, structured = load(value), len(plain) < len(kinds)
+            if not any(_is(value, kind) for kind in plain) or (structured and isinstance(loaded, (dict, list))):
+                value = loaded
         if any(_is(value, kind) for kind in plain):
             if not listed:
                 self.chosen.pop(key, None)
@@ -255,7 +266,7 @@ class Check:
             if classes:
                 return self._choice(value, classes, skip, key, listed)
         if isinstance(value, str):
-            if classes:
+            if classes and (_kind_of(classes) or value in _children(classes) or "." in value):
                 return self._choice({"class_path": value}, classes, skip, key, listed)["class_path"]
             if records and Path(value).is_file():
                 return value  # its options are in there
@@ -263,6 +274,7 @@ class Check:
 
     def _not_a(self, value: Any, kinds: list[Any], key: str) -> str:
         """That a value is of none of some types."""
+        value = "null" if value is None else value
         words = list(dict.fromkeys(word for kind in kinds if (word := self._word(kind))))
         if choices := [str(c) for kind in kinds if get_origin(kind) is Literal for c in get_args(kind)]:
             return f"{str(value)!r} is not one of its values.{did_you_mean(str(value), {*choices, *words})}"
@@ -270,7 +282,7 @@ class Check:
             hint = f" Write {key}: {{path: {value}}}, or --{key}.path {value}." if key.endswith(".base") else ""
             return f"{value!r} is not a mapping of options, nor a YAML file with one.{hint}"
         hint = f" Write [{value}]." if "a list" in words and (words == ["a list"] or isinstance(value, dict)) else ""
-        return f"{'null' if value is None else value} is not {' or '.join(words)}.{hint}"
+        return f"{value} is not {' or '.join(words)}.{hint}"
 
     # --- types
 
@@ -286,7 +298,7 @@ class Check:
         return not self._is_record(kind) and not self._classes(kind)[0]
 
     def _classes(self, hint: Any) -> tuple[tuple[type, ...], int]:
-        """Classes of which a child is chosen by name, and how many of its arguments come later (Callable[[...], ...])."""
+        """Classes of which a child is chosen by name, and how many arguments it gets later (a Callable's)."""
         found: list[type] = []
         skip = 0
         for kind in alternatives(hint):
@@ -303,7 +315,7 @@ class Check:
         if self._is_record(kind) or get_origin(kind) is dict or kind is dict:
             return "a mapping of options"
         if classes := self._classes(kind)[0]:
-            return f"the name of a {_kind_of(classes)}"
+            return f"the name of a {_kind_of(classes)}" if _kind_of(classes) else ""
         if _is_list(kind) or kind is list:
             return "a list"
         return {NoneType: "null", str: "text", int: "int", float: "float", bool: "bool"}.get(kind, "")
@@ -326,6 +338,12 @@ def _default(cls: type, name: str, parameter: Parameter) -> Any:
         next((f.default_factory for f in fields(cls) if f.name == name), MISSING) if is_dataclass(cls) else MISSING
     )
     return parameter.default if factory is MISSING else factory()  # type: ignore[operator]
+
+
+def _undotted(item: tuple[Any, Any]) -> tuple[str, Any]:
+    """``a.b: c`` is ``a: {b: c}``."""
+    name, _, rest = str(item[0]).partition(".")
+    return name, {rest: item[1]} if rest else item[1]
 
 
 def _merge(into: dict[str, Any], new: Mapping[str, Any]) -> None:
@@ -375,7 +393,7 @@ def find_class(name: Any, families: tuple[type, ...]) -> tuple[str, type]:
     Raises:
         Wrong: there is none; the nearest names are named.
     """
-    kind = _kind_of(families)
+    kind = _kind_of(families) or families[0].__name__
     if not isinstance(name, str):
         raise Wrong(f"class_path: {name} is not the name of a {kind}.")
     if "." in name:
@@ -402,8 +420,15 @@ def find_class(name: Any, families: tuple[type, ...]) -> tuple[str, type]:
 
 
 def _kind_of(families: tuple[type, ...]) -> str:
-    family = families[0]
-    return family.family if issubclass(family, Component) else KINDS.get(family, family.__name__)
+    """What such classes are called, if they are known."""
+    return next(
+        (
+            f.family if issubclass(f, Component) else KINDS[f]
+            for f in families
+            if f in KINDS or issubclass(f, Component)
+        ),
+        "",
+    )
 
 
 def _children(families: tuple[type, ...]) -> dict[str, type]:

@@ -62,14 +62,12 @@ class CLI(LightningCLI):
         self.verb = verb
         options = split(argv)
         registry.import_plugins(plugins(options))
-        check = Check(
+        self.check = Check(
             {"trainer": L.Trainer, "model": FineTuner, "data": TextData, **ALWAYS},
             {"seed_everything": bool | int, "plugins": list[str], **self._arguments_of_verb()},
             linked=("data.base",),
         )
-        args = right(options, check)
-        self.problems = [str(problem) for problem in check.problems]
-        self.wrong = [problem.key for problem in check.problems]
+        args = right(options, self.check)
         if not any(self._checks(part) for part in BESIDE):
             raise self._refusal()
         super().__init__(
@@ -108,17 +106,17 @@ class CLI(LightningCLI):
         try:
             self.config = parser.parse_args(args)
         except ArgumentError as e:
-            raise self._refusal(str(e)) from None
+            raise self._refusal(*[] if self.check.problems else [_first_line(e)]) from None
         # kept from Lightning, which would take hyperparameters from the checkpoint: what the user typed holds
         self.ckpt_path = self.config[self.verb].pop("ckpt_path")
 
     def before_instantiate_classes(self) -> None:
         config = self.config[self.verb]
-        if self.problems:
+        if self.check.problems:
             try:
                 built = self.parser.instantiate_classes(self.config)[self.verb]
-            except (ValueError, UserError) as e:
-                raise self._refusal(str(e)) from None
+            except (ValueError, UserError):
+                raise self._refusal() from None
             raise self._refusal(*self._check(built.model, built.data))
         root = config.trainer.default_root_dir or RUNS
         config.ckpt_path = resume_from(self.ckpt_path, root, config.checkpoint.dirpath, self.verb)
@@ -127,7 +125,7 @@ class CLI(LightningCLI):
         try:
             super().instantiate_classes()
         except ValueError as e:  # a class refuses the value of an option
-            raise self._refusal(str(e)) from e
+            raise self._refusal(*[] if self.check.refused() else [_first_line(e)]) from e
         except UserError as e:
             if not hasattr(self, "model"):
                 raise
@@ -163,7 +161,7 @@ class CLI(LightningCLI):
 
     def _checks(self, part: str) -> bool:
         """Whether no wrong option can be the reason for what the check of a part finds."""
-        return all(key.startswith(BESIDE[part]) for key in self.wrong)
+        return all(key.startswith(BESIDE[part]) for _, key, _ in self.check.problems)
 
     def _check(self, model: FineTuner, data: TextData) -> Iterable[str]:
         """What only building the model and reading the data shows."""
@@ -177,9 +175,8 @@ class CLI(LightningCLI):
         return dict.fromkeys(out)
 
     def _refusal(self, *more: str) -> UserError:
-        """All problems in one message. Those of other libraries are cut after their first line."""
-        problems = self.problems or [text.splitlines()[0] for text in more]
-        return UserError("\n  ".join(["The configuration cannot be used:", *problems]))
+        """All problems in one message."""
+        return UserError("\n  ".join(["The configuration cannot be used:", *map(str, self.check.problems), *more]))
 
 
 def run(verb: str, argv: list[str]) -> CLI:
@@ -195,6 +192,12 @@ def run(verb: str, argv: list[str]) -> CLI:
         if raised_by_lightning(e):
             raise UserError(f"trainer: {' '.join(str(e).split())}") from e
         raise
+
+
+def _first_line(error: Exception) -> str:
+    """Its first line that says something."""
+    first, *more = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return f"{first} {more[0]}" if first.endswith(":") and more else first
 
 
 _with_place = warnings.formatwarning
