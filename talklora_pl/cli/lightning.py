@@ -194,6 +194,11 @@ def run(verb: str, argv: list[str]) -> CLI:
         raise
 
 
+def main(verb: str, argv: list[str]) -> None:
+    """The verb."""
+    run(verb, argv)
+
+
 def _first_line(error: Exception) -> str:
     """Its first line that says something."""
     first, *more = [line.strip() for line in str(error).splitlines() if line.strip()]
