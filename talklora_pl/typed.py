@@ -61,7 +61,7 @@ def parameters(cls: type, skip: int = 0) -> tuple[dict[str, Parameter], bool]:
             found.setdefault(p.name, p.replace(annotation=hints.get(p.name, Any), default=default))
         if not any(p.kind is p.VAR_KEYWORD for p in own):
             return found, True
-    return found, cls.__init__ is object.__init__
+    return found, not any("__init__" in vars(base) for base in cls.__mro__ if base is not object)
 
 
 def problems(cls: type, values: Mapping[str, Any]) -> list[str]:

@@ -174,7 +174,7 @@ class Check:
                     right = self._value(value, chosen.takes[bare].annotation, full, add=name.endswith("+"))
                 except Wrong as e:
                     if str(e):
-                        self._report(where, str(e))
+                        self._report(where, f"{bare}: {e}" if item else str(e))
                     continue
                 chosen.options[bare], chosen.places[bare] = right, (self.file, where)
                 _merge(out, {name: right})
