@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from jsonargparse import ArgumentParser
 from rich.console import Console
 from rich.table import Table
 
@@ -17,6 +16,7 @@ from talklora_pl.adapter.io import load_adapter
 from talklora_pl.adapter.metadata import read_metadata
 from talklora_pl.base import BaseModel, default_length, load_base, load_config, load_tokenizer, pad_id
 from talklora_pl.base.heads import HEADS
+from talklora_pl.cli.parse import parse
 from talklora_pl.data import TextData
 from talklora_pl.data.source import Source
 from talklora_pl.errors import UserError
@@ -43,7 +43,7 @@ def inspect(
     num_labels: int | None = None,
     dtype: Literal["auto", "float32", "bfloat16"] = "auto",
     device: str | None = None,
-    plugins: list[str] = [],  # noqa: B006
+    plugins: list[str] | str = (),  # type: ignore[assignment]
 ) -> None:
     """See what the experts of an adapter do: a summary here, and one HTML file with pictures and coloured text.
 
@@ -181,14 +181,6 @@ def summary(found: Inspection, facts: dict[str, str]) -> None:
         console.print(table)
 
 
-class _Parser(ArgumentParser):
-    def error(self, message: str, ex: Exception | None = None) -> Any:
-        raise UserError(" ".join((str(ex) if isinstance(ex, UserError) else message).split()))
-
-
-def main(argv: list[str]) -> int:
-    """Entry of the command line; errors of the user are UserErrors."""
-    parser = _Parser(prog="python -m talklora_pl inspect", description=(inspect.__doc__ or "").split("\n")[0])
-    parser.add_function_arguments(inspect, as_positional=True)
-    inspect(**parser.parse_args(argv).as_dict())
-    return 0
+def main(verb: str, argv: list[str]) -> None:
+    """The verb."""
+    inspect(**parse(verb, inspect, argv, positional=True))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import traceback
 from typing import Any
 
 import lightning as L
@@ -90,3 +91,13 @@ def training_batches(loops: dict[str, Any]) -> tuple[dict[str, int], dict[str, i
     """
     progress = loops["epoch_loop.batch_progress"]
     return progress["total"], progress["current"], progress["is_last_batch"]
+
+
+def raised_by_lightning(error: Exception) -> bool:
+    """Whether Lightning itself refused something, as opposed to what it called.
+
+    It refuses most options by a ValueError once the data are there (`val_check_interval` above the number of batches),
+    and so does a plugin that is broken, whose traceback is wanted.
+    """
+    *_, (frame, _line) = traceback.walk_tb(error.__traceback__)
+    return str(frame.f_globals.get("__name__")).startswith("lightning.")

@@ -9,7 +9,8 @@ import pytest
 import yaml
 from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedModel
 
-from talklora_pl.cli.lightning import CLI, _expand, shipped_configs
+from talklora_pl.cli.lightning import CLI
+from talklora_pl.cli.options import shipped_configs
 from talklora_pl.module import FineTuner, trained_tensors
 from tests.conftest import LLAMA3_8B
 from tests.data.tiny import tokenizer
@@ -18,7 +19,7 @@ from tests.data.tiny import tokenizer
 def parsed(*argv: str, monkeypatch: pytest.MonkeyPatch) -> FineTuner:
     """Parse a command line up to, but not including, the fit."""
     monkeypatch.setattr(CLI, "_run_subcommand", lambda self, verb: None)
-    return CLI("fit", _expand(list(argv))).model
+    return CLI("fit", list(argv)).model
 
 
 def test_the_papers_run_on_llama3_8b(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
