@@ -26,7 +26,7 @@ test-slow: venv   ## real model, several processes, other programs
 lint: venv    ## style and types
 	$(BIN)/python -m ruff check .
 	$(BIN)/python -m ruff format --check .
-	$(BIN)/python -m mypy
+	$(BIN)/python tools/check_types.py
 
 # torch first and alone: pip then takes this very version, and no other package pulls in another build of it
 $(BIN)/ready: pyproject.toml constraints.txt models.txt

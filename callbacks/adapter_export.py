@@ -4,14 +4,17 @@ from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import lightning as L
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.utilities import rank_zero_info
 
 from talklora_pl.adapter.io import adapter_tensors
-from talklora_pl.export.run import export_checkpoint, export_tensors, facts_of, remember, whole
+from talklora_pl.export.run import export_checkpoint, export_tensors, facts_of, gather_full, store_facts
+
+if TYPE_CHECKING:
+    from talklora_pl.module import FineTuner
 
 
 class AdapterExport(L.Callback):
@@ -38,22 +41,22 @@ class AdapterExport(L.Callback):
         self._folder = Path(self.dirpath or Path(trainer.log_dir or trainer.default_root_dir) / "adapters")
 
     def on_save_checkpoint(self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
-        remember(checkpoint, replace(facts_of(trainer), license=self.license))
+        store_facts(checkpoint, replace(facts_of(trainer), license=self.license))
 
-    def on_train_batch_start(self, trainer: L.Trainer, pl_module: Any, batch: Any, batch_idx: int) -> None:
+    def on_train_batch_start(self, trainer: L.Trainer, pl_module: FineTuner, batch: Any, batch_idx: int) -> None:
         self._export_best(trainer, pl_module)  # Lightning saves checkpoints after all other callbacks had their turn
 
-    def on_fit_end(self, trainer: L.Trainer, pl_module: Any) -> None:
+    def on_fit_end(self, trainer: L.Trainer, pl_module: FineTuner) -> None:
         if trainer.fast_dev_run:  # type: ignore[attr-defined]
             return
         self._export_best(trainer, pl_module)
-        tensors, about = whole(adapter_tensors(pl_module.model)), pl_module.describe()
+        tensors, metadata = gather_full(adapter_tensors(pl_module.model)), pl_module.adapter_metadata()
         if trainer.is_global_zero:
             facts = replace(facts_of(trainer), license=self.license)
-            folder = export_tensors(self._folder / "last", tensors, about, pl_module.base, facts)
+            folder = export_tensors(self._folder / "last", tensors, metadata, pl_module.base, facts)
             rank_zero_info(f"Adapter: {folder}")
 
-    def _export_best(self, trainer: L.Trainer, pl_module: Any) -> None:
+    def _export_best(self, trainer: L.Trainer, pl_module: FineTuner) -> None:
         checkpoint = trainer.checkpoint_callback
         if not (self.best and trainer.is_global_zero and isinstance(checkpoint, ModelCheckpoint)):
             return

@@ -2,41 +2,56 @@
 
 from __future__ import annotations
 
-import inspect
-import pickle
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import lightning as L
 from lightning.pytorch.utilities import rank_zero_info
 
 from talklora_pl import registry
 from talklora_pl.adapter.allocation import decide, layer_targets
+from talklora_pl.adapter.metadata import AdapterMetadata
 from talklora_pl.allocation.alpha import Alpha
 from talklora_pl.allocation.report import figure, layer_list, markdown, total
 from talklora_pl.allocation.rules import UniformAllocation
 from talklora_pl.base import load_base
 from talklora_pl.base.weights import SafetensorsWeights
+from talklora_pl.cache import cache_root
 from talklora_pl.errors import UserError
 
+if TYPE_CHECKING:
+    from talklora_pl.module import FineTuner
 
-def _continued_checkpoint() -> Any:
-    """Path of the checkpoint that the run begins from, or None.
 
-    Lightning has chosen it before the first hook (``last``, ``hpc`` and the like included), but ``trainer.ckpt_path``
-    says so only after the model is built, which is too late. Until then it is an argument of ``Trainer._run``.
+def refuse_other_allocation(metadata: AdapterMetadata, pl_module: FineTuner) -> None:
+    """Raise a `UserError` if a checkpoint gives other numbers of experts to the layers of this run.
+
+    Args:
+        metadata: the checkpoint's.
+        pl_module: after its adapter was built.
     """
-    frame = inspect.currentframe()
-    while frame is not None and frame.f_code is not L.Trainer._run.__code__:
-        frame = frame.f_back
-    return frame.f_locals["ckpt_path"] if frame is not None else None
+    rule, configured = metadata.adapter["allocation"], registry.to_dict(pl_module.adapter_config.allocation)
+    if rule != configured:
+        raise UserError(
+            f"model.adapter.allocation: the checkpoint has experts per layer by {rule}, the configuration says "
+            f"{configured}. Configure the same; only a new run, without --ckpt_path, may have another."
+        )
+    counts = pl_module.adapter.experts_per_layer
+    for layer, before in metadata.experts_per_layer.items():
+        if (now := counts.get(layer, before)) != before:
+            raise UserError(
+                f"model.adapter.allocation: the checkpoint has {before} experts in {layer}, the same rule now gives it "
+                f"{now}: the base is another one, or its spectra were rounded otherwise on another device. For the "
+                f"same base copy {cache_root() / 'spectra'} from the machine on which the run began."
+            )
 
 
 class ExpertAllocation(L.Callback):
     """Applies the adapter's allocation rule to the weight files of the base and logs the outcome.
 
-    :class:`~talklora_pl.module.FineTuner` brings it along; list it only to change its options. A run that continues a
-    checkpoint takes the numbers from there; another rule in its configuration is refused. With several processes the
-    first decides and the others are told.
+    :class:`~talklora_pl.module.FineTuner` brings it along; list it only to change its options. From the command line a
+    run that continues a checkpoint has the numbers of that. In a script the rule decides again, from the spectra that
+    the first run left in the cache, and a checkpoint with other numbers is refused. With several processes the first
+    decides and the others are told.
 
     Args:
         cache: remember the spectra on disk, so that the next run on the same base begins at once.
@@ -46,27 +61,21 @@ class ExpertAllocation(L.Callback):
         self.cache = cache
         self.alphas: list[float] | None = None
 
-    def setup(self, trainer: L.Trainer, pl_module: Any, stage: str) -> None:
+    def setup(self, trainer: L.Trainer, pl_module: FineTuner, stage: str) -> None:
         if pl_module.model is not None or pl_module.allocation is not None:
             return
         outcome: Any = None
         if trainer.is_global_zero:
             try:
-                outcome = self._stored(trainer) or (None, self._decide(pl_module))
+                outcome = self._decide(pl_module)
             except UserError as e:  # the other processes wait for an answer, so they get this one
                 outcome = e
         outcome = trainer.strategy.broadcast(outcome)
         if isinstance(outcome, UserError):
             raise outcome
-        rule, pl_module.allocation = outcome
-        configured = registry.to_dict(pl_module.adapter_config.allocation)
-        if rule is not None and rule != configured:
-            raise UserError(
-                f"model.adapter.allocation: the checkpoint has experts per layer by {rule}, the configuration says "
-                f"{configured}. Configure the same; only a new run, without --ckpt_path, may have another."
-            )
+        pl_module.allocation = outcome
 
-    def _decide(self, pl_module: Any) -> dict[str, int] | None:
+    def _decide(self, pl_module: FineTuner) -> dict[str, int] | None:
         """The rule's answer; None for the uniform one, which needs no look at the model."""
         config = pl_module.adapter_config
         config.validate()
@@ -82,20 +91,7 @@ class ExpertAllocation(L.Callback):
             self.alphas = config.allocation.layer_alphas(layers, weights)
         return counts
 
-    def _stored(self, trainer: L.Trainer) -> tuple[dict[str, Any], dict[str, int]] | None:
-        """Rule and experts of every module from the checkpoint that is continued; None if there is none."""
-        path = _continued_checkpoint()
-        if path is None:
-            return None
-        try:
-            about = trainer.strategy.checkpoint_io.load_checkpoint(path).get("talklora")
-        except FileNotFoundError:
-            raise UserError(f"--ckpt_path: there is no checkpoint {str(path)!r}.") from None
-        except (OSError, RuntimeError, EOFError, pickle.UnpicklingError) as e:
-            raise UserError(f"--ckpt_path: {path} cannot be read as a checkpoint: {str(e).splitlines()[0]}") from e
-        return (about["adapter"]["allocation"], about["experts_per_layer"]) if about else None
-
-    def on_fit_start(self, trainer: L.Trainer, pl_module: Any) -> None:
+    def on_fit_start(self, trainer: L.Trainer, pl_module: FineTuner) -> None:
         config = pl_module.adapter_config
         layers = layer_targets(pl_module.model, config.targets, config.exclude, config.layers, config.experts.site)
         counts = pl_module.adapter.experts_per_layer
@@ -105,7 +101,7 @@ class ExpertAllocation(L.Callback):
         shown = layer_list(layers, counts) or "by module"
         rank_zero_info(f"Experts per layer ({name}, {total(layers, counts):g} in all): {shown}")
         for logger in trainer.loggers:
-            writer = getattr(logger, "experiment", None)
+            writer: Any = getattr(logger, "experiment", None)
             if hasattr(writer, "add_text"):
                 writer.add_text("allocation/table", markdown(layers, counts, self.alphas), trainer.global_step)
             if hasattr(writer, "add_figure"):

@@ -8,10 +8,10 @@ from typing import Any
 import lightning as L
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.utilities import rank_zero_info
-from torch import Tensor
 
 from talklora_pl.callbacks.resume import validation_due
 from talklora_pl.errors import UserError
+from talklora_pl.internals.lightning import step_ends
 
 
 class Checkpoint(ModelCheckpoint):
@@ -36,14 +36,14 @@ class Checkpoint(ModelCheckpoint):
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         super().setup(trainer, pl_module, stage)
-        if stage == "fit" and not trainer.fast_dev_run:
+        if stage == "fit" and not trainer.fast_dev_run:  # type: ignore[attr-defined]
             try:
                 os.makedirs(str(self.dirpath), exist_ok=True)
             except OSError as e:
                 raise UserError(f"checkpoint.dirpath: {self.dirpath} cannot be made: {e.strerror}.") from e
 
     def on_train_batch_end(self, trainer: L.Trainer, *args: Any, **kwargs: Any) -> None:
-        if trainer.fit_loop._should_accumulate():
+        if not step_ends(trainer):
             return  # the gradients of a half-finished step are in no checkpoint
         super().on_train_batch_end(trainer, *args, **kwargs)
         step = trainer.global_step
@@ -54,9 +54,18 @@ class Checkpoint(ModelCheckpoint):
             self._save_newest(trainer)
 
     def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        super().on_validation_end(trainer, pl_module)
+        if self._is_logged(trainer):
+            super().on_validation_end(trainer, pl_module)
         if trainer.state.fn == "fit" and not trainer.sanity_checking:
             self._save_newest(trainer)
+
+    def on_train_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        if self._is_logged(trainer):
+            super().on_train_epoch_end(trainer, pl_module)
+
+    def _is_logged(self, trainer: L.Trainer) -> bool:
+        """Whether there is something to judge the best by; Lightning would stop the run."""
+        return self.monitor in {*trainer.callback_metrics, "epoch", "step"}
 
     def on_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException) -> None:
         super().on_exception(trainer, pl_module, exception)
@@ -65,12 +74,8 @@ class Checkpoint(ModelCheckpoint):
 
     def _save_newest(self, trainer: L.Trainer) -> None:
         # at most once a step: the second of two micro-batches, or the end of an epoch, would add nothing
-        if trainer.fast_dev_run or trainer.global_step == self._last_step:
+        if trainer.fast_dev_run or trainer.global_step == self._last_step:  # type: ignore[attr-defined]
             return
         self._last_step = trainer.global_step
         self.last_model_path = os.path.join(str(self.dirpath), f"{self.CHECKPOINT_NAME_LAST}{self.FILE_EXTENSION}")
         trainer.save_checkpoint(self.last_model_path, weights_only=False)
-
-    def _save_topk_checkpoint(self, trainer: L.Trainer, monitor_candidates: dict[str, Tensor]) -> None:
-        if self.monitor in monitor_candidates:
-            super()._save_topk_checkpoint(trainer, monitor_candidates)

@@ -9,6 +9,7 @@ import torch.distributed as dist
 
 from talklora_pl.callbacks.preemption import directory
 from talklora_pl.errors import UserError
+from talklora_pl.internals.lightning import step_ends
 from talklora_pl.monitoring.tensorboard import Board
 
 
@@ -83,7 +84,7 @@ class FiniteGuard(L.Callback):
     def on_train_batch_end(
         self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        if trainer.fit_loop._should_accumulate():
+        if not step_ends(trainer):
             return
         self._window.clear()
         if self._stop is not None:

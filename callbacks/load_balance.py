@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import zlib
 from contextlib import ExitStack
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import lightning as L
 import torch
@@ -15,6 +15,9 @@ from talklora_pl.monitoring.metrics import Load, RoutingLoad, overlap, top_exper
 from talklora_pl.monitoring.sensitivity import DecisionInputs, communication_matrices
 from talklora_pl.monitoring.tensorboard import Board
 from talklora_pl.routing import RoutingCollector, RoutingRecord
+
+if TYPE_CHECKING:
+    from talklora_pl.module import FineTuner
 
 PROBE_TOKENS = 2048
 
@@ -72,7 +75,7 @@ class LoadBalance(L.Callback):
 
     # --- training
 
-    def on_fit_start(self, trainer: L.Trainer, pl_module: Any) -> None:
+    def on_fit_start(self, trainer: L.Trainer, pl_module: FineTuner) -> None:
         layers = pl_module.adapter.routed_layers()
         self.train_load = RoutingLoad(layers).to(pl_module.device) if layers else None
         board = Board(trainer)
@@ -82,11 +85,13 @@ class LoadBalance(L.Callback):
 
             board.figure("experts/allocation", figures.allocation(pl_module.adapter.experts_per_layer))
 
-    def on_train_batch_start(self, trainer: L.Trainer, pl_module: Any, batch: Any, batch_idx: int) -> None:
-        self._step, every = trainer.global_step, trainer.log_every_n_steps  # 0: never
+    def on_train_batch_start(self, trainer: L.Trainer, pl_module: FineTuner, batch: Any, batch_idx: int) -> None:
+        self._step, every = trainer.global_step, _log_every(trainer)  # 0: never
         self._observing = self.train_load is not None and every > 0 and (self._step + 1) % every == 0
 
-    def on_train_batch_end(self, trainer: L.Trainer, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
+    def on_train_batch_end(
+        self, trainer: L.Trainer, pl_module: FineTuner, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
         if not self._observing:
             return
         assert self.train_load is not None
@@ -107,13 +112,13 @@ class LoadBalance(L.Callback):
         if (
             self.figures
             and not trainer.enable_validation
-            and (self._step + 1) % self.figure_steps < trainer.log_every_n_steps
+            and (self._step + 1) % self.figure_steps < _log_every(trainer)
         ):
             self._draw(pl_module, board, load)
 
     # --- evaluation
 
-    def on_validation_start(self, trainer: L.Trainer, pl_module: Any) -> None:
+    def on_validation_start(self, trainer: L.Trainer, pl_module: FineTuner) -> None:
         layers = pl_module.adapter.routed_layers()
         self.val_load = RoutingLoad(layers).to(pl_module.device) if layers and not trainer.sanity_checking else None
         self._probe, self._probe_text = {}, 0
@@ -121,17 +126,23 @@ class LoadBalance(L.Callback):
         self._probe_left = PROBE_TOKENS if trainer.is_global_zero else 0
 
     def on_validation_batch_start(
-        self, trainer: L.Trainer, pl_module: Any, batch: Any, batch_idx: int, dataloader_idx: int = 0
+        self, trainer: L.Trainer, pl_module: FineTuner, batch: Any, batch_idx: int, dataloader_idx: int = 0
     ) -> None:
         if self.val_load is None:
             return
         if self.figures and batch_idx == 0 and trainer.is_global_zero:
             inputs = DecisionInputs(pl_module.adapter, batch["attention_mask"])
             self._inputs = self._evaluation.enter_context(inputs).x
-        self._collector = self._evaluation.enter_context(RoutingCollector(batch["attention_mask"]))
+        self._collector = self._evaluation.enter_context(RoutingCollector(pl_module.adapter, batch["attention_mask"]))
 
     def on_validation_batch_end(
-        self, trainer: L.Trainer, pl_module: Any, outputs: Any, batch: Any, batch_idx: int, dataloader_idx: int = 0
+        self,
+        trainer: L.Trainer,
+        pl_module: FineTuner,
+        outputs: Any,
+        batch: Any,
+        batch_idx: int,
+        dataloader_idx: int = 0,
     ) -> None:
         if self.val_load is None:
             return
@@ -141,7 +152,7 @@ class LoadBalance(L.Callback):
             self._add_probe(self._collector.records, batch)
         del self._collector
 
-    def on_validation_epoch_end(self, trainer: L.Trainer, pl_module: Any) -> None:
+    def on_validation_epoch_end(self, trainer: L.Trainer, pl_module: FineTuner) -> None:
         if self.val_load is None:
             return
         load = self.val_load.summary()
@@ -160,19 +171,19 @@ class LoadBalance(L.Callback):
         if self.figures:
             self._draw(pl_module, board, load)
 
-    def on_exception(self, trainer: L.Trainer, pl_module: Any, exception: BaseException) -> None:
+    def on_exception(self, trainer: L.Trainer, pl_module: FineTuner, exception: BaseException) -> None:
         self._evaluation.close()
 
     # --- parts
 
-    def _log(self, pl_module: Any, board: Board, prefix: str, load: Load) -> None:
+    def _log(self, pl_module: FineTuner, board: Board, prefix: str, load: Load) -> None:
         self.latest = load
         values = load.aggregates(self.dead_below)
         pl_module.log_dict({f"{prefix}/{key}": value for key, value in values.items()}, batch_size=1)
         if self.mode == "detailed":
             board.layers(prefix, load, self.dead_below)
 
-    def _draw(self, pl_module: Any, board: Board, load: Load) -> None:
+    def _draw(self, pl_module: FineTuner, board: Board, load: Load) -> None:
         if not board.pictures:
             return
         from talklora_pl.monitoring import figures
@@ -199,6 +210,10 @@ class LoadBalance(L.Callback):
             return 0.0, 0.0
         same = [overlap(before["experts"][k], now_TK) for k, now_TK in self._probe.items() if k in before["experts"]]
         return (1 - sum(same) / len(same), 1.0) if same else (0.0, 0.0)
+
+
+def _log_every(trainer: L.Trainer) -> int:
+    return trainer.log_every_n_steps  # type: ignore[attr-defined]
 
 
 def _tasks(batch: Any) -> list[str] | None:

@@ -11,6 +11,8 @@ from typing import Any
 import lightning as L
 import torch.distributed as dist
 
+from talklora_pl.durable import alive
+
 # what gloo, NCCL and the store say of a peer that does not answer or is gone
 LOST = re.compile(
     r"timed? ?out|timeout|connection (closed|reset|refused)|broken pipe|no route|gloo|nccl", re.IGNORECASE
@@ -40,13 +42,7 @@ class Peer:
     def trouble(self, me: Peer) -> str | None:
         """What is wrong with this peer as seen from `me`, or None if it seems to be alive."""
         if self.address in (me.address, "?"):
-            try:
-                os.kill(self.pid, 0)
-            except ProcessLookupError:
-                return "its process is gone"
-            except PermissionError:
-                pass
-            return None
+            return None if alive(self.pid) else "its process is gone"
         try:
             socket.create_connection((self.address, 9), timeout=2).close()
         except ConnectionRefusedError:

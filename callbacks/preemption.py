@@ -13,8 +13,9 @@ import lightning as L
 import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.plugins.environments import LightningEnvironment
-from lightning.pytorch.strategies.launchers.subprocess_script import _SubprocessScriptLauncher
 from lightning.pytorch.utilities import rank_zero_info
+
+from talklora_pl.internals.lightning import log_now, step_ends, without_signal_handlers
 
 EXIT_CODE = 143
 """What a shell reports for a process that SIGTERM ended: schedulers take it for "asked to stop", not for a failure."""
@@ -49,7 +50,7 @@ class Preemption(L.Callback):
         if threading.current_thread() is not threading.main_thread():
             return
         self._trainer, self._phase = trainer, "before"
-        trainer._signal_connector.register_signal_handlers = lambda: None  # type: ignore[method-assign]
+        without_signal_handlers(trainer)
         for number in (signal.SIGTERM, signal.SIGUSR1):
             self._previous[number] = signal.signal(number, self._on_signal)
 
@@ -70,13 +71,13 @@ class Preemption(L.Callback):
     def _pass_on(self, number: int) -> None:
         """Processes that Lightning's script launcher made know of each other what torchrun and SLURM know."""
         launcher = self._trainer.strategy.launcher
-        if isinstance(launcher, _SubprocessScriptLauncher):
-            launcher.kill(number)  # type: ignore[arg-type]
+        if launcher is not None:
+            launcher.kill(number)
         elif self._launched_by_rank_zero():
             os.kill(os.getppid(), number)
 
     def _launched_by_rank_zero(self) -> bool:
-        environment = self._trainer._accelerator_connector.cluster_environment
+        environment = getattr(self._trainer.strategy, "cluster_environment", None)
         return isinstance(environment, LightningEnvironment) and environment.local_rank() > 0
 
     def _exit_code(self) -> int:
@@ -95,10 +96,8 @@ class Preemption(L.Callback):
         self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         # the gradients of a half-finished step are in no checkpoint
-        if not trainer.fit_loop._should_accumulate() and self._asked(trainer):
-            # what the step logged would be written after this hook
-            trainer._logger_connector.on_batch_end()
-            trainer._logger_connector.update_train_step_metrics()
+        if step_ends(trainer) and self._asked(trainer):
+            log_now(trainer)
             self._stop(trainer)
 
     def on_validation_batch_start(

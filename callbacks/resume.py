@@ -1,18 +1,29 @@
 """What a resumed run needs, beyond Lightning's own state, to end as if it had never been interrupted."""
 
+from __future__ import annotations
+
 import hashlib
 import math
 import os
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import lightning as L
 
 from talklora_pl.adapter.fingerprint import agree
-from talklora_pl.adapter.io import METHOD
-from talklora_pl.distributed.checkpoint import KEY as ABOUT
+from talklora_pl.adapter.metadata import AdapterMetadata
+from talklora_pl.distributed.checkpoint import KEY as METADATA
 from talklora_pl.distributed.checkpoint import refuse_differences
 from talklora_pl.distributed.seeding import seed_step
 from talklora_pl.errors import UserError
+from talklora_pl.internals.lightning import (
+    first_validation_batch_started,
+    logged_step,
+    training_batches,
+    validation_follows,
+)
+
+if TYPE_CHECKING:
+    from talklora_pl.module import FineTuner
 
 KEY = "talklora_resume"
 
@@ -41,15 +52,14 @@ class ExactResume(L.Callback):
     ) -> None:
         seed = int(os.environ.get("PL_GLOBAL_SEED", "0"))
         seed_step(seed, trainer.fit_loop.epoch_loop.total_batch_idx, trainer.global_rank)
-        trainer.fit_loop.epoch_loop._batches_that_stepped = trainer.global_step
+        logged_step(trainer, trainer.global_step)
 
     def on_validation_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         if trainer.state.fn == "fit" and not trainer.sanity_checking:
-            loop = trainer.fit_loop.epoch_loop
             # Lightning counts a step after the validation that follows it
-            loop._batches_that_stepped = trainer.global_step - 1
+            logged_step(trainer, trainer.global_step - 1)
             # and would take the batch in which this validation was once interrupted for a new interruption
-            count = loop.val_loop.batch_progress.total
+            count: Any = trainer.fit_loop.epoch_loop.val_loop.batch_progress.total
             count.ready = count.started = count.processed
 
     # ------------------------------------------------------------------ 2
@@ -63,7 +73,7 @@ class ExactResume(L.Callback):
         }
         loops = checkpoint.get("loops", {}).get("fit_loop")
         if loops is not None and not trainer.sanity_checking and validation_due(trainer):
-            _before_validation(loops)
+            first_validation_batch_started(loops)
 
     # ------------------------------------------------------------------ 3
 
@@ -104,7 +114,7 @@ class ExactResume(L.Callback):
 
     # ------------------------------------------------------------------ 4, 6
 
-    def on_load_checkpoint(self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
+    def on_load_checkpoint(self, trainer: L.Trainer, pl_module: FineTuner, checkpoint: dict[str, Any]) -> None:
         if trainer.state.fn != "fit":
             return
         if "optimizer_states" not in checkpoint:
@@ -116,11 +126,13 @@ class ExactResume(L.Callback):
         if saved is None:
             return
         self._saved = saved
-        refuse_differences(*_methods(checkpoint[ABOUT], pl_module.describe()), trainer.ckpt_path or "")  # type: ignore[operator]
+        path = trainer.ckpt_path or ""
+        written = AdapterMetadata.from_dict(checkpoint[METADATA], path)
+        refuse_differences(*_methods(written, pl_module.adapter_metadata()), path)  # type: ignore[operator]
         self._refuse_other_parts(trainer)
-        batches = checkpoint["loops"]["fit_loop"]["epoch_loop.batch_progress"]
-        done = batches["current"]["processed"]
-        if done == 0 or batches["is_last_batch"]:
+        total, current, is_last = training_batches(checkpoint["loops"]["fit_loop"])
+        done = current["processed"]
+        if done == 0 or is_last:
             return  # between two epochs everything may change
         if done % saved["accumulate"]:
             raise UserError(
@@ -130,27 +142,26 @@ class ExactResume(L.Callback):
         refuse_differences({"data": saved["data"]}, {"data": _data(trainer)}, trainer.ckpt_path or "")
         ratio = trainer.accumulate_grad_batches / saved["accumulate"]
         if ratio != 1:
-            for count in (batches["current"], batches["total"]):
+            for count in (current, total):
                 done, running = math.ceil(count["processed"] * ratio), count["processed"] - count["completed"]
                 count.update(ready=done, started=done, processed=done, completed=done - running)
 
 
-def _methods(*abouts: dict[str, Any]) -> list[dict[str, Any]]:
+def _methods(*metadata: AdapterMetadata) -> list[dict[str, Any]]:
     """What may not differ: the adapter, the experts per layer, and the base, by its weights rather than its place."""
-    bases = [dict(about["base"]) for about in abouts]
-    marks = [base.pop("fingerprint", None) for base in bases]
+    bases = [m.base.to_dict() for m in metadata]
+    marks = [base.pop("fingerprint") for base in bases]
     if all(marks):
         same = agree(*marks)
         for base, mark in zip(bases, marks):
-            del base["name_or_path"]
-            base.pop("revision", None)
+            del base["name_or_path"], base["revision"]
             base["weights"] = "the same" if same else hashlib.sha256(mark.encode()).hexdigest()[:12]
-    return [{"base": base, **{k: about[k] for k in METHOD}} for base, about in zip(bases, abouts)]
+    return [{"base": base, **m.method()} for base, m in zip(bases, metadata)]
 
 
 def _data(trainer: L.Trainer) -> dict[str, Any]:
     """What the order of the rows within an epoch depends on."""
-    data = getattr(trainer, "datamodule", None)
+    data: Any = getattr(trainer, "datamodule", None)
     if not hasattr(data, "batch_size"):
         return {}
     return {
@@ -178,14 +189,6 @@ def validation_due(trainer: L.Trainer) -> bool:
     if trainer.validating:
         progress = loop.val_loop.batch_progress
         return not (progress.is_last_batch and progress.current.completed == progress.current.ready)
-    batches, fetcher = loop.batch_progress.total, trainer.fit_loop._data_fetcher
+    batches: Any = loop.batch_progress.total
     in_batch_end = batches.processed == batches.completed + 1
-    return bool(in_batch_end and trainer.enable_validation and fetcher and loop._should_check_val_fx(fetcher))
-
-
-def _before_validation(loops: dict[str, Any]) -> None:
-    """Set the counters of a validation whose first batch has just started: so Lightning runs the whole of it."""
-    started = {"ready": 1, "started": 1, "processed": 0, "completed": 0}
-    loops["epoch_loop.val_loop.batch_progress"].update(total=dict(started), current=dict(started), is_last_batch=False)
-    for count in (loops["epoch_loop.batch_progress"]["total"], loops["epoch_loop.batch_progress"]["current"]):
-        count["completed"] = count["processed"]
+    return bool(in_batch_end) and trainer.enable_validation and validation_follows(trainer)

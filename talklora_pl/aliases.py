@@ -6,6 +6,8 @@ writes an old name.
 
 from __future__ import annotations
 
+import warnings
+from collections.abc import Mapping
 from typing import Any
 
 KEYS = {"also_train": "modules_to_save"}
@@ -19,14 +21,24 @@ CLASS_PATHS = {
 """Class paths that a YAML file can hold: an old path, or an old module with a dot -> the new one."""
 
 
-def renamed(adapter: dict[str, Any]) -> dict[str, Any]:
-    """An adapter's options with today's names."""
-    return {KEYS.get(key, key): value for key, value in adapter.items()}
+def renamed(adapter: Mapping[str, Any], say: bool = False) -> dict[str, Any]:
+    """An adapter's options with today's names; `say` that there was an old one."""
+
+    def new(key: str) -> str:
+        bare = key.removesuffix("+")  # as in `modules_to_save+: lm_head`
+        return _said(bare, KEYS[bare], say) + key[len(bare) :] if bare in KEYS else key
+
+    return {new(key): value for key, value in adapter.items()}
 
 
-def class_path(path: str) -> str:
-    """Where a class is today."""
-    if path in CLASS_PATHS:
-        return CLASS_PATHS[path]
+def class_path(path: str, say: bool = False) -> str:
+    """Where a class is today; `say` that it was elsewhere."""
     module = path.rpartition(".")[0] + "."
-    return path.replace(module, CLASS_PATHS.get(module, module), 1)
+    new = CLASS_PATHS.get(path) or path.replace(module, CLASS_PATHS.get(module, module), 1)
+    return new if new == path else _said(path, new, say)
+
+
+def _said(old: str, new: str, say: bool) -> str:
+    if say:  # Python says a warning once
+        warnings.warn(f"{old} is now {new}; the old name goes in version 0.3.", stacklevel=2)
+    return new

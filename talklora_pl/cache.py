@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import hashlib
 import os
-import shutil
-import tempfile
 from collections.abc import Callable
 from pathlib import Path
+
+from talklora_pl.durable import folder_beside
 
 
 def cache_root() -> Path:
@@ -34,15 +34,11 @@ def cached_folder(kind: str, key: str, write: Callable[[Path], None], root: Path
     if final.is_dir():
         return final
     final.parent.mkdir(parents=True, exist_ok=True)
-    work = Path(tempfile.mkdtemp(prefix=f".{key[:16]}-", dir=final.parent))
-    try:
+    with folder_beside(final) as work:
         write(work)
-        work.chmod(0o755)
         try:
             work.rename(final)
         except OSError:  # another process was first: its folder holds the same
             if not final.is_dir():
                 raise
-    finally:
-        shutil.rmtree(work, ignore_errors=True)
     return final

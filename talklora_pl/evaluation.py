@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 import math
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -18,12 +18,12 @@ import torch.nn.functional as F
 from torch import Tensor
 from torchmetrics import Metric
 
+from talklora_pl.base import pad_id
 from talklora_pl.errors import UserError
+from talklora_pl.inputs import NO_LOSS, labelled, masked, model_inputs, to_device, token_logits
 
 if TYPE_CHECKING:
     from rich.table import Table
-
-    from talklora_pl.module import FineTuner
 
 
 @dataclass(frozen=True)
@@ -89,16 +89,17 @@ def exact_match(output: str, answer: str, pattern: str | None = None) -> bool:
 
 
 @dataclass
-class Scored:
+class BatchScores:
     """What one evaluation batch gave, per question.
 
     Attributes:
-        nll_Q, tokens_Q: summed negative log-likelihood of the right answer and its tokens; 0 where it is unknown.
+        nll_Q, tokens_Q: summed loss and what it is averaged over: negative log-likelihood of the right answer and its
+            tokens; both 0 where a question does not count or its answer is unknown.
         scores_QC: of the choices (or classes); a question with one answer has one.
-        texts: generated answers, each with the mean log-likelihood of its tokens; None where choices were ranked, or
-            nothing was generated.
         ranked_Q, generated_Q: by which of the two a question is judged; neither, where its answer is unknown.
         right_Q: whether it was answered rightly.
+        texts: generated answers, each with the mean log-likelihood of its tokens; None where choices were ranked, or
+            nothing was generated. Empty: nothing was generated at all.
     """
 
     nll_Q: Tensor
@@ -110,25 +111,74 @@ class Scored:
     texts: list[tuple[str, float] | None] = field(default_factory=list)
 
 
-@torch.no_grad()
-def score_batch(tuner: FineTuner, batch: dict[str, Any], generate: bool = False) -> Scored:
-    """Score an evaluation batch of :class:`~talklora_pl.data.batches.Batches`.
+@dataclass
+class Generation:
+    """Continues prompts until the end-of-sequence token.
+
+    Attributes:
+        model: as it is now, adapter on or off.
+        tokenizer: the base's.
+        eos_id: the token that ends an answer.
+        options: how to search, and what a right answer is.
+        any_rank: whether something holds here or on any of the ranks that share a sharded model; None: none do.
+    """
+
+    model: Any
+    tokenizer: Any
+    eos_id: int
+    options: Evaluation
+    any_rank: Callable[[bool], bool] | None = None
+
+    def __call__(self, prompts: Sequence[Tensor]) -> list[tuple[str, float]]:
+        """Args:
+            prompts: token ids, each of shape (S,).
+
+        Returns:
+            each text and the mean log-likelihood of its tokens, its end among them: what choices are ranked by.
+        """
+        asked, device, pad = [ids.tolist() for ids in prompts], prompts[0].device, pad_id(self.tokenizer)
+        left = to_device(masked(asked, pad, left=True), device)  # all end alike
+        out = self.model.generate(
+            **model_inputs(left),
+            max_new_tokens=self.options.max_new_tokens,
+            num_beams=self.options.num_beams,
+            do_sample=False,
+            use_cache=True,
+            pad_token_id=pad,
+            eos_token_id=self.eos_id,
+            # ranks that share a sharded model must take equally many steps
+            synced_gpus=self.any_rank is not None,
+        )
+        width = left["input_ids"].shape[1]
+        answers = [ids[: (*ids, self.eos_id).index(self.eos_id) + 1] for ids in out[:, width:].tolist()]
+        rows = [before + answer for before, answer in zip(asked, answers)]
+        labels = [[NO_LOSS] * len(before) + answer for before, answer in zip(asked, answers)]
+        nll_B, tokens_B = answer_nll(self.model, to_device(labelled(rows, labels, pad), device))
+        texts = self.tokenizer.batch_decode(answers, skip_special_tokens=True)
+        return list(zip(texts, (-nll_B / tokens_B).tolist()))
+
+
+def answer_nll(model: Any, batch: Mapping[str, Any]) -> tuple[Tensor, Tensor]:
+    """Summed negative log-likelihood of each row's labelled tokens, and their number, both (B,) and float32."""
+    logits_NV, targets_N, row_N = token_logits(model, batch)
+    return row_nll(token_nll(logits_NV, targets_N), row_N, len(batch["input_ids"]))
+
+
+def score_answers(model: Any, batch: Mapping[str, Any], generate: Generation | None = None) -> BatchScores:
+    """Rank the choices of questions that have several; generate other answers and compare them with the right one.
 
     Args:
-        tuner: the model as it is now, adapter on or off.
+        model: as it is now, adapter on or off.
         batch: one row per choice; without `group` every row is a question of its own.
-        generate: also answer the questions that have no choices.
+        generate: None: nothing is generated.
     """
-    if tuner.base.task == "sequence_classification":
-        return _score_classes(tuner, batch)
     rows = len(batch["input_ids"])
     group_B = batch.get("group", torch.arange(rows, device=batch["input_ids"].device))
     choice_B = batch.get("choice", torch.zeros_like(group_B))
     answer_Q = batch.get("answer", torch.zeros_like(group_B))
     real_Q = batch.get("real", torch.ones_like(answer_Q, dtype=torch.bool))
 
-    logits_NV, targets_N, row_N = tuner.token_logits(batch)
-    nll_B, tokens_B = row_nll(token_nll(logits_NV, targets_N), row_N, rows)
+    nll_B, tokens_B = answer_nll(model, batch)
     scores_QC = choice_scores(nll_B, tokens_B, group_B, choice_B)
     gold_B = (choice_B == answer_Q[group_B]) & real_Q[group_B]
     several_Q = scores_QC.isfinite().sum(1) > 1
@@ -136,17 +186,17 @@ def score_batch(tuner: FineTuner, batch: dict[str, Any], generate: bool = False)
     right_Q = several_Q & (scores_QC.argmax(1) == answer_Q)
 
     texts: list[tuple[str, float] | None] = [None] * len(answer_Q)
-    open_Q = ~several_Q & real_Q if generate and tuner.evaluation.max_new_tokens else torch.zeros_like(several_Q)
+    open_Q = ~several_Q & real_Q if generate else torch.zeros_like(several_Q)
     asked = open_Q.nonzero()[:, 0].tolist()
-    if generate and _any_rank(tuner, bool(asked)):
+    if generate and (generate.any_rank or bool)(bool(asked)):  # ranks that share a model compute together
         asked = asked or [0]  # not open, so what is generated for it is dropped
         first_Q = [int((group_B == q).nonzero()[0, 0]) for q in asked]
         prompts = [batch["input_ids"][row, : int(batch["prompt_length"][q])] for row, q in zip(first_Q, asked)]
-        for q, answer in zip(asked, generate_texts(tuner, prompts)):
+        for q, answer in zip(asked, generate(prompts)):
             texts[q] = answer if open_Q[q] else None
             if open_Q[q] and known_Q[q]:
-                right_Q[q] = exact_match(answer[0], batch["answers"][q][0], tuner.evaluation.answer_pattern)
-    return Scored(
+                right_Q[q] = exact_match(answer[0], batch["answers"][q][0], generate.options.answer_pattern)
+    return BatchScores(
         nll_Q=nll_B.new_zeros(len(answer_Q)).index_add_(0, group_B, nll_B * gold_B),
         tokens_Q=nll_B.new_zeros(len(answer_Q)).index_add_(0, group_B, tokens_B * gold_B),
         scores_QC=scores_QC,
@@ -157,65 +207,7 @@ def score_batch(tuner: FineTuner, batch: dict[str, Any], generate: bool = False)
     )
 
 
-def _any_rank(tuner: FineTuner, here: bool) -> bool:
-    """Whether it holds here, or on any of the ranks that share a sharded model: these compute together."""
-    if tuner.device_mesh is None:
-        return here
-    return tuner.trainer.strategy.reduce_boolean_decision(here, all=False)
-
-
-def _score_classes(tuner: FineTuner, batch: dict[str, Any]) -> Scored:
-    output = tuner.model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"])
-    scores_QC = output.logits.float().log_softmax(-1)
-    known_Q = batch["labels"] >= 0
-    nll_Q = -scores_QC.gather(1, batch["labels"].clamp(min=0)[:, None])[:, 0] * known_Q
-    right_Q = scores_QC.argmax(1) == batch["labels"]
-    return Scored(nll_Q, known_Q.float(), scores_QC, known_Q, torch.zeros_like(known_Q), right_Q, [None] * len(nll_Q))
-
-
-def generate_texts(tuner: FineTuner, prompts: Sequence[Tensor]) -> list[tuple[str, float]]:
-    """Continue prompts (token ids, each of shape (S,)) until the end-of-sequence token.
-
-    Returns:
-        each text and the mean log-likelihood of its tokens, its end among them: what choices are ranked by.
-    """
-    from talklora_pl.base import pad_id
-    from talklora_pl.data.batches import masked
-    from talklora_pl.data.batches import pad as padded
-    from talklora_pl.data.tokens import NO_LOSS
-
-    tokenizer = tuner.tokenizer
-    width, pad = max(map(len, prompts)), pad_id(tokenizer)
-    ids_QS = torch.stack(
-        [F.pad(ids, (width - len(ids), 0), value=pad) for ids in prompts]
-    )  # on the left: all end alike
-    mask_QS = torch.stack([F.pad(torch.ones_like(ids), (width - len(ids), 0)) for ids in prompts])
-    out = tuner.model.generate(
-        input_ids=ids_QS,
-        attention_mask=mask_QS,
-        max_new_tokens=tuner.evaluation.max_new_tokens,
-        num_beams=tuner.evaluation.num_beams,
-        do_sample=False,
-        use_cache=True,
-        pad_token_id=pad,
-        eos_token_id=tuner.eos_id,
-        # ranks that share a sharded model must take equally many steps
-        synced_gpus=tuner.device_mesh is not None,
-    )
-    asked = [ids.tolist() for ids in prompts]
-    answers = [ids[: (*ids, tuner.eos_id).index(tuner.eos_id) + 1] for ids in out[:, width:].tolist()]
-    rows = [before + answer for before, answer in zip(asked, answers)]
-    labels = [[NO_LOSS] * len(before) + answer for before, answer in zip(asked, answers)]
-    batch = {
-        name: ids.to(out.device) for name, ids in (masked(rows, pad) | {"labels": padded(labels, NO_LOSS)}).items()
-    }
-    logits_NV, targets_N, row_N = tuner.token_logits(batch)
-    nll_B, tokens_B = row_nll(token_nll(logits_NV, targets_N), row_N, len(rows))
-    texts = tokenizer.batch_decode(answers, skip_special_tokens=True)
-    return list(zip(texts, (-nll_B / tokens_B).tolist()))
-
-
-class Scores(Metric):
+class TaskScores(Metric):
     """Totals per task, summed exactly over batches and ranks; fillers and unknown answers do not count.
 
     Args:
@@ -232,7 +224,7 @@ class Scores(Metric):
         zeros = torch.zeros(len(self.tasks), 6, dtype=torch.float64)
         self.add_state("totals", zeros, dist_reduce_fx="sum")
 
-    def update(self, scored: Scored, tasks: Sequence[str]) -> None:
+    def update(self, scored: BatchScores, tasks: Sequence[str]) -> None:
         """Add a batch; ``tasks`` names the task of each of its questions."""
         task_Q = torch.tensor([self.tasks.index(task) for task in tasks], device=self.totals.device)
         columns = (
@@ -270,7 +262,7 @@ class Scores(Metric):
 
 
 def table(tuned: dict[str, dict[str, float]], base: dict[str, dict[str, float]] | None) -> Table:
-    """Results of :meth:`Scores.compute` for people: one line per task, the base model's number beside the adapter's.
+    """Results of :meth:`TaskScores.compute` for people: a line per task, the base model's number beside the adapter's.
 
     The loss is shown where nothing else was measured; the JSON file always has it.
     """
@@ -303,7 +295,7 @@ def write_json(path: Path, tuned: dict[str, Any], base: dict[str, Any] | None) -
     path.write_text(json.dumps({"adapter": tuned} | ({"base": base} if base else {}), indent=1) + "\n", "utf-8")
 
 
-def predictions(scored: Scored, batch: dict[str, Any]) -> list[dict[str, Any]]:
+def predictions(scored: BatchScores, batch: dict[str, Any]) -> list[dict[str, Any]]:
     """A record per question: `index` in the data, `id`, `task`; `text`, or `choice` and its `answer`; and `scores`: the
     mean log-likelihood per token of the text or of every choice (of classes: their log-probabilities)."""
     out = []
@@ -312,7 +304,7 @@ def predictions(scored: Scored, batch: dict[str, Any]) -> list[dict[str, Any]]:
             continue
         record: dict[str, Any] = {"index": index, "id": name, "task": task}
         scores = [round(score, 6) for score in scored.scores_QC[q].tolist() if math.isfinite(score)]
-        if generated := scored.texts[q]:
+        if scored.texts and (generated := scored.texts[q]):
             record |= {"text": generated[0], "scores": [round(generated[1], 6)]}
         elif len(scores) > 1:
             choice = max(range(len(scores)), key=scores.__getitem__)

@@ -1,7 +1,4 @@
-"""The LightningModule: a frozen base model, an adapter, balance losses and an optimiser.
-
-B batch, S sequence, V vocabulary, N positions that carry loss.
-"""
+"""The LightningModule: a frozen base model, an adapter, an objective, balance losses and an optimiser."""
 
 from __future__ import annotations
 
@@ -14,18 +11,19 @@ from typing import Any
 import lightning as L
 import rich
 import torch
-import torch.nn.functional as F
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 from torch import Tensor, nn
 
 from talklora_pl.adapter import Adapter, AdapterConfig, disable_adapter, inject
-from talklora_pl.adapter.gated import find_modules
-from talklora_pl.adapter.io import METHOD, describe, state_tensors
+from talklora_pl.adapter.io import adapter_metadata, state_tensors
+from talklora_pl.adapter.metadata import AdapterMetadata
 from talklora_pl.base import BaseModel, load_base, load_tokenizer, portable
-from talklora_pl.callbacks.allocation import ExpertAllocation
+from talklora_pl.callbacks.allocation import ExpertAllocation, refuse_other_allocation
 from talklora_pl.distributed.checkpoint import refuse_differences
 from talklora_pl.errors import UserError
-from talklora_pl.evaluation import Evaluation, Scores, predictions, score_batch, table, write_json
+from talklora_pl.evaluation import BatchScores, Evaluation, Generation, TaskScores, predictions, table, write_json
+from talklora_pl.internals.lightning import step_ends, trainer_of
+from talklora_pl.objectives import Objective, choose
 from talklora_pl.optim import ParamGroup, grouped, try_optimizer
 from talklora_pl.routing import RoutingCollector, RoutingRecord
 
@@ -36,6 +34,7 @@ class FineTuner(L.LightningModule):
     Args:
         base: which pretrained model.
         adapter: which mixture of experts.
+        objective: what is learned from the data; None: what the task of the base says.
         optimizer: of the trained tensors.
         lr_scheduler: stepped every optimiser step.
         param_groups: other learning rates or weight decays for some tensors; the first that matches counts.
@@ -54,9 +53,10 @@ class FineTuner(L.LightningModule):
         gradient_checkpointing: bool = False,
         compile: bool = False,
         evaluation: Evaluation = Evaluation(),  # noqa: B008 (frozen)
+        objective: Objective | None = None,
     ) -> None:
         super().__init__()
-        self.base = base
+        self.base, self.objective = choose(base, objective)
         self.adapter_config = adapter
         self.optimizer = optimizer
         self.lr_scheduler = lr_scheduler
@@ -87,9 +87,9 @@ class FineTuner(L.LightningModule):
             return
         self.adapter_config.validate()
         # a strategy that shards the base also reads it, each process its own part
-        meta = self._trainer is not None and getattr(self.trainer.strategy, "loads_base", False)
+        meta = getattr(getattr(trainer_of(self), "strategy", None), "loads_base", False)
         self.model = load_base(self.base, self.device, meta)
-        self._inject(self.adapter_config, self.device)
+        self._inject(self.model, self.adapter_config, self.device)
         if self.gradient_checkpointing:
             self.model.activation_checkpointing_enable()
         if self.compile_model:
@@ -104,36 +104,34 @@ class FineTuner(L.LightningModule):
                 schedule.
         """
         config, problems = self.adapter_config, list[str]()
+        model: Any = None
         groups: list[dict[str, Any]] = [{"params": [nn.Parameter(torch.zeros(1, 1))]}]  # if there will be no others
 
         def load() -> None:
-            self.model = load_base(self.base, meta=True)
+            nonlocal model
+            model = load_base(self.base, meta=True)
 
         def inject() -> None:
             nonlocal groups
-            if self.model is not None:
-                find_modules(self.model, config.targets, config.exclude, config.layers, config.experts.site)
+            if model is not None:
+                config.experts.site.find(model, config.targets, config.exclude, config.layers)
             if not problems:
                 # a rule that reads weights has none to read here
-                self._inject(config.before_allocation())
-                groups = grouped(self.trained(), self.param_groups)
+                self._inject(model, config.before_allocation())
+                groups = grouped(trained_tensors(model), self.param_groups)
 
         for part in (config.validate, load, inject, lambda: try_optimizer(self.optimizer, self.lr_scheduler, groups)):
             try:
                 part()
             except UserError as e:
                 problems.append(str(e))
-        self.model = None
         if problems:
             raise UserError("\n".join(problems))
 
-    def _inject(self, config: AdapterConfig, device: torch.device | None = None) -> None:
-        if self.base.task == "sequence_classification":
-            # the head is new, so it is trained along: everything outside of the encoder that has parameters
-            prefix = self.model.base_model_prefix
-            heads = [n for n, m in self.model.named_children() if n != prefix and any(True for _ in m.parameters())]
-            config = replace(config, modules_to_save=sorted({*config.modules_to_save, *heads}))
-        inject(self.model, config, allocation=self.allocation, device=device)
+    def _inject(self, model: Any, config: AdapterConfig, device: torch.device | None = None) -> None:
+        if along := self.objective.modules_to_save(model):
+            config = replace(config, modules_to_save=sorted({*config.modules_to_save, *along}))
+        inject(model, config, allocation=self.allocation, device=device)
 
     @property
     def adapter(self) -> Adapter:
@@ -142,8 +140,7 @@ class FineTuner(L.LightningModule):
 
     def trained(self) -> dict[str, nn.Parameter]:
         """Trained tensors by name, without the prefix that all of them have."""
-        named = ((n.removeprefix("model.talklora.default."), p) for n, p in self.named_parameters() if p.requires_grad)
-        return dict(named)
+        return trained_tensors(self.model)
 
     def configure_optimizers(self) -> Any:
         optimizer = self.optimizer(grouped(self.trained(), self.param_groups))
@@ -158,51 +155,25 @@ class FineTuner(L.LightningModule):
 
     def on_fit_start(self) -> None:
         # while all processes are alive: the weights may be sharded
-        self._fingerprint = self.describe()["base"]["fingerprint"]
+        self._fingerprint = self.adapter_metadata().base.fingerprint
 
     def forward(self, **inputs: Any) -> Any:
         return self.model(**inputs)
 
-    def token_logits(self, batch: dict[str, Any]) -> tuple[Tensor, Tensor, Tensor]:
-        """Logits at the positions whose next token carries loss.
-
-        The vocabulary projection sees gathered, contiguous rows only: on a CPU a strided slice of bf16 rows is two
-        orders of magnitude slower, and everywhere the rest of the (B,S,V) logits is not needed.
-
-        Returns:
-            logits_NV, the tokens to predict (N,), and the batch row of each (N,).
-        """
-        targets_BS = F.pad(batch["labels"][:, 1:], (0, 1), value=-100)
-        keep_BS = targets_BS != -100
-        head = self.model.get_output_embeddings()
-        hook = head.register_forward_pre_hook(lambda _, args: (args[0][keep_BS].unsqueeze(0), *args[1:]))
-        try:
-            logits_1NV = self.model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).logits
-        finally:
-            hook.remove()
-        return logits_1NV.squeeze(0), targets_BS[keep_BS], keep_BS.nonzero()[:, 0]
-
-    def summed_loss(self, batch: dict[str, Any]) -> tuple[Tensor, int]:
-        """Sum of the task loss over what carries it, and how much that is: (scalar, tokens or rows)."""
-        if self.base.task == "sequence_classification":
-            logits_BC = self.model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).logits
-            loss_sum = F.cross_entropy(_at_least_float32(logits_BC), batch["labels"], reduction="sum")
-            return loss_sum, len(batch["labels"])
-        logits_NV, targets_N, _ = self.token_logits(batch)
-        return F.cross_entropy(_at_least_float32(logits_NV), targets_N, reduction="sum"), len(targets_N)
-
     def training_step(self, batch: dict[str, Any], batch_idx: int) -> Tensor:
         """Task loss over all tokens of the optimiser step, plus balance losses averaged over its micro-steps."""
-        with RoutingCollector(batch["attention_mask"], batch.get("task_types")) as collector:
-            loss_sum, tokens = self.summed_loss(batch)
+        with RoutingCollector(self.model, batch["attention_mask"], batch.get("task_types")) as collector:
+            loss_sum, count = self.objective.loss(self.model, batch)
         self.routing = collector.records
         self.adapter.count_loads(self.routing)
+        if batch.get("filler"):
+            loss_sum = loss_sum * 0  # it only keeps this rank in step with the others
         # Lightning divides by the accumulation and DDP by the ranks: undo both, then divide by all tokens of the step
         accumulate = self.trainer.accumulate_grad_batches
-        step_tokens = batch.get("step_tokens") or self._tokens_of_all_ranks(tokens) * accumulate
+        step_tokens = batch.get("step_tokens") or self._count_of_all_ranks(count) * accumulate
         task = loss_sum * (self.trainer.world_size * accumulate / step_tokens)
         self._step_loss += task.detach() / accumulate
-        if not self.trainer.fit_loop._should_accumulate():
+        if step_ends(self.trainer):
             # its mean over ranks is the mean over all tokens of the step, however they are spread
             self.log("train_loss", self._step_loss, prog_bar=True, sync_dist=True, batch_size=1)
             self._step_loss = 0.0
@@ -224,11 +195,11 @@ class FineTuner(L.LightningModule):
                 total = total + options.weight * value
         return total
 
-    def _tokens_of_all_ranks(self, tokens: int) -> int:
-        """For data modules that do not say how many tokens an optimiser step has."""
+    def _count_of_all_ranks(self, count: int) -> int:
+        """For data modules that do not say how much of an optimiser step carries loss."""
         if self.trainer.world_size == 1:
-            return tokens
-        return int(self.trainer.strategy.reduce(torch.tensor(tokens, device=self.device), reduce_op="sum"))
+            return count
+        return int(self.trainer.strategy.reduce(torch.tensor(count, device=self.device), reduce_op="sum"))
 
     def on_train_batch_end(self, *args: Any) -> None:
         self.routing = []
@@ -242,7 +213,7 @@ class FineTuner(L.LightningModule):
 
     @property
     def _datamodule(self) -> Any:
-        return getattr(self._trainer, "datamodule", None)
+        return getattr(trainer_of(self), "datamodule", None)
 
     @property
     def eos_id(self) -> int:
@@ -250,29 +221,43 @@ class FineTuner(L.LightningModule):
         eos_id = getattr(self._datamodule, "eos_id", None)
         return self.tokenizer.eos_token_id if eos_id is None else eos_id
 
+    @torch.no_grad()
+    def score(self, batch: dict[str, Any], generate: bool = False) -> BatchScores:
+        """Score an evaluation batch with the model as it is now, adapter on or off.
+
+        Args:
+            batch: on the model's device.
+            generate: also answer what is open, by generating up to ``evaluation.max_new_tokens``.
+        """
+        answer = None
+        if generate and self.evaluation.max_new_tokens:
+            shared = self.device_mesh is not None  # the model, by the ranks
+            any_rank = (lambda here: self.trainer.strategy.reduce_boolean_decision(here, all=False)) if shared else None
+            answer = Generation(self.model, self.tokenizer, self.eos_id, self.evaluation, any_rank)
+        return self.objective.score(self.model, batch, answer)
+
     def on_validation_epoch_start(self) -> None:
-        self.scores = Scores(self._tasks()).to(self.device)
+        self.scores = TaskScores(self._tasks()).to(self.device)
 
     def validation_step(self, batch: dict[str, Any], batch_idx: int) -> None:
-        self.scores.update(score_batch(self, batch), self._tasks(batch))
+        self.scores.update(self.score(batch), self._tasks(batch))
 
     def on_validation_epoch_end(self) -> None:
         self._log_scores("val", self.scores.compute())
 
     @property
     def _compare_base(self) -> bool:
-        # a classifier's head is new: before it is trained, the base has no score
-        return self.evaluation.compare_base and self.base.task != "sequence_classification"
+        return self.evaluation.compare_base and self.objective.base_has_score
 
     def on_test_epoch_start(self) -> None:
-        self.scores = Scores(self._tasks()).to(self.device)
-        self.base_scores = Scores(self._tasks()).to(self.device)
+        self.scores = TaskScores(self._tasks()).to(self.device)
+        self.base_scores = TaskScores(self._tasks()).to(self.device)
 
     def test_step(self, batch: dict[str, Any], batch_idx: int) -> None:
-        self.scores.update(score_batch(self, batch, generate=True), self._tasks(batch))
+        self.scores.update(self.score(batch, generate=True), self._tasks(batch))
         if self._compare_base:
             with disable_adapter(self.model):
-                self.base_scores.update(score_batch(self, batch, generate=True), self._tasks(batch))
+                self.base_scores.update(self.score(batch, generate=True), self._tasks(batch))
 
     def on_test_epoch_end(self) -> None:
         tuned, base = self.scores.compute(), self.base_scores.compute() if self._compare_base else None
@@ -286,7 +271,7 @@ class FineTuner(L.LightningModule):
         self.predictions: list[dict[str, Any]] = []
 
     def predict_step(self, batch: dict[str, Any], batch_idx: int) -> list[dict[str, Any]]:
-        records = predictions(score_batch(self, batch, generate=True), batch)
+        records = predictions(self.score(batch, generate=True), batch)
         self.predictions += records
         return records
 
@@ -327,27 +312,34 @@ class FineTuner(L.LightningModule):
 
     # --- checkpoints
 
-    def describe(self) -> dict[str, Any]:
-        """What a checkpoint remembers of the run's method: plain data."""
-        base = {"name_or_path": portable(self.base.path), "task": self.base.task, "num_labels": self.base.num_labels}
+    def adapter_metadata(self) -> AdapterMetadata:
+        """What a checkpoint and an exported folder hold of the run's method."""
+        base: dict[str, Any] = {
+            "name_or_path": portable(self.base.path),
+            "task": self.base.task,
+            "num_labels": self.base.num_labels,
+        }
         if self.base.revision is not None:
             base["revision"] = self.base.revision
         if self._fingerprint is not None:
             base["fingerprint"] = self._fingerprint
-        return describe(self.model, base=base)
+        return adapter_metadata(self.model, **base)
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Keep trained tensors and the adapter's buffers; the base is not ours to store."""
         keep = {f"model.{k}" for k in state_tensors(self.model)}
         checkpoint["state_dict"] = {k: v for k, v in checkpoint["state_dict"].items() if k in keep}
-        checkpoint["talklora"] = self.describe()
+        checkpoint["talklora"] = self.adapter_metadata().to_dict()
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Raises: UserError if a trained tensor is missing or has another shape, or was trained as part of another
         method. (A fit compares more, see :class:`~talklora_pl.callbacks.resume.ExactResume`.)"""
-        if self.trainer.state.fn != "fit" and (about := checkpoint.get("talklora")):
-            now = self.describe()
-            refuse_differences({k: about[k] for k in METHOD}, {k: now[k] for k in METHOD}, self.trainer.ckpt_path or "")
+        if saved := checkpoint.get("talklora"):
+            path = self.trainer.ckpt_path or ""
+            metadata = AdapterMetadata.from_dict(saved, path)
+            refuse_other_allocation(metadata, self)
+            if self.trainer.state.fn != "fit":
+                refuse_differences(metadata.method(), self.adapter_metadata().method(), path)
         have = checkpoint["state_dict"]
         for key, value in state_tensors(self.model).items():
             if f"model.{key}" not in have:
@@ -357,6 +349,7 @@ class FineTuner(L.LightningModule):
                 raise UserError(f"The checkpoint's {key!r} has shape {got}, this run needs {want}.")
 
 
-def _at_least_float32(logits: Tensor) -> Tensor:
-    """Losses are computed in float32 where the base computes in less."""
-    return logits.to(torch.promote_types(logits.dtype, torch.float32))
+def trained_tensors(model: nn.Module) -> dict[str, nn.Parameter]:
+    """Trained tensors of a model; those of the adapter by their names in it, those of the base after ``model.``."""
+    named = ((f"model.{name}", p) for name, p in model.named_parameters() if p.requires_grad)
+    return {name.removeprefix("model.talklora.default."): p for name, p in named}

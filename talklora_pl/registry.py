@@ -138,7 +138,7 @@ def options(cls: type[Component]) -> list[tuple[str, str, Any]]:
     for f in fields(cls):  # type: ignore[arg-type]
         default = (
             f.default if f.default is not MISSING else f.default_factory() if f.default_factory is not MISSING else None
-        )  # type: ignore[misc]
+        )
         out.append((f.name, f.type if isinstance(f.type, str) else inspect.formatannotation(f.type), default))
     return out
 

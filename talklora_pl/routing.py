@@ -1,4 +1,4 @@
-"""Routing is observed, not stored: a layer hands its routing to a collector, inside the collector's context only.
+"""Routing is observed, not stored: a layer hands its routing to a collector of its adapter, inside of its context only.
 
 T tokens, E experts, K selected experts.
 
@@ -8,10 +8,13 @@ Outside of the context nothing is kept, so a layer that gradient checkpointing r
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+
+from talklora_pl.errors import UserError
+from talklora_pl.names import ADAPTERS
 
 
 class Routing(NamedTuple):
@@ -47,16 +50,26 @@ class RoutingRecord:
     shape: tuple[int, ...] = ()
     task_types_B: Tensor | None = None
 
+    def sum_of(self, values: Tensor) -> Tensor:
+        """Sum of (T, ...) over the real tokens."""
+        if values.dim() == 1:
+            return (self.mask_T * values).sum()
+        flat = self.mask_T.to(values.dtype) @ values.flatten(1)
+        return flat.view(values.shape[1:])
+
     def weight_share(self) -> Tensor:
         """Mean weight of every expert over the real tokens, shape (E,); sums to 1."""
         m_T = self.mask_T.to(self.routing.weights_TE.dtype)
         return (m_T @ self.routing.weights_TE) / m_T.sum().clamp(min=1)
 
-    def selections(self) -> Tensor:
-        """How many real tokens have every expert as their k-th choice, (K, E); dense routers: the top-1, K = 1."""
+    def chosen(self) -> Tensor:
+        """Indices of the selected experts, best first, (T,K); dense routers: the top-1, K = 1."""
         chosen_TK = self.routing.selected_TK
-        if chosen_TK is None:
-            chosen_TK = self.routing.probs_TE.argmax(-1, keepdim=True)
+        return self.routing.probs_TE.argmax(-1, keepdim=True) if chosen_TK is None else chosen_TK
+
+    def selections(self) -> Tensor:
+        """How many real tokens have every expert as their k-th choice, (K, E)."""
+        chosen_TK = self.chosen()
         K, E = chosen_TK.shape[1], self.routing.probs_TE.shape[1]
         flat_TK = chosen_TK + E * torch.arange(K, device=chosen_TK.device)
         mask_TK = self.mask_T.float().unsqueeze(1).expand(-1, K)
@@ -69,28 +82,44 @@ class RoutingRecord:
         return counts_E / counts_E.sum().clamp(min=1)
 
 
-_active: list[RoutingCollector] = []
-
-
 class RoutingCollector:
-    """Collects the routing of every adapted layer that runs inside ``with collector:``.
+    """Collects the routing of every layer of one model that runs inside ``with RoutingCollector(model) as collector:``.
+
+    It hangs on the model's adapters, so that two models that run in turn keep their records apart. Of nested
+    collectors of one model only the innermost collects.
 
     Args:
+        model: a model with adapters, or one of its adapters.
         mask: attention mask (batch, sequence) of the forward pass; 0 marks pads.
         task_types: kind of task of every row (batch,), for losses that ask for it.
+
+    Attributes:
+        records: what was collected, in the order in which the layers ran.
+
+    Raises:
+        UserError: on entering, the model has no adapter.
     """
 
-    def __init__(self, mask: Tensor | None = None, task_types: Tensor | None = None) -> None:
+    def __init__(self, model: nn.Module, mask: Tensor | None = None, task_types: Tensor | None = None) -> None:
+        self.model = model
         self.mask = mask
         self.task_types = task_types
         self.records: list[RoutingRecord] = []
+        self._stacks: list[list[RoutingCollector]] = []
 
     def __enter__(self) -> RoutingCollector:
-        _active.append(self)
+        adapters: Any = getattr(self.model, ADAPTERS, None)
+        found: list[Any] = [self.model] if adapters is None else list(adapters.values())
+        self._stacks = [adapter.collectors for adapter in found if hasattr(adapter, "collectors")]
+        if not self._stacks:
+            raise UserError(f"This {type(self.model).__name__} has no adapter whose routing could be collected.")
+        for stack in self._stacks:
+            stack.append(self)
         return self
 
     def __exit__(self, *exc: object) -> None:
-        _active.pop()
+        for stack in self._stacks:
+            stack.remove(self)
 
     def add(self, layer: str, routing: Routing, leading_shape: torch.Size) -> None:
         # by number, not by shape: some models flatten (batch, sequence) before their feed-forward Linears (OPT)
@@ -99,9 +128,3 @@ class RoutingCollector:
         else:  # a layer that does not see one row per token, such as a pooler
             mask_T = torch.ones(routing.weights_TE.shape[0], dtype=torch.bool, device=routing.weights_TE.device)
         self.records.append(RoutingRecord(layer, routing, mask_T, tuple(leading_shape), self.task_types))
-
-
-def record(layer: str, routing: Routing, leading_shape: torch.Size) -> None:
-    """Hand the routing of one layer to the innermost collector, if there is one."""
-    if _active:
-        _active[-1].add(layer, routing, leading_shape)

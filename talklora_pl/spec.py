@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import TypeVar
 
 import torch
 from torch import nn
+
+M = TypeVar("M", bound=nn.Module)
 
 
 @dataclass(frozen=True)
@@ -24,7 +27,7 @@ class LayerSpec:
         rank: R, rank of one expert.
         hidden_features: width between the two projections of a feed-forward block; 0 for a single Linear.
         communicates: the experts communicate.
-        uses_features: someone uses what the experts say.
+        uses_features: someone uses the features of the experts.
         device, dtype: of the trained tensors.
     """
 
@@ -60,6 +63,15 @@ class LayerSpec:
     def zeros(self, *shape: int) -> nn.Parameter:
         """A trained tensor that starts at zero."""
         return nn.Parameter(torch.zeros(shape, device=self.device, dtype=self.dtype))
+
+
+def unregistered(module: M) -> tuple[M]:
+    """A module to keep in an attribute of another module that does not own it.
+
+    As an attribute itself it would be registered again: twice in the state dict, under two names. A module does not
+    look into tuples.
+    """
+    return (module,)
 
 
 class Bank(nn.Module):

@@ -1,11 +1,11 @@
-"""Does a value from a JSON file have the type that a dataclass declares? Nothing is converted."""
+"""Does a value from a JSON or YAML file have the type that a class declares? Nothing is converted."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import fields
 from functools import cache
-from inspect import formatannotation
+from inspect import Parameter, formatannotation, signature
 from types import NoneType, UnionType
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
@@ -16,7 +16,7 @@ def fits(value: Any, hint: Any) -> bool:
     if hint is Any:
         return True
     if origin in (Union, UnionType):
-        return any(fits(value, a) for a in args)
+        return any(fits(value, a) for a in alternatives(hint))
     if origin is Literal:
         return any(type(value) is type(a) and value == a for a in args)
     if origin is list:
@@ -37,6 +37,38 @@ def _key_fits(key: Any, hint: Any) -> bool:
     return fits(key, hint) or (hint is int and isinstance(key, str) and key.isdecimal())
 
 
+def alternatives(hint: Any) -> list[Any]:
+    """The members of a union, those of unions in it included, or the type itself."""
+    if get_origin(hint) in (Union, UnionType):
+        return [kind for arg in get_args(hint) for kind in alternatives(arg)]
+    return [hint]
+
+
+@cache
+def parameters(cls: type, skip: int = 0) -> tuple[dict[str, Parameter], bool]:
+    """What a class takes by name, with its types, and whether this is all.
+
+    Args:
+        skip: its first so many arguments are left out.
+    """
+    found: dict[str, Parameter] = {}
+    for base in cls.__mro__:
+        if base is object:
+            break
+        if "__init__" not in vars(base):
+            continue
+        init = base.__dict__["__init__"]
+        hints = _hints(init)
+        own = list(signature(init).parameters.values())[1 + skip :]
+        named = (p for p in own if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY))
+        for p in named:  # what comes from a base may be filled in by the class
+            default = p.default if base is cls or p.default is not p.empty else None
+            found.setdefault(p.name, p.replace(annotation=hints.get(p.name, Any), default=default))
+        if not any(p.kind is p.VAR_KEYWORD for p in own):
+            return found, True
+    return found, not any("__init__" in vars(base) for base in cls.__mro__ if base is not object)
+
+
 def problems(cls: type, values: Mapping[str, Any]) -> list[str]:
     """One phrase for every value that is not of its field's type; fields whose type cannot be read are not checked."""
     hints = _hints(cls)
@@ -49,7 +81,7 @@ def problems(cls: type, values: Mapping[str, Any]) -> list[str]:
 
 
 @cache
-def _hints(cls: type) -> dict[str, Any]:
+def _hints(cls: Any) -> dict[str, Any]:
     try:
         return get_type_hints(cls)
     except (NameError, TypeError):

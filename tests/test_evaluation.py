@@ -20,14 +20,13 @@ from talklora_pl.base import BaseModel, load_base
 from talklora_pl.data import Source
 from talklora_pl.errors import UserError
 from talklora_pl.evaluation import (
+    BatchScores,
     Evaluation,
-    Scored,
-    Scores,
+    TaskScores,
     choice_scores,
     exact_match,
     predictions,
     row_nll,
-    score_batch,
     table,
     token_nll,
 )
@@ -108,7 +107,7 @@ def test_ranking_equals_the_model_asked_about_each_choice_alone(base: BaseModel,
     tok, right, nll, tokens = tokenizer(), 0, 0.0, 0
     records = {}
     for batch in data.test_dataloader():
-        scored = score_batch(module, batch)
+        scored = module.score(batch)
         records |= {r["index"]: r for r in predictions(scored, batch)}
         right += int((scored.right_Q & scored.ranked_Q).sum())
         nll, tokens = nll + float(scored.nll_Q.sum()), tokens + float(scored.tokens_Q.sum())
@@ -137,7 +136,7 @@ def test_generation_equals_the_model_asked_alone(base: BaseModel, jsonl: Jsonl) 
     data = TextData(predict=jsonl(rows, "p.jsonl"), max_length=60, base=base)
     data.setup("predict")
     (batch,) = data.predict_dataloader()
-    records = predictions(score_batch(module, batch, generate=True), batch)
+    records = predictions(module.score(batch, generate=True), batch)
     for record in records:
         ids = tokenizer()(rows[record["index"]]["prompt"], return_tensors="pt").input_ids
         for _ in range(6):
@@ -151,10 +150,10 @@ def test_generation_equals_the_model_asked_alone(base: BaseModel, jsonl: Jsonl) 
         assert record["text"] == tokenizer().decode(ids[0, n:], skip_special_tokens=True)
 
 
-def scored(right: list[bool], nll: list[float], ranked: bool = True) -> Scored:
+def scored(right: list[bool], nll: list[float], ranked: bool = True) -> BatchScores:
     judged = torch.tensor([True] * len(right))
     no = ~judged
-    return Scored(
+    return BatchScores(
         torch.tensor(nll),
         torch.ones(len(nll)),
         torch.zeros(len(nll), 2),
@@ -165,7 +164,7 @@ def scored(right: list[bool], nll: list[float], ranked: bool = True) -> Scored:
 
 
 def test_scores_per_task_and_mean() -> None:
-    scores = Scores(["a", "b", "c"])
+    scores = TaskScores(["a", "b", "c"])
     scores.update(scored([True, False, True], [1.0, 2.0, 3.0]), ["a", "a", "b"])
     scores.update(scored([False, False], [1.0, 1.0]), ["a", "a"])
     got = scores.compute()
@@ -205,8 +204,8 @@ def test_fillers_and_unknown_answers_do_not_count(base: BaseModel, jsonl: Jsonl)
     data.setup("test")
     (batch,) = data.test_dataloader()
     for change in ({"real": torch.tensor([False])}, {"answer": torch.tensor([-1])}):
-        scores = Scores(["mc"])
-        scores.update(score_batch(module, batch | change), batch["task"])
+        scores = TaskScores(["mc"])
+        scores.update(module.score(batch | change), batch["task"])
         assert not scores.totals.any()
 
 

@@ -36,7 +36,7 @@ def test_wheel_installs_and_finds_configs_by_name(tmp_path: Path) -> None:
     install = [sys.executable, "-m", "pip", "install", "-q", "--no-deps", "--target", str(target), str(wheel)]
     subprocess.run(install, check=True, cwd=tmp_path)
     code = (
-        "import talklora_pl, talklora_pl.callbacks as c; from talklora_pl.cli.lightning import find_config; "
+        "import talklora_pl, talklora_pl.callbacks as c; from talklora_pl.cli.options import find_config; "
         "print(talklora_pl.__file__, c.LoadBalance.__name__, find_config('method/talklora'))"
     )
     out = subprocess.run(

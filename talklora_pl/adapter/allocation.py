@@ -7,10 +7,12 @@ from typing import TYPE_CHECKING
 
 from torch import nn
 
-from talklora_pl.adapter.gated import find_modules
-from talklora_pl.adapter.targets import is_linear, layer_stem, output_heads
 from talklora_pl.allocation import LayerTargets
 from talklora_pl.base.weights import WeightSource
+from talklora_pl.names import decoder_layer, in_base
+from talklora_pl.sites import Site
+from talklora_pl.sites.linear import LINEAR
+from talklora_pl.sites.targets import is_linear, output_heads
 
 if TYPE_CHECKING:
     from talklora_pl.adapter.config import AdapterConfig
@@ -21,23 +23,23 @@ def layer_targets(
     targets: list[str] | str,
     exclude: list[str] | str = (),  # type: ignore[assignment]
     layers: list[int] | str | None = None,
-    site: str = "linear",
+    site: Site = LINEAR,
 ) -> list[LayerTargets]:
     """The numbered layers that have targets, in model order. ``model`` may be without weights (meta device).
 
     Targets outside of the numbered layers are in none of them. Arguments and errors as in
-    :func:`~talklora_pl.adapter.gated.find_modules`.
+    :meth:`~talklora_pl.sites.Site.find`.
     """
-    found = find_modules(model, targets, exclude, layers, site)
+    found = site.find(model, targets, exclude, layers)
     heads = output_heads(model)
     every: dict[str, list[str]] = {}
     for name, module in model.named_modules():
-        stem = layer_stem(name)
-        if stem and is_linear(module) and id(module) not in heads and not name.startswith("talklora."):
+        stem = decoder_layer(name)
+        if stem and is_linear(module) and id(module) not in heads and in_base(name):
             every.setdefault(stem, []).append(name)
     chosen: dict[str, list[str]] = {}
     for name in found:
-        if stem := layer_stem(name):
+        if stem := decoder_layer(name):
             chosen.setdefault(stem, []).append(name)
     return [
         LayerTargets(int(stem.rsplit(".", 1)[-1]), tuple(modules), tuple(every.get(stem, ())))
@@ -45,11 +47,11 @@ def layer_targets(
     ]
 
 
-def bare_layers(model: nn.Module, layers: Sequence[LayerTargets]) -> list[str]:
+def layers_without_targets(model: nn.Module, layers: Sequence[LayerTargets]) -> list[str]:
     """Layers with Linears but without targets, in the same stacks as ``layers``, by name (``model.layers.3``)."""
-    served = {layer_stem(module) for layer in layers for module in layer.modules}
+    served = {decoder_layer(module) for layer in layers for module in layer.modules}
     stacks = {stem.rpartition(".")[0] for stem in served if stem}
-    stems = dict.fromkeys(layer_stem(name) for name, module in model.named_modules() if is_linear(module))
+    stems = dict.fromkeys(decoder_layer(name) for name, module in model.named_modules() if is_linear(module))
     return [stem for stem in stems if stem and stem not in served and stem.rpartition(".")[0] in stacks]
 
 
@@ -61,6 +63,6 @@ def decide(config: AdapterConfig, model: nn.Module, weights: WeightSource) -> di
     Raises:
         UserError: targets that match nothing, or a rule that does not fit them.
     """
-    where = (config.targets, config.exclude, config.layers, config.experts.site)
-    counts = dict.fromkeys(find_modules(model, *where), config.num_experts)
-    return counts | config.allocation.allocate(layer_targets(model, *where), config.num_experts, weights)
+    site, where = config.experts.site, (config.targets, config.exclude, config.layers)
+    counts = dict.fromkeys(site.find(model, *where), config.num_experts)
+    return counts | config.allocation.allocate(layer_targets(model, *where, site), config.num_experts, weights)

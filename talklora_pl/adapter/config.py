@@ -50,7 +50,7 @@ class AdapterConfig:
             split it and the expert's rank for others. By default equal to the reference (scale 1).
         dropout_input, dropout_routing, dropout_output: on the experts' input, the routing weights, the output.
         compat: ``published`` sets TalkLoRA's published dropouts, 0.05 in all three places.
-        experts_see_talk: experts use what they heard instead of their own features.
+        experts_see_talk: experts use the features after communication instead of their own.
         experts, communication, router, balance: the parts, by registry name.
         allocation: the rule by which layers get their number of experts; by default num_experts each.
         plain: ordinary LoRA on further layers.
@@ -111,17 +111,17 @@ class AdapterConfig:
                 out.append(f"{key} must be in [0, 1), got {getattr(self, key)}")
         if not self.communication.identity and not (self.router.uses_features(True) or self.experts_see_talk):
             out.append(
-                f"nobody hears communication {self.communication.name!r}: router {self.router.name!r} looks at x only; "
-                "set its scores to features or auto, or experts_see_talk to true, or communication to none"
+                f"communication {self.communication.name!r} has no effect: router {self.router.name!r} reads only the "
+                "layer input; set its scores to features or auto, or experts_see_talk to true, or communication to none"
             )
         if self.experts_see_talk and not self.communication.uses_features():
             out.append(
-                f"experts_see_talk: this {self.communication.name!r} does not depend on what the experts say, so they "
-                "cannot use it; choose another communication, or set experts_see_talk to false"
+                f"experts_see_talk: this {self.communication.name!r} does not depend on the features of the "
+                "experts, so they cannot use it; choose another communication, or set experts_see_talk to false"
             )
-        if self.experts_see_talk and self.router.per == "block" and self.experts.site == "linear":
+        if self.experts_see_talk and self.router.per == "block" and self.experts.site.in_blocks:
             out.append(
-                "experts_see_talk needs router.per: linear; a block's experts of one Linear do not hear another's"
+                "experts_see_talk needs router.per: linear; experts of one Linear cannot use the features of another's"
             )
         if self.plain is not None and self.plain.rank < 1:
             out.append(f"plain.rank must be at least 1, got {self.plain.rank}")
@@ -151,7 +151,7 @@ class AdapterConfig:
         return 1.0 if self.alpha is None else self.alpha / reference
 
     def uses_features(self) -> bool:
-        """Whether anyone uses what the experts say."""
+        """Whether anyone uses the features of the experts."""
         communicates = not self.communication.identity
         return self.communication.uses_features() and (self.router.uses_features(communicates) or self.experts_see_talk)
 

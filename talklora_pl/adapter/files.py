@@ -14,52 +14,36 @@ from __future__ import annotations
 
 import json
 import math
-import os
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from talklora_pl.cache import sha256
+from talklora_pl.durable import write_whole
 from talklora_pl.errors import UserError
+from talklora_pl.internals.torch import TorchDispatchMode
+
+if TYPE_CHECKING:
+    from talklora_pl.adapter.metadata import AdapterMetadata
 
 FORMAT_VERSION = 1
 TENSORS = "adapter.safetensors"
 CONFIG = "talklora.json"
 MAX_JSON = 1 << 24
-MAX_EXPERTS = 4096
 
 
-def write_files(folder: Path, tensors: dict[str, Tensor], about: dict[str, Any]) -> None:
+def write_files(folder: Path, tensors: dict[str, Tensor], metadata: AdapterMetadata) -> None:
     """Write both files; each appears whole or not at all, and the digest tells a mixture of old and new ones."""
     ready = {k: v.detach().contiguous().cpu() for k, v in tensors.items()}
     folder.mkdir(parents=True, exist_ok=True)
     write_whole(folder / TENSORS, lambda p: save_file(ready, p, {"format": "pt"}))
-    write_json(folder / CONFIG, {**about, "tensors_sha256": sha256(folder / TENSORS)})
-
-
-def write_whole(path: Path, write: Callable[[Path], object]) -> None:
-    """Let ``write`` fill a file beside ``path``, which then takes its place."""
-    part = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        write(part)
-        part.chmod(0o666 & ~_umask())
-        with part.open("rb") as f:
-            os.fsync(f.fileno())
-        part.replace(path)
-    finally:
-        part.unlink(missing_ok=True)
-
-
-def _umask() -> int:
-    umask = os.umask(0)
-    os.umask(umask)
-    return umask
+    write_json(folder / CONFIG, replace(metadata, tensors_sha256=sha256(folder / TENSORS)).to_dict())
 
 
 def write_json(path: Path, data: Any) -> None:
@@ -98,43 +82,6 @@ def _no_constant(name: str) -> float:
     raise ValueError(f"{name} is no JSON number")
 
 
-def read_about(folder: str | os.PathLike[str]) -> dict[str, Any]:
-    """``talklora.json`` of a folder, checked for form.
-
-    Raises:
-        UserError: no such file, not JSON, entries missing or of the wrong type, or another format version.
-    """
-    path = Path(folder) / CONFIG
-    about = read_json(path)
-    version = about.get("format_version")
-    if version != FORMAT_VERSION or type(version) is not int:
-        raise UserError(
-            f"{path} has format version {short(version)}; this talklora_pl reads version {FORMAT_VERSION}. "
-            "A newer talklora_pl may read it."
-        )
-    check_about(about, path)
-    if not isinstance(about.get("tensors_sha256"), str):
-        raise UserError(f"{path}: 'tensors_sha256' is missing or of the wrong type.")
-    return about
-
-
-def check_about(about: dict[str, Any], path: Path) -> None:
-    """Raises: UserError if what ``path`` says of an adapter lacks entries or has some of the wrong type."""
-    forms = {"adapter": dict, "experts_per_layer": dict, "base": dict, "plain_layers": list}
-    for key, form in forms.items():
-        if not isinstance(about.get(key), form):
-            raise UserError(f"{path}: {key!r} is missing or of the wrong type.")
-    for layer, count in about["experts_per_layer"].items():
-        if type(count) is not int or not 1 <= count <= MAX_EXPERTS:
-            raise UserError(f"{path}: experts_per_layer[{short(layer)}] is {short(count)}, not a number of experts.")
-    for layer in about["plain_layers"]:
-        if not isinstance(layer, str) or layer in about["experts_per_layer"]:
-            raise UserError(f"{path}: plain_layers: {short(layer)} is no further module name.")
-    for key in ("name_or_path", "revision", "model_type", "class", "fingerprint"):
-        if not isinstance(about["base"].get(key), (str, type(None))):
-            raise UserError(f"{path}: base.{key} must be text.")
-
-
 @contextmanager
 def open_tensors(folder: Path) -> Iterator[Any]:
     """The opened safetensors file, after its header was checked; its tensors are read after :func:`check_digest`.
@@ -156,7 +103,7 @@ def open_tensors(folder: Path) -> Iterator[Any]:
         raise UserError(f"{path} is damaged or not a safetensors file: {short(e)}") from None
 
 
-def check_digest(folder: Path, digest: str) -> None:
+def check_digest(folder: Path, digest: str | None) -> None:
     """Reads the whole file, so shapes come first.
 
     Raises:

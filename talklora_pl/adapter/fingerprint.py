@@ -17,6 +17,9 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from talklora_pl.internals.torch import own_part
+from talklora_pl.names import base_parameters
+
 SAMPLES = 1024
 
 
@@ -30,7 +33,7 @@ def fingerprint(model: nn.Module, without: Iterable[str] = ()) -> str | None:
         without: names of parameters that are no part of the frozen base: those trained along.
     """
     skip = set(without)
-    frozen = {n: p for n, p in model.named_parameters() if not n.startswith("talklora.") and n not in skip}
+    frozen = {n: p for n, p in base_parameters(model).items() if n not in skip}
     quantised = getattr(model, "is_quantized", False) or getattr(model, "hf_quantizer", None) is not None
     if quantised or not frozen or any(p.is_meta or not p.is_floating_point() for p in frozen.values()):
         return None
@@ -41,7 +44,7 @@ def fingerprint(model: nn.Module, without: Iterable[str] = ()) -> str | None:
     each = SAMPLES // len(chosen)
     values = torch.cat([_sample(frozen[n].detach(), each) for n in chosen])
     if any(_is_sharded(frozen[n]) for n in chosen):
-        values = values.to(next(iter(frozen.values())).device)  # type: ignore[arg-type]
+        values = values.to(next(iter(frozen.values())).device)
         torch.distributed.all_reduce(values, torch.distributed.ReduceOp.MAX)
     numbers = values.to(torch.bfloat16).cpu().view(torch.int16).numpy().astype("<i2")
     return f"{structure.hexdigest()[:16]}:{base64.b64encode(numbers.tobytes()).decode()}"
@@ -62,17 +65,14 @@ def _sample(p: Tensor, count: int) -> Tensor:
     if not _is_sharded(p):
         flat = p.reshape(-1) if p.is_contiguous() else p.contiguous().reshape(-1)
         return flat[torch.tensor(at, device=p.device)].float().cpu()
-    from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
-
     sharded: Any = p
-    local = sharded.to_local()
-    shape, offset = compute_local_shape_and_global_offset(p.shape, sharded.device_mesh, sharded.placements)
+    local, parts = sharded.to_local(), own_part(sharded)
     out = torch.full((count,), -torch.inf)
     for i, position in enumerate(at):
         here: list[int | None] = []
-        for size, start, length in reversed(list(zip(p.shape, offset, shape, strict=True))):
+        for size, part in reversed(list(zip(p.shape, parts, strict=True))):
             position, index = divmod(position, size)
-            here.append(index - start if start <= index < start + length else None)
+            here.append(index - part.start if part.start <= index < part.stop else None)
         if None not in here:
             out[i] = local[tuple(reversed(here))].float().cpu()
     return out

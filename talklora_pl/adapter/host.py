@@ -9,16 +9,17 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from types import MethodType
 from typing import Any
 
 from torch import Tensor, nn
 
 from talklora_pl.errors import UserError
+from talklora_pl.internals.transformers import has_accelerate_hook, renew_accelerate_hook
+from talklora_pl.names import ADAPTERS
 
 
 class SwappedParameter:
-    """A parameter of the base of which adapters have values of their own (a head); they take turns in its place."""
+    """A base parameter (such as a head) that each adapter overrides; the active adapter's value is installed."""
 
     def __init__(self, model: Any, path: str) -> None:
         owner, _, self.leaf = path.rpartition(".")
@@ -50,7 +51,7 @@ class ActiveAdapter:
 
     def __init__(self) -> None:
         self._active: str | None = None
-        self.along: dict[str, SwappedParameter] = {}
+        self.swapped: dict[str, SwappedParameter] = {}
 
     @property
     def active(self) -> str | None:
@@ -58,27 +59,27 @@ class ActiveAdapter:
 
     @active.setter
     def active(self, name: str | None) -> None:
-        for along in self.along.values():
-            along.exchange(self._active, name)
+        for parameter in self.swapped.values():
+            parameter.exchange(self._active, name)
         self._active = name
 
     def add_value(self, model: nn.Module, path: str, name: str, value: Tensor) -> None:
         """Let ``name``, which is on, have its own value of the base's parameter ``path``."""
-        along = self.along.setdefault(path, SwappedParameter(model, path))
-        along.values[name] = value
-        along.exchange(None, name)
+        parameter = self.swapped.setdefault(path, SwappedParameter(model, path))
+        parameter.values[name] = value
+        parameter.exchange(None, name)
 
     def values_of(self, name: str) -> dict[str, Tensor]:
         """What :meth:`add_value` gave to ``name``, as it is now."""
         self.active = self.active  # takes over what was trained or moved meanwhile
-        return {path: along.values[name] for path, along in self.along.items() if name in along.values}
+        return {path: p.values[name] for path, p in self.swapped.items() if name in p.values}
 
     def forget(self, name: str) -> None:
         """Drop the values of an adapter that is off."""
-        for path, along in list(self.along.items()):
-            along.values.pop(name, None)
-            if not along.values:
-                del self.along[path]
+        for path, parameter in list(self.swapped.items()):
+            parameter.values.pop(name, None)
+            if not parameter.values:
+                del self.swapped[path]
 
 
 class LayerAdapters:
@@ -96,8 +97,8 @@ class Adapted:
     talklora_adapters: LayerAdapters
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        slot = self.talklora_adapters
-        layer = slot.layers.get(slot.switch.active) if slot.switch.active is not None else None
+        adapters = self.talklora_adapters
+        layer = adapters.layers.get(adapters.switch.active) if adapters.switch.active is not None else None
         if layer is None:
             return super().forward(*args, **kwargs)  # type: ignore[misc]
         return layer(self, *args, **kwargs)
@@ -131,7 +132,7 @@ def adapter_set(model: nn.Module) -> AdapterSet:
     Raises:
         UserError: the model has none.
     """
-    found = getattr(model, "talklora", None)
+    found = getattr(model, ADAPTERS, None)
     if not isinstance(found, AdapterSet):
         raise UserError(f"This {type(model).__name__} has no adapter; use talklora_pl.inject or load_adapter first.")
     return found
@@ -150,8 +151,12 @@ def get_adapter(model: nn.Module, name: str = "default") -> Any:
 
 
 def check_attachable(name: str, module: nn.Module) -> None:
-    """Raises: UserError if the class's forward is not what runs, so that exchanging the class would do nothing."""
-    if "forward" in module.__dict__ and not isinstance(module, Adapted) and not hasattr(module, "_old_forward"):
+    """Refuse a module whose class's forward is not what runs: exchanging the class would do nothing.
+
+    Raises:
+        UserError: names the module.
+    """
+    if "forward" in module.__dict__ and not isinstance(module, Adapted) and not has_accelerate_hook(module):
         raise UserError(
             f"The forward of {name!r} was replaced by other code, past which no adapter comes; load the adapter before."
         )
@@ -162,8 +167,7 @@ def attach(module: Any, switch: ActiveAdapter, name: str, layer: nn.Module) -> N
     if not isinstance(module, Adapted):
         module.__class__ = _adapted_class(type(module))
         module.talklora_adapters = LayerAdapters(switch)
-        if "_old_forward" in module.__dict__:  # accelerate moves inputs to the layer's device, then calls this
-            module._old_forward = MethodType(type(module).forward, module)
+        renew_accelerate_hook(module)
     module.talklora_adapters.layers[name] = layer
 
 
@@ -174,8 +178,7 @@ def detach(module: nn.Module, name: str) -> None:
         if not module.talklora_adapters.layers:
             del module.talklora_adapters
             module.__class__ = module.frozen_class  # type: ignore[assignment]
-            if "_old_forward" in module.__dict__:
-                module._old_forward = MethodType(type(module).forward, module)  # type: ignore[assignment]
+            renew_accelerate_hook(module)
 
 
 def remove_adapter(model: nn.Module, name: str = "default") -> None:
@@ -212,4 +215,4 @@ def disable_adapter(model: nn.Module) -> Iterator[None]:
 
 def base_alone(model: nn.Module) -> AbstractContextManager[None]:
     """:func:`disable_adapter`, also for a model that has none."""
-    return disable_adapter(model) if isinstance(getattr(model, "talklora", None), AdapterSet) else nullcontext()
+    return disable_adapter(model) if isinstance(getattr(model, ADAPTERS, None), AdapterSet) else nullcontext()

@@ -7,6 +7,7 @@ import re
 from pathlib import Path
 from typing import Any
 
+from talklora_pl.adapter.metadata import read_metadata
 from talklora_pl.errors import UserError
 
 # what a program needs of an adapter repository; nothing else is fetched
@@ -54,9 +55,7 @@ def push_adapter(folder: str | Path, repository: str, private: bool = True, toke
     from huggingface_hub import HfApi
     from huggingface_hub.errors import HfHubHTTPError
 
-    from talklora_pl.adapter.files import read_about
-
-    read_about(folder)
+    read_metadata(folder)
     api = HfApi(token=token)
     try:
         api.create_repo(repository, private=private, exist_ok=True)

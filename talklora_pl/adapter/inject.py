@@ -3,28 +3,27 @@
 from __future__ import annotations
 
 import zlib
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import replace
 from itertools import chain
-from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from talklora_pl import registry
 from talklora_pl.adapter.allocation import decide
 from talklora_pl.adapter.config import AdapterConfig
-from talklora_pl.adapter.ffn import AdaptedFFN
-from talklora_pl.adapter.gated import find_modules, gated_ffn
 from talklora_pl.adapter.host import Adapted, AdapterSet, attach, check_attachable
-from talklora_pl.adapter.layers import AdaptedLinear
-from talklora_pl.adapter.mixture import BlockMixture
-from talklora_pl.adapter.targets import is_linear, layer_index, num_layers, widths
 from talklora_pl.balance import Balance
 from talklora_pl.base.weights import ModuleWeights
 from talklora_pl.errors import UserError
+from talklora_pl.names import ADAPTERS, base_parameters, layer_index, leaf, num_layers
 from talklora_pl.ranks import sum_over_ranks
-from talklora_pl.routing import RoutingRecord
+from talklora_pl.routers import RouterModule
+from talklora_pl.routing import RoutingCollector, RoutingRecord
+from talklora_pl.sites.mixture import BlockMixture, Mixture
+from talklora_pl.sites.targets import is_linear, widths
 from talklora_pl.spec import Bank, LayerSpec
 
 
@@ -39,6 +38,7 @@ class Adapter(nn.Module):
         experts_per_layer: number of experts of every adapted module, by full name.
         decisions: number of experts of every module that has a router, by full name: adapted ones, or blocks of them.
         plain_layers: those of them that have plain LoRA beside the mixture.
+        collectors: open :class:`~talklora_pl.routing.RoutingCollector` of this adapter, innermost last.
     """
 
     def __init__(self, config: AdapterConfig) -> None:
@@ -47,7 +47,8 @@ class Adapter(nn.Module):
         self.experts_per_layer: dict[str, int] = {}
         self.decisions: dict[str, int] = {}
         self.plain_layers: list[str] = []
-        self._loads: dict[str, Any] = {}
+        self.collectors: list[RoutingCollector] = []
+        self._loads: dict[str, Tensor] = {}
         self.bank = Bank()
         self.layers = nn.Module()
         self.balance = nn.ModuleDict()
@@ -56,7 +57,8 @@ class Adapter(nn.Module):
         """Add one training micro-step to the loads of routers that balance themselves."""
         for r in records:
             if self._router(r.layer).wants_loads:
-                self._loads[r.layer] = self._loads.get(r.layer, 0) + r.selections().sum(0)
+                load_E = r.selections().sum(0)
+                self._loads[r.layer] = self._loads[r.layer] + load_E if r.layer in self._loads else load_E
 
     def after_optimizer_step(self) -> None:
         """Hand the loads of the whole global batch to the routers that want them, and start anew."""
@@ -69,8 +71,10 @@ class Adapter(nn.Module):
         """What was counted since the last optimiser step counts no longer: the step is left out."""
         self._loads.clear()
 
-    def _router(self, layer: str) -> Any:
-        return self.layers.get_submodule(layer).router
+    def _router(self, layer: str) -> RouterModule:
+        mixture = self.layers.get_submodule(layer)
+        assert isinstance(mixture, Mixture)
+        return mixture.router
 
     def routed_layers(self) -> dict[str, int]:
         """Number of experts of the layers that have something to decide, by name."""
@@ -81,21 +85,8 @@ class Adapter(nn.Module):
         return {n: e for n, e in self.decisions.items() if n not in self.plain_layers and loss.counts(e)}
 
 
-Built = dict[str, tuple[nn.Module, nn.Module]]
-"""Frozen module and adapter layer by name."""
-
-
-def _add(root: nn.Module, name: str, module: nn.Module) -> None:
-    """Register ``module`` under a dotted name, with plain containers on the way."""
-    *path, leaf = name.split(".")
-    for part in path:
-        if part not in root._modules:
-            root.add_module(part, nn.Module())
-        root = root._modules[part]  # type: ignore[assignment]
-    if (container := root._modules.get(leaf)) is not None:
-        for child, inside in container.named_children():
-            module.add_module(child, inside)
-    root.add_module(leaf, module)
+Layers = dict[str, tuple[nn.Module, Mixture]]
+"""Frozen module and its adapter layer, by name."""
 
 
 def inject(
@@ -124,7 +115,7 @@ def inject(
 
 def check_name(model: nn.Module, name: str) -> None:
     """Raises: UserError if ``model`` cannot have another adapter of this name."""
-    adapters = getattr(model, "talklora", None)
+    adapters = getattr(model, ADAPTERS, None)
     if isinstance(adapters, AdapterSet) and name in adapters:
         raise UserError(f"The model has an adapter {name!r} already; remove it or choose another name.")
     if not name.isidentifier() or hasattr(nn.ModuleDict, name):
@@ -136,7 +127,7 @@ def build(
     config: AdapterConfig,
     allocation: Mapping[str, int] | None = None,
     device: torch.device | str | None = None,
-) -> tuple[Adapter, Built]:
+) -> tuple[Adapter, Layers]:
     """The adapter that :func:`inject` installs. The model is not touched.
 
     Raises:
@@ -146,14 +137,14 @@ def build(
     if allocation is None:
         allocation = decide(config, model, ModuleWeights(model))
     adapter = Adapter(config)
-    built: Built = {}
+    built: Layers = {}
     for part in (config, config.plain_config()):
         if part is not None:
-            found = _build(model, part, adapter, allocation if part is config else None, device)
+            found = _build_layers(model, part, adapter, allocation if part is config else None, device)
             built.update(found)
             adapter.plain_layers = [] if part is config else list(found)
     for also in config.modules_to_save:
-        if not trained_by([also], model):
+        if not selected_parameters([also], model):
             children = [n for n, _ in model.named_children()]
             raise UserError(
                 f"modules_to_save: this model has no module {also!r}.{registry.did_you_mean(also, children)}"
@@ -171,16 +162,15 @@ def build(
     return adapter, built
 
 
-def install(model: nn.Module, adapter: Adapter, built: Built, name: str) -> Adapter:
+def install(model: nn.Module, adapter: Adapter, built: Layers, name: str) -> Adapter:
     """Freeze ``model``, register ``adapter`` under ``name`` and turn it on."""
-    along = trained_by(adapter.config.modules_to_save, model)
-    for n, p in model.named_parameters():
-        if not n.startswith("talklora."):
-            p.requires_grad_(n in along)
-    adapters = getattr(model, "talklora", None)
+    trained = selected_parameters(adapter.config.modules_to_save, model)
+    for n, p in base_parameters(model).items():
+        p.requires_grad_(n in trained)
+    adapters = getattr(model, ADAPTERS, None)
     if not isinstance(adapters, AdapterSet):
         adapters = AdapterSet()
-        model.add_module("talklora", adapters)
+        model.add_module(ADAPTERS, adapters)
     for module, layer in built.values():
         attach(module, adapters.switch, name, layer)
     adapters[name] = adapter
@@ -189,109 +179,145 @@ def install(model: nn.Module, adapter: Adapter, built: Built, name: str) -> Adap
     return adapter
 
 
-def trained_by(modules_to_save: list[str], model: nn.Module) -> set[str]:
+def selected_parameters(modules_to_save: list[str], model: nn.Module) -> set[str]:
     """Names of the base's parameters that ``modules_to_save`` selects."""
-    names = [n for n, _ in model.named_parameters() if not n.startswith("talklora.")]
-    return {n for n in names if any(f".{a}." in f".{n}" for a in modules_to_save)}
+    return {n for n in base_parameters(model) if any(f".{m}." in f".{n}" for m in modules_to_save)}
 
 
-def _build(
-    model: nn.Module, config: AdapterConfig, adapter: Adapter, allocation: Mapping[str, int] | None, device: Any
-) -> dict[str, tuple[nn.Module, nn.Module]]:
+def _build_layers(
+    model: nn.Module,
+    config: AdapterConfig,
+    adapter: Adapter,
+    allocation: Mapping[str, int] | None,
+    device: torch.device | str | None,
+) -> Layers:
     """Adapter layers by module name, registered in ``adapter`` but not yet attached to the model."""
-    whole = config.experts.site == "ffn"
-    modules = find_modules(model, config.targets, config.exclude, config.layers, config.experts.site)
-    if allocation is not None and (missing := modules.keys() - allocation.keys()):
-        raise UserError(f"The allocation lacks {len(missing)} target layers, for example {sorted(missing)[0]!r}.")
-    experts = {n: allocation[n] if allocation is not None else config.num_experts for n in modules}
-    specs = {n: _spec(n, model, config, experts[n], device) for n in modules}
-    most: dict[str, int] = {}
-    for spec in specs.values():
-        most[spec.kind] = max(most.get(spec.kind, 0), spec.num_experts)
-
-    built: dict[str, tuple[nn.Module, nn.Module]] = {}
-
-    def add(n: str, module: nn.Module, layer: nn.Module) -> None:
-        if n in built or n in adapter.experts_per_layer:
-            raise UserError(f"{n!r} is a target twice; targets of plain LoRA and of the mixture must differ.")
-        check_attachable(n, module)
-        _add(adapter.layers, n, layer)
-        built[n] = (module, layer)
-
+    site = config.experts.site
+    modules = site.find(model, config.targets, config.exclude, config.layers)
+    specs = _specs(model, modules, config, _experts_of(modules, config, allocation), device)
     blocks: dict[str, BlockMixture] = {}
-    for n, module in modules.items():
-        if experts[n] < 1:
-            raise UserError(f"The allocation gives {n!r} {experts[n]} experts; every adapted layer needs at least one.")
-        spec = replace(specs[n], kind_experts=most[specs[n].kind])
-        block = None
-        layer: AdaptedLinear | AdaptedFFN
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed((torch.initial_seed() + zlib.crc32(n.encode())) % 2**63)
-            if whole:
-                layer = AdaptedFFN(spec, config, adapter.bank, gated_ffn(module))
-            else:
-                if config.router.per == "block":
-                    path = n.rpartition(".")[0]
-                    if path not in blocks:
-                        blocks[path] = _block(n, path, model, spec, config)
-                        # before its Linears, which become its children
-                        add(path, model.get_submodule(path), blocks[path])
-                    block = blocks[path]
-                    if block.num_experts != spec.num_experts:
-                        raise UserError(
-                            f"router.per: block: the Linears of {path!r} have unequal numbers of experts in the "
-                            "allocation; give all of them the same, or use router.per: linear."
-                        )
-                layer = AdaptedLinear(spec, config, adapter.bank, block)
-                if block is not None and not block.decides and spec.in_features == block.width:
-                    block.listen_to(layer.experts, spec, config)
-        add(n, module, layer)
-        adapter.experts_per_layer[n] = experts[n]
+    built: Layers = {}
+
+    def add(name: str, module: nn.Module, layer: Mixture) -> None:
+        if name in built or name in adapter.experts_per_layer:
+            raise UserError(f"{name!r} is a target twice; targets of plain LoRA and of the mixture must differ.")
+        check_attachable(name, module)
+        layer.collectors = adapter.collectors
+        _register(adapter.layers, name, layer)
+        built[name] = (module, layer)
+
+    for name, spec in specs.items():
+        with _seeded_by(name):
+            block = None
+            if config.router.per == "block" and site.in_blocks:
+                path = name.rpartition(".")[0]
+                if path not in blocks:
+                    blocks[path] = _block(model, path, spec, config)
+                    add(path, model.get_submodule(path), blocks[path])  # before its Linears, its children
+                block = blocks[path]
+                if block.num_experts != spec.num_experts:
+                    raise UserError(
+                        f"router.per: block: the Linears of {path!r} have unequal numbers of experts in the "
+                        "allocation; give all of them the same, or use router.per: linear."
+                    )
+            layer = site.build(spec, config, adapter.bank, modules[name], block)
+            if block is not None and not block.decides and spec.in_features == block.width:
+                block.use_features_of(layer.experts, spec, config)
+        add(name, modules[name], layer)
+        adapter.experts_per_layer[name] = spec.num_experts
         if block is None:
-            adapter.decisions[n] = experts[n]
-    for n, block in blocks.items():
+            adapter.decisions[name] = spec.num_experts
+    for path, block in blocks.items():
         if not block.decides:
             raise UserError(
-                f"router.per: block: no target in {n!r} takes the block's own input (width {block.width}); add one to "
-                "targets, or use router.per: linear."
+                f"router.per: block: no target in {path!r} takes the block's own input (width {block.width}); add one "
+                "to targets, or use router.per: linear."
             )
-        adapter.decisions[n] = block.num_experts
+        adapter.decisions[path] = block.num_experts
     return built
 
 
-def _spec(name: str, model: nn.Module, config: AdapterConfig, num_experts: int, device: Any) -> LayerSpec:
-    module = model.get_submodule(name)
-    if device is None:
-        device = next(chain(module.parameters(), module.buffers())).device
-    if config.experts.site == "ffn":
-        d, hidden = gated_ffn(module).width(module)
-        shape: tuple[int, ...] = (d, hidden, d)
-    else:
-        hidden, shape = 0, widths(module)
-    return LayerSpec(
-        name=name,
-        kind=f"{name.rsplit('.', 1)[-1]}-{'x'.join(map(str, shape))}",
-        index=layer_index(name),
-        num_layers=num_layers(model, name),
-        in_features=shape[0],
-        out_features=shape[-1],
-        num_experts=num_experts,
-        kind_experts=num_experts,
-        rank=config.rank_per_expert(),
-        hidden_features=hidden,
-        communicates=not config.communication.identity,
-        uses_features=config.uses_features(),
-        device=torch.device(device),
-        dtype=getattr(torch, config.dtype),
-    )
+def _experts_of(
+    modules: Mapping[str, nn.Module], config: AdapterConfig, allocation: Mapping[str, int] | None
+) -> dict[str, int]:
+    """Number of experts of every module; without an allocation the configured one."""
+    if allocation is None:
+        return dict.fromkeys(modules, config.num_experts)
+    if missing := modules.keys() - allocation.keys():
+        raise UserError(f"The allocation lacks {len(missing)} target layers, for example {sorted(missing)[0]!r}.")
+    for name in modules:
+        if allocation[name] < 1:
+            raise UserError(
+                f"The allocation gives {name!r} {allocation[name]} experts; every adapted layer needs at least one."
+            )
+    return {name: allocation[name] for name in modules}
 
 
-def _block(name: str, path: str, model: nn.Module, spec: LayerSpec, config: AdapterConfig) -> BlockMixture:
-    """The decision that the Linear ``name`` shares with the others of the module that directly contains it."""
+def _specs(
+    model: nn.Module,
+    modules: Mapping[str, nn.Module],
+    config: AdapterConfig,
+    experts: dict[str, int],
+    device: torch.device | str | None,
+) -> dict[str, LayerSpec]:
+    """What the components may know of every module."""
+    specs = {}
+    most: dict[str, int] = {}
+    for name, module in modules.items():
+        shape = config.experts.site.widths(module)
+        own = next(chain(module.parameters(), module.buffers())).device if device is None else torch.device(device)
+        kind = f"{leaf(name)}-{'x'.join(map(str, shape))}"
+        most[kind] = max(most.get(kind, 0), experts[name])
+        specs[name] = LayerSpec(
+            name=name,
+            kind=kind,
+            index=layer_index(name),
+            num_layers=num_layers(model, name),
+            in_features=shape[0],
+            out_features=shape[-1],
+            num_experts=experts[name],
+            kind_experts=0,
+            rank=config.rank_per_expert(),
+            hidden_features=shape[1] if len(shape) == 3 else 0,
+            communicates=not config.communication.identity,
+            uses_features=config.uses_features(),
+            device=own,
+            dtype=getattr(torch, config.dtype),
+        )
+    return {name: replace(spec, kind_experts=most[spec.kind]) for name, spec in specs.items()}
+
+
+@contextmanager
+def _seeded_by(name: str) -> Iterator[None]:
+    """Random numbers that depend on the current seed and ``name`` alone."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed((torch.initial_seed() + zlib.crc32(name.encode())) % 2**63)
+        yield
+
+
+def _block(model: nn.Module, path: str, spec: LayerSpec, config: AdapterConfig) -> BlockMixture:
+    """The decision that a Linear shares with the others of the module ``path`` that directly contains it."""
     if not path:
-        raise UserError(f"router.per: block: {name!r} is in no block; use router.per: linear.")
+        raise UserError(f"router.per: block: {spec.name!r} is in no block; use router.per: linear.")
     first = next(m for m in model.get_submodule(path).children() if is_linear(m))
     return BlockMixture(replace(spec, name=path, in_features=widths(first)[0]), config)
+
+
+def _register(root: nn.Module, name: str, module: nn.Module) -> None:
+    """Register ``module`` under the name that its module has in the base, so that tensor names follow from it.
+
+    Empty modules stand for those on the way that are not adapted. A block can come after modules inside of it (those of
+    a nested block); then such an empty module is in its place, and its children become the block's.
+    """
+    *path, last = name.split(".")
+    for part in path:
+        if part not in root._modules:
+            root.add_module(part, nn.Module())
+        root = root.get_submodule(part)
+    if last in root._modules:
+        for child, inside in root.get_submodule(last).named_children():
+            module.add_module(child, inside)
+    root.add_module(last, module)
 
 
 def adapted_modules(model: nn.Module) -> dict[str, Adapted]:

@@ -4,22 +4,19 @@ from __future__ import annotations
 
 import math
 import os
-from dataclasses import replace
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-import talklora_pl
 from talklora_pl.adapter.config import AdapterConfig
 from talklora_pl.adapter.files import (
     CONFIG,
-    FORMAT_VERSION,
     BuildLimits,
     check_digest,
     open_tensors,
-    read_about,
     shapes_of,
     short,
     write_files,
@@ -27,8 +24,10 @@ from talklora_pl.adapter.files import (
 from talklora_pl.adapter.fingerprint import agree, fingerprint
 from talklora_pl.adapter.host import adapter_set, base_alone, get_adapter
 from talklora_pl.adapter.hub import local_folder
-from talklora_pl.adapter.inject import Adapter, Built, build, check_name, install, trained_by
+from talklora_pl.adapter.inject import Adapter, Layers, build, check_name, install, selected_parameters
+from talklora_pl.adapter.metadata import AdapterMetadata, BaseInfo, read_metadata
 from talklora_pl.errors import UserError
+from talklora_pl.names import ADAPTERS, base_parameters, in_base
 from talklora_pl.registry import import_plugins
 
 Shapes = dict[str, tuple[tuple[int, ...], str]]
@@ -43,75 +42,75 @@ OTHERS = {
 }
 
 
-def trained_along(model: nn.Module, name: str = "default") -> dict[str, Tensor]:
-    """Tensors of the base itself that are trained along with an adapter, by name."""
+def base_tensors(model: nn.Module, name: str = "default") -> dict[str, Tensor]:
+    """Tensors of the base itself that are trained and saved with an adapter, by name."""
     adapters = adapter_set(model)
-    wanted = trained_by(get_adapter(model, name).config.modules_to_save, model)
-    others = {n for a in adapters if a != name for n in trained_by(get_adapter(model, a).config.modules_to_save, model)}
+
+    def selected(adapter: str) -> set[str]:
+        return selected_parameters(get_adapter(model, adapter).config.modules_to_save, model)
+
+    wanted, others = selected(name), {n for a in adapters if a != name for n in selected(a)}
     return {
-        n: p.detach()
-        for n, p in model.named_parameters()
-        if not n.startswith("talklora.") and (n in wanted or (p.requires_grad and n not in others))
+        n: p.detach() for n, p in base_parameters(model).items() if n in wanted or (p.requires_grad and n not in others)
     } | adapters.switch.values_of(name)
 
 
 def state_tensors(model: nn.Module) -> dict[str, Tensor]:
-    """Everything that training changes: adapter tensors (``talklora.*``) and base tensors trained along, by name."""
+    """Everything that training changes: tensors of adapters (``talklora.*``) and of the base, by name."""
     adapters = adapter_set(model)
-    tensors = {f"talklora.{k}": v for k, v in adapters.state_dict().items()}
-    return tensors | {n: p for a in adapters for n, p in trained_along(model, a).items()}
+    tensors = {f"{ADAPTERS}.{k}": v for k, v in adapters.state_dict().items()}
+    return tensors | {n: p for a in adapters for n, p in base_tensors(model, a).items()}
 
 
 def adapter_tensors(model: nn.Module, name: str = "default") -> dict[str, Tensor]:
     """The tensors of an adapter file, by their names in it."""
-    along = {f"base.{n}": p for n, p in trained_along(model, name).items()}
-    return {**get_adapter(model, name).state_dict(), **along}
+    saved = {f"base.{n}": p for n, p in base_tensors(model, name).items()}
+    return {**get_adapter(model, name).state_dict(), **saved}
 
 
-METHOD = ("adapter", "experts_per_layer", "plain_layers")
-"""Entries of :func:`describe` that say how a base is adapted; tensors fit where these are equal."""
-
-
-def describe(model: nn.Module, name: str = "default", base: dict[str, Any] | None = None) -> dict[str, Any]:
-    """What an adapter file says beside its tensors: plain data.
+def adapter_metadata(model: nn.Module, name: str = "default", **base: Any) -> AdapterMetadata:
+    """What an adapter file holds beside its tensors.
 
     Args:
-        base: entries in place of what the model says of itself, such as ``name_or_path`` and ``revision``.
+        base: fields of :class:`~talklora_pl.adapter.metadata.BaseInfo` in place of what the model knows of itself, such
+            as ``name_or_path`` and ``revision``.
+
+    Raises:
+        UserError: the model has no such adapter, or there is no such field.
     """
     adapter = get_adapter(model, name)
+    if unknown := base.keys() - {f.name for f in fields(BaseInfo)}:
+        raise UserError(f"The metadata of a base have no entry {sorted(unknown)[0]!r}.")
     config = getattr(model, "config", None)
-    plain = set(adapter.plain_layers)
-    about = {
-        "name_or_path": getattr(config, "_name_or_path", "") or "",
-        "revision": getattr(config, "_commit_hash", None),
+    known = {
+        "name_or_path": getattr(config, "name_or_path", None) or "",
+        "revision": None,  # transformers does not say which it loaded; who asked for one passes it
         "model_type": getattr(config, "model_type", None),
         # FSDP2 puts a class of its own, FSDPxyz, in front of the model's
-        "class": type(model).__name__.removeprefix("FSDP"),
-        **(base or {}),
+        "class_name": type(model).__name__.removeprefix("FSDP"),
+        **base,
     }
-    if "fingerprint" not in about:
+    if "fingerprint" not in known:
         with base_alone(model):
-            about["fingerprint"] = fingerprint(model, trained_along(model, name))
-    return {
-        "format_version": FORMAT_VERSION,
-        "talklora_pl": talklora_pl.__version__,
-        "base": about,
-        "adapter": adapter.config.to_dict(),
-        "experts_per_layer": {n: e for n, e in adapter.experts_per_layer.items() if n not in plain},
-        "plain_layers": list(adapter.plain_layers),
-    }
+            known["fingerprint"] = fingerprint(model, base_tensors(model, name))
+    return AdapterMetadata(
+        base=BaseInfo(**known),
+        adapter=adapter.config.to_dict(),
+        experts_per_layer={n: e for n, e in adapter.experts_per_layer.items() if n not in adapter.plain_layers},
+        plain_layers=list(adapter.plain_layers),
+    )
 
 
 def save_adapter(model: nn.Module, folder: str | os.PathLike[str], name: str = "default", **base: Any) -> Path:
     """Write an adapter of ``model`` to ``folder``.
 
     Args:
-        base: what to remember of the base in place of what the model says of itself: ``name_or_path``, ``revision``.
+        base: as in :func:`adapter_metadata`.
 
     Raises:
         UserError: the model has no such adapter.
     """
-    write_files(Path(folder), adapter_tensors(model, name), describe(model, name, base))
+    write_files(Path(folder), adapter_tensors(model, name), adapter_metadata(model, name, **base))
     return Path(folder)
 
 
@@ -140,22 +139,22 @@ def load_adapter(
     import_plugins(plugins or [])
     check_name(model, name)
     folder = local_folder(folder, revision)
-    about = read_about(folder)
+    metadata = read_metadata(folder)
     misfit = f"The adapter in {folder} does not fit this {type(model).__name__}"
     try:
-        config = AdapterConfig.from_dict(about["adapter"])
+        config = metadata.config()
     except UserError as e:
         raise UserError(f"{folder / CONFIG}: {short(e)}") from None
-    _check_kind(model, about, misfit)
+    _check_kind(model, metadata, misfit)
     # the base is looked at as it is without the heads and new tokens of other adapters
     with base_alone(model), open_tensors(folder) as f:
         shapes = shapes_of(f)
-        adapter, built = _build(model, config, about, shapes, misfit)
+        adapter, built = _build(model, config, metadata, shapes, misfit)
         own = adapter.state_dict()
-        places = _check_shapes(model, own, shapes, misfit)
+        base_keys = _check_shapes(model, own, shapes, misfit)
         if check_base:
-            _check_base(model, about, places, misfit)
-        check_digest(folder, about["tensors_sha256"])
+            _check_base(model, metadata, base_keys, misfit)
+        check_digest(folder, metadata.tensors_sha256)
         tensors = {k: f.get_tensor(k) for k in shapes}
     adapter.load_state_dict({k: tensors[k].to(v.device) for k, v in own.items()}, assign=True)
     if any(t.is_meta for t in adapter.state_dict().values()):
@@ -163,38 +162,32 @@ def load_adapter(
     adapter.requires_grad_(trainable)
     install(model, adapter, built, name)
     switch = adapter_set(model).switch
-    for parameter, key in places.items():
+    for parameter, key in base_keys.items():
         switch.add_value(model, parameter, name, tensors[key])
         model.get_parameter(parameter).requires_grad_(trainable)
     return adapter
 
 
-def exactly(config: AdapterConfig, about: dict[str, Any]) -> AdapterConfig:
-    """The same options with the adapted modules by their full names, as ``about`` lists them, in place of patterns."""
-    plain = None if config.plain is None else replace(config.plain, targets=about["plain_layers"])
-    return replace(config, targets=list(about["experts_per_layer"]), exclude=[], layers=None, plain=plain)
-
-
-def _check_kind(model: nn.Module, about: dict[str, Any], misfit: str) -> None:
-    want, got = about["base"].get("model_type"), getattr(getattr(model, "config", None), "model_type", None)
+def _check_kind(model: nn.Module, metadata: AdapterMetadata, misfit: str) -> None:
+    want, got = metadata.base.model_type, getattr(getattr(model, "config", None), "model_type", None)
     if want and got and want != got:
-        raise UserError(f"{misfit}: it belongs to a {short(want)} model ({short(about['base'].get('name_or_path'))}).")
+        raise UserError(f"{misfit}: it belongs to a {short(want)} model ({short(metadata.base.name_or_path)}).")
     modules = {n for n, _ in model.named_modules()}
-    for layer in [*about["experts_per_layer"], *about["plain_layers"]]:
-        if layer not in modules or layer.startswith("talklora."):
+    for layer in [*metadata.experts_per_layer, *metadata.plain_layers]:
+        if layer not in modules or not in_base(layer):
             raise UserError(f"{misfit}: the model has no module {short(layer)}.")
 
 
 def _build(
-    model: nn.Module, config: AdapterConfig, about: dict[str, Any], shapes: Shapes, misfit: str
-) -> tuple[Adapter, Built]:
+    model: nn.Module, config: AdapterConfig, metadata: AdapterMetadata, shapes: Shapes, misfit: str
+) -> tuple[Adapter, Layers]:
     """The adapter without its tensors' values. Modules are taken by name: no pattern out of a file is ever run."""
-    if bool(about["plain_layers"]) != (config.plain is not None):
+    if bool(metadata.plain_layers) != (config.plain is not None):
         raise UserError(f"{misfit}: its options and its list of plain_layers contradict each other.")
     limits = BuildLimits(len(shapes), sum(math.prod(s) for s, _ in shapes.values()))
     try:
         with limits:
-            adapter, built = build(model, exactly(config, about), about["experts_per_layer"])
+            adapter, built = build(model, metadata.exact_config(config), metadata.experts_per_layer)
     except UserError as e:
         raise UserError(f"{misfit}: {short(e)}") from None
     except Exception as e:  # options out of a file can be wrong in ways that no component foresees
@@ -205,9 +198,9 @@ def _build(
 
 def _check_shapes(model: nn.Module, own: dict[str, Tensor], got: Shapes, misfit: str) -> dict[str, str]:
     """Compares the file's tensors with what the model needs; returns the base's parameters in it with their keys."""
-    parameters = {n: p for n, p in model.named_parameters() if not n.startswith("talklora.")}
-    places = {n: f"base.{n}" for n in parameters if f"base.{n}" in got}
-    want: dict[str, Tensor] = own | {k: parameters[n] for n, k in places.items()}
+    parameters = base_parameters(model)
+    base_keys = {n: f"base.{n}" for n in parameters if f"base.{n}" in got}
+    want: dict[str, Tensor] = own | {k: parameters[n] for n, k in base_keys.items()}
     for key in sorted(want.keys() | got.keys()):
         if key not in got:
             raise UserError(f"{misfit}: the file lacks the tensor {key!r}.")
@@ -223,7 +216,7 @@ def _check_shapes(model: nn.Module, own: dict[str, Tensor], got: Shapes, misfit:
             not want[key].is_floating_point() and OTHERS.get(dtype) != want[key].dtype
         ):
             raise UserError(f"{misfit}: {key!r} has dtype {dtype} in the file, but the model needs {want[key].dtype}.")
-    return places
+    return base_keys
 
 
 def _is_vocabulary(model: Any, parameter: Tensor) -> bool:
@@ -232,11 +225,11 @@ def _is_vocabulary(model: Any, parameter: Tensor) -> bool:
     return any(parameter is p for m in embeddings if m is not None for p in m.parameters())
 
 
-def _check_base(model: nn.Module, about: dict[str, Any], places: dict[str, str], misfit: str) -> None:
-    want, got = about["base"].get("fingerprint"), fingerprint(model, places)
+def _check_base(model: nn.Module, metadata: AdapterMetadata, base_keys: dict[str, str], misfit: str) -> None:
+    want, got = metadata.base.fingerprint, fingerprint(model, base_keys)
     if want is not None and got is not None and not agree(want, got):
         raise UserError(
-            f"{misfit}: it was trained on other weights, those of {short(about['base'].get('name_or_path'))}"
-            + (f" at revision {short(about['base']['revision'])}" if about["base"].get("revision") else "")
+            f"{misfit}: it was trained on other weights, those of {short(metadata.base.name_or_path)}"
+            + (f" at revision {short(metadata.base.revision)}" if metadata.base.revision else "")
             + ". Load that base (check_base=False loads the adapter nevertheless)."
         )

@@ -55,14 +55,6 @@ class Allocation(Component):
         """
 
 
-def top_k_of(num_experts: int, top_k: int = 2) -> int:
-    """K of a layer with ``num_experts`` where ``top_k`` is configured: never more than there are.
-
-    With the published K = 2 this is AlphaLoRA's ``K_l = 2 if n_l > 1 else 1``.
-    """
-    return min(top_k, num_experts)
-
-
 def per_layer(layers: Sequence[LayerTargets], counts: Sequence[int]) -> dict[str, int]:
     """Give each module of layer i the i-th count."""
     return {module: count for layer, count in zip(layers, counts, strict=True) for module in layer.modules}

@@ -7,8 +7,6 @@ holds all three estimators, so that the options of a rule need no key of their o
 from __future__ import annotations
 
 import json
-import os
-import tempfile
 import time
 from collections.abc import Iterable
 from dataclasses import asdict
@@ -21,6 +19,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from talklora_pl.allocation.spectra import Exponents, exponents_of
 from talklora_pl.base.weights import WeightSource
 from talklora_pl.cache import cache_root
+from talklora_pl.durable import write_whole
 from talklora_pl.errors import UserError
 
 FORMAT = 1  # raise it when an estimator changes its numbers
@@ -84,10 +83,9 @@ def _load(file: Path | None) -> dict[str, Exponents]:
 def _save(file: Path | None, known: dict[str, Exponents]) -> None:
     if file is None:
         return
+    text = json.dumps({module: asdict(values) for module, values in known.items()}, indent=1)
     try:
         file.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.NamedTemporaryFile("w", dir=file.parent, suffix=".tmp", delete=False) as f:
-            json.dump({module: asdict(values) for module, values in known.items()}, f, indent=1)
-        os.replace(f.name, file)
+        write_whole(file, lambda part: part.write_text(text))
     except OSError:  # a cache that cannot be written (read-only home) is no reason to fail
         pass

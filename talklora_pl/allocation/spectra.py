@@ -45,7 +45,8 @@ def eigenvalues(weight: Tensor, device: torch.device | str | None = None) -> Ten
             gram_NN[i:, i : i + _STRIP].addmm_(rows[:, i:].T, rows[:, i : i + _STRIP])
     if not gram_NN.diagonal().isfinite().all():
         raise UserError("the weight contains NaN or infinite values.")
-    return torch.linalg.eigvalsh(gram_NN, UPLO="L").cpu()
+    eig_N: Tensor = torch.linalg.eigvalsh(gram_NN, UPLO="L").cpu()
+    return eig_N
 
 
 def resolved(eigenvalues_N: Tensor) -> Tensor:

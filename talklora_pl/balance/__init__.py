@@ -10,9 +10,12 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
+import torch
 from torch import Tensor, nn
 
 from talklora_pl.errors import UserError
+from talklora_pl.names import decoder_layer
+from talklora_pl.ranks import sum_over_ranks
 from talklora_pl.registry import Component, import_siblings
 from talklora_pl.routing import RoutingRecord
 
@@ -21,6 +24,10 @@ Scope = Literal["router", "layer", "model"]
 
 class BalanceLoss(nn.Module):
     """One auxiliary loss over the routing of all layers. Its parameters and buffers are saved with the adapter.
+
+    A child defines :meth:`statistics` and :meth:`value`. In between, pads are left out and processes summed, so value
+    and gradient are those of the whole batch. A loss whose statistics are no sums over tokens, or that keeps counts
+    of its own, overrides :meth:`forward` and sees to both itself.
 
     Args:
         layers: number of experts of every routed layer, by name.
@@ -50,9 +57,7 @@ class BalanceLoss(nn.Module):
         """The group that a layer belongs to: itself, its numbered layer (``model.layers.3``), or the one of all."""
         if self.scope == "model":
             return "model"
-        parts = layer.split(".")
-        number = next((i for i, part in enumerate(parts) if part.isdigit()), len(parts))
-        return layer if self.scope == "router" else ".".join(parts[: number + 1])
+        return layer if self.scope == "router" else decoder_layer(layer) or layer
 
     def grouped(self, records: Sequence[RoutingRecord]) -> dict[str, list[RoutingRecord]]:
         """Records of routed layers by group, in the order of ``experts``."""
@@ -62,12 +67,33 @@ class BalanceLoss(nn.Module):
                 out[self.group[r.layer]].append(r)
         return {group: rs for group, rs in out.items() if rs}
 
-    def forward(self, records: Sequence[RoutingRecord]) -> Tensor:
-        """The loss (scalar, unweighted) of one micro-step; statistics span all ranks and leave out pads.
+    def statistics(self, record: RoutingRecord) -> tuple[Tensor, ...]:
+        """What :meth:`value` needs the sums of, for every token of one layer: tensors (T, ...), pads among them."""
+        raise NotImplementedError
 
-        Sums over tokens go through :func:`~talklora_pl.ranks.sum_over_ranks` before anything nonlinear.
+    def value(self, tokens: Tensor, *sums: Tensor) -> Tensor:
+        """The loss of one group (scalar).
+
+        Args:
+            tokens: number of real tokens, summed over the layers of the group and all processes (scalar).
+            sums: of each of the :meth:`statistics`, over the same.
         """
         raise NotImplementedError
+
+    def total(self, values_G: Tensor) -> Tensor:
+        """The loss from the :meth:`value` of every group: their sum."""
+        return values_G.sum()
+
+    def forward(self, records: Sequence[RoutingRecord]) -> Tensor:
+        """The loss (scalar, unweighted) of one micro-step; statistics span all ranks and leave out pads."""
+        groups = [self._sums(group) for group in self.grouped(records).values()]
+        summed = iter(sum_over_ranks(*(s for sums in groups for s in sums)))
+        return self.total(torch.stack([self.value(*(next(summed) for _ in sums)) for sums in groups]))
+
+    def _sums(self, group: list[RoutingRecord]) -> list[Tensor]:
+        """Number of real tokens and sums of the statistics over all layers of a group, in this process."""
+        each = [(r.mask_T.sum(), *(r.sum_of(x) for x in self.statistics(r))) for r in group]
+        return [torch.stack(layers).sum(0) for layers in zip(*each, strict=True)]
 
 
 @dataclass

@@ -1,4 +1,4 @@
-"""LoRAMoE's localised balance: experts speak equally loud, for tasks of their kind louder."""
+"""LoRAMoE's localised balance: equal total gate weight per expert, more for tasks of its type."""
 
 from __future__ import annotations
 
@@ -38,11 +38,14 @@ class LocalisedLoss(BalanceLoss):
 
     def forward(self, records: Sequence[RoutingRecord]) -> Tensor:
         z = [torch.cat([self.rows(r).reshape(-1) for r in group]) for group in self.grouped(records).values()]
-        sums = iter(sum_over_ranks(*(s for z_N in z for s in (z_N.sum(), z_N.new_tensor(len(z_N))))))
-        means = [(total / n, n) for total, n in zip(sums, sums, strict=True)]
+        totals_G, numbers_G = sum_over_ranks(
+            torch.stack([z_N.sum() for z_N in z]), torch.stack([z_N.new_tensor(len(z_N)) for z_N in z])
+        )
+        means_G = totals_G / numbers_G
         # the deviations add up to 0, so the mean's own gradient through them does too: it may be held fixed
-        squares = sum_over_ranks(*((z_N - m.detach()).square().sum() for z_N, (m, _) in zip(z, means, strict=True)))
-        return torch.stack([s / (n - 1) / (m**2 + 1e-10) for s, (m, n) in zip(squares, means, strict=True)]).sum()
+        deviations = [(z_N - m).square().sum() for z_N, m in zip(z, means_G.detach(), strict=True)]
+        (squares_G,) = sum_over_ranks(torch.stack(deviations))
+        return (squares_G / (numbers_G - 1) / (means_G**2 + 1e-10)).sum()
 
 
 @register("localised")

@@ -41,10 +41,10 @@ class NormalLoss(BalanceLoss):
             self.counts.copy_(torch.cat(list(after.values())).detach())
         sigmas = dict(zip(self.experts, self.sigma.clamp(min=0.1), strict=True))
         curves = {name: self.curve(sigmas[name].to(after[name].dtype), self.experts[name]) for name in groups}
-        whole = torch.cat(list(curves.values())).logsumexp(0)
+        norm_of_all = torch.cat(list(curves.values())).logsumexp(0)
         out = []
         for name, log_q_E in curves.items():
-            norm = whole if self.options.compat == "published" else log_q_E.logsumexp(0)
+            norm = norm_of_all if self.options.compat == "published" else log_q_E.logsumexp(0)
             f_E = after[name].sort(descending=True).values
             f_E = f_E / f_E.sum().clamp(min=1e-8)
             out.append(divergence(log_q_E - norm, f_E + 1e-8, self.options.form))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Literal
 
@@ -10,7 +10,6 @@ import torch
 from torch import Tensor, nn
 
 from talklora_pl.balance import Balance, BalanceLoss
-from talklora_pl.ranks import sum_over_ranks
 from talklora_pl.registry import register
 from talklora_pl.routing import RoutingRecord
 
@@ -34,21 +33,18 @@ class PoissonLoss(BalanceLoss):
         self.form = options.form
         self.rate = nn.Parameter(torch.full((len(self.experts),), 1.5))
 
-    def forward(self, records: Sequence[RoutingRecord]) -> Tensor:
-        groups = self.grouped(records)
-        rates = dict(zip(self.experts, self.rate.clamp(1, 2), strict=True))
-        statistics = []
-        for name, group in groups.items():
-            total, tokens = [], []
-            for r in group:
-                s_TE = r.routing.probs_TE.sort(dim=-1, descending=True).values
-                i_E = torch.arange(1, s_TE.shape[1] + 1, device=s_TE.device, dtype=s_TE.dtype)
-                log_q_E = (i_E * rates[name].to(s_TE.dtype).log() - torch.lgamma(i_E + 1)).log_softmax(-1)
-                total.append((r.mask_T * divergence(log_q_E, s_TE + 1e-16, self.form)).sum())
-                tokens.append(r.mask_T.sum())
-            statistics += [torch.stack(total).sum(), torch.stack(tokens).sum()]
-        sums = iter(sum_over_ranks(*statistics))
-        return torch.stack([s / tokens.clamp(min=1) for s, tokens in zip(sums, sums, strict=True)]).mean()
+    def statistics(self, record: RoutingRecord) -> tuple[Tensor, ...]:
+        rate = self.rate.clamp(1, 2)[list(self.experts).index(self.group[record.layer])]
+        s_TE = record.routing.probs_TE.sort(dim=-1, descending=True).values
+        i_E = torch.arange(1, s_TE.shape[1] + 1, device=s_TE.device, dtype=s_TE.dtype)
+        log_q_E = (i_E * rate.to(s_TE.dtype).log() - torch.lgamma(i_E + 1)).log_softmax(-1)
+        return (divergence(log_q_E, s_TE + 1e-16, self.form),)
+
+    def value(self, tokens: Tensor, *sums: Tensor) -> Tensor:
+        return sums[0] / tokens.clamp(min=1)
+
+    def total(self, values_G: Tensor) -> Tensor:
+        return values_G.mean()
 
 
 @register("poisson")

@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Literal
 
-import torch
 from torch import Tensor
+from torch.nn.functional import one_hot
 
 from talklora_pl.balance import Balance, BalanceLoss
-from talklora_pl.ranks import sum_over_ranks
 from talklora_pl.registry import register
 from talklora_pl.routing import RoutingRecord
 
@@ -22,23 +21,17 @@ class SwitchLoss(BalanceLoss):
         super().__init__(layers, options)
         self.count = options.count
 
-    def forward(self, records: Sequence[RoutingRecord]) -> Tensor:
-        groups = self.grouped(records).values()
-        statistics = []
-        for group in groups:
-            statistics += [
-                # K may differ among the layers of a group
-                torch.stack([r.selections().sum(0) for r in group]).sum(0),
-                torch.stack([r.mask_T.to(r.routing.probs_TE.dtype) @ r.routing.probs_TE for r in group]).sum(0),
-                torch.stack([r.mask_T.sum() for r in group]).sum(),
-            ]
-        sums = iter(sum_over_ranks(*statistics))
-        total = []
-        for chosen_E, p_E, tokens in zip(sums, sums, sums, strict=True):
-            n = tokens.clamp(min=1)
-            f_E = chosen_E / (n if self.count == "per_choice" else chosen_E.sum().clamp(min=1))
-            total.append(len(p_E) * (f_E.to(p_E.dtype) * p_E / n).sum())
-        return torch.stack(total).sum()
+    def statistics(self, record: RoutingRecord) -> tuple[Tensor, ...]:
+        probs_TE = record.routing.probs_TE
+        # summed over the choices: K may differ among the layers of a group
+        chosen_TE = one_hot(record.chosen(), probs_TE.shape[1]).float().sum(1)
+        return chosen_TE, probs_TE
+
+    def value(self, tokens: Tensor, *sums: Tensor) -> Tensor:
+        chosen_E, p_E = sums
+        n = tokens.clamp(min=1)
+        f_E = chosen_E / (n if self.count == "per_choice" else chosen_E.sum().clamp(min=1))
+        return len(p_E) * (f_E.to(p_E.dtype) * p_E / n).sum()
 
 
 @register("switch")

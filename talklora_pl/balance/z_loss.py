@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 
-import torch
 from torch import Tensor
 
 from talklora_pl.balance import Balance, BalanceLoss
-from talklora_pl.ranks import sum_over_ranks
 from talklora_pl.registry import register
 from talklora_pl.routing import RoutingRecord
 
@@ -17,16 +15,11 @@ from talklora_pl.routing import RoutingRecord
 class ZLossModule(BalanceLoss):
     """sum over groups of mean_t logsumexp_e(logits)²."""
 
-    def forward(self, records: Sequence[RoutingRecord]) -> Tensor:
-        statistics = []
-        for group in self.grouped(records).values():
-            z = [r.routing.logits_TE.logsumexp(-1).square() for r in group]
-            statistics += [
-                torch.stack([(r.mask_T * z_T).sum() for r, z_T in zip(group, z, strict=True)]).sum(),
-                torch.stack([r.mask_T.sum() for r in group]).sum(),
-            ]
-        sums = iter(sum_over_ranks(*statistics))
-        return torch.stack([z / tokens.clamp(min=1) for z, tokens in zip(sums, sums, strict=True)]).sum()
+    def statistics(self, record: RoutingRecord) -> tuple[Tensor, ...]:
+        return (record.routing.logits_TE.logsumexp(-1).square(),)
+
+    def value(self, tokens: Tensor, *sums: Tensor) -> Tensor:
+        return sums[0] / tokens.clamp(min=1)
 
 
 @register("z_loss")

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
+from talklora_pl.base.heads import HEADS, Head
 from talklora_pl.cache import cached_folder, sha256
 from talklora_pl.errors import UserError
 
@@ -26,7 +27,7 @@ class BaseModel:
     Attributes:
         path: hub name (``meta-llama/Meta-Llama-3-8B``), local folder, single ``.gguf`` file, or
             ``package:NAME/FILE``: a file or folder inside an installed Python package (which is not imported).
-        task: the head the model gets.
+        task: the head the model gets, and with it the objective where ``model.objective`` names none.
         dtype: of the frozen weights; adapters stay float32. ``auto`` is bfloat16 where the machine computes it fast (a
             GPU that supports it, a CPU with AMX or avx512_bf16) and float32 elsewhere.
         attn_implementation: of Hugging Face. None: ``eager`` on a CPU, whose backward is twice as fast there at up to
@@ -44,6 +45,11 @@ class BaseModel:
     num_labels: int | None = None
     trust_remote_code: bool = False
 
+    @property
+    def head(self) -> Head:
+        """What follows from the task."""
+        return HEADS[self.task]
+
 
 def load_base(base: BaseModel, device: str | torch.device | None = None, meta: bool = False) -> PreTrainedModel:
     """The base model, frozen and in eval mode.
@@ -60,10 +66,7 @@ def load_base(base: BaseModel, device: str | torch.device | None = None, meta: b
     import transformers
 
     config = load_config(base)
-    auto = {
-        "causal_lm": transformers.AutoModelForCausalLM,
-        "sequence_classification": transformers.AutoModelForSequenceClassification,
-    }[base.task]
+    auto = getattr(transformers, base.head.auto_class)
     runs_on = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     options: dict[str, Any] = {"dtype": pick_dtype(base.dtype, runs_on), "trust_remote_code": base.trust_remote_code}
     attention = base.attn_implementation or ("eager" if runs_on.type == "cpu" else None)
@@ -75,7 +78,7 @@ def load_base(base: BaseModel, device: str | torch.device | None = None, meta: b
     else:
         options |= {"config": config, "revision": base.revision}
         model = _explain(base, lambda: auto.from_pretrained(resolve(base.path), **options)).to(device or "cpu")
-    if base.task == "sequence_classification" and model.config.pad_token_id is None:
+    if base.head.classifies and model.config.pad_token_id is None:
         # a decoder pools at its last token that is no pad, and finds it by this id
         model.config.pad_token_id = pad_id(load_tokenizer(base))
     model.config.use_cache = False
@@ -91,12 +94,12 @@ def load_config(base: BaseModel) -> PretrainedConfig:
     from transformers import AutoConfig
     from transformers.models.auto.modeling_auto import MODEL_FOR_MASKED_LM_MAPPING_NAMES as ENCODERS
 
-    if base.num_labels is not None and base.task != "sequence_classification":
+    if base.num_labels is not None and not base.head.classifies:
         raise UserError("model.base.num_labels is for task: sequence_classification only.")
     labels = {} if base.num_labels is None else {"num_labels": base.num_labels}
     options = {"revision": base.revision, "trust_remote_code": base.trust_remote_code, **labels}
     config = _explain(base, lambda: AutoConfig.from_pretrained(resolve(base.path), **options))
-    if base.task == "causal_lm" and config.model_type in ENCODERS and not getattr(config, "is_decoder", False):
+    if not base.head.classifies and config.model_type in ENCODERS and not getattr(config, "is_decoder", False):
         raise UserError(
             f"model.base.path: {base.path!r} is an encoder ({config.model_type}) and cannot continue a text. "
             "Use task: sequence_classification, or a causal language model."
@@ -133,13 +136,14 @@ def pick_dtype(name: str, device: str | torch.device) -> torch.dtype:
     """Weights' dtype on a device; for ``auto`` see :class:`BaseModel`."""
     import torch
 
+    from talklora_pl.internals.torch import cpu_has_bf16
+
     if name != "auto":
         return getattr(torch, name)
     if torch.device(device).type == "cuda":
         fast = torch.cuda.is_bf16_supported(including_emulation=False)
     else:
-        checks = ("_is_amx_tile_supported", "_is_avx512_bf16_supported")
-        fast = torch.device(device).type == "cpu" and any(getattr(torch.cpu, check, bool)() for check in checks)
+        fast = torch.device(device).type == "cpu" and cpu_has_bf16()
     return torch.bfloat16 if fast else torch.float32
 
 

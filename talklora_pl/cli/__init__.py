@@ -7,51 +7,40 @@ Exit status: 0 done, 2 a mistake in what was asked (one message, no traceback), 
 from __future__ import annotations
 
 import importlib
-import importlib.util
 import sys
 
 from talklora_pl.errors import UserError
 
-LIGHTNING = {
-    "fit": "train an adapter",
-    "validate": "evaluate on the validation data",
-    "test": "evaluate on the test data, beside the base model",
-    "predict": "write predictions as JSON lines",
+VERBS = {
+    "fit": ("lightning", "train an adapter"),
+    "validate": ("lightning", "evaluate on the validation data"),
+    "test": ("lightning", "evaluate on the test data, beside the base model"),
+    "predict": ("lightning", "write predictions as JSON lines"),
+    "allocate": ("allocate", "how many experts each layer deserves, from the spectra of its weights"),
+    "components": ("components", "list all parts with their options"),
+    "export": ("export", "write the adapter folder of a checkpoint"),
+    "inspect": ("inspect", "see what the experts of an adapter do"),
+    "quickstart": ("quickstart", "train on a small generated task and show what the experts learned"),
 }
-COMMANDS = {
-    "allocate": "how many experts each layer deserves, from the spectra of its weights",
-    "components": "list all parts with their options",
-    "export": "write the adapter folder of a checkpoint",
-    "inspect": "see what the experts of an adapter do",
-    "quickstart": "train on a small generated task and show what the experts learned",
-}
+"""Verb -> module of this folder, whose ``main(verb, argv)`` it is, and a line of help."""
+
+USAGE = "python -m talklora_pl VERB"
 
 
 def main(argv: list[str] | None = None) -> int:
     """Run one verb; returns the exit status."""
-    argv = sys.argv[1:] if argv is None else argv
-    verb = argv[0] if argv else "--help"
+    verb, *rest = (sys.argv[1:] if argv is None else argv) or ["--help"]
     try:
         if verb in ("-h", "--help"):
-            print(_help())
-            return 0
-        if verb in COMMANDS:
-            return importlib.import_module(f"talklora_pl.cli.{verb}").main(argv[1:]) or 0
-        if verb in LIGHTNING:
-            from talklora_pl.cli.lightning import run
+            lines = "\n".join(f"  {name:<11}{text}" for name, (_, text) in VERBS.items())
+            print(f"usage: {USAGE} [options]\n\n{lines}\n\nOptions of a verb: {USAGE} --help")
+        elif verb in VERBS:
+            importlib.import_module(f"talklora_pl.cli.{VERBS[verb][0]}").main(verb, rest)
+        else:
+            from talklora_pl.registry import did_you_mean
 
-            run(verb, argv[1:])
-            return 0
-        from talklora_pl.registry import did_you_mean
-
-        raise UserError(f"There is no command {verb!r}.{did_you_mean(verb, [*LIGHTNING, *COMMANDS])}")
+            raise UserError(f"There is no command {verb!r}.{did_you_mean(verb, VERBS)}")
     except UserError as e:
         print(f"error: {e}", file=sys.stderr)
         return 2
-
-
-def _help() -> str:
-    verbs = LIGHTNING | COMMANDS
-    lines = "\n".join(f"  {v:<11}{text}" for v, text in verbs.items())
-    usage = "python -m talklora_pl VERB"
-    return f"usage: {usage} [options]\n\n{lines}\n\nOptions of a verb: {usage} --help"
+    return 0

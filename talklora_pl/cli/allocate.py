@@ -2,18 +2,15 @@
 
 from __future__ import annotations
 
-import re
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal
 
 import yaml
-from jsonargparse import ArgumentParser
 from rich.console import Console
 
 from talklora_pl import registry
-from talklora_pl.adapter.allocation import bare_layers, layer_targets
+from talklora_pl.adapter.allocation import layer_targets, layers_without_targets
 from talklora_pl.allocation import Allocation, LayerTargets
 from talklora_pl.allocation.alpha import Alpha
 from talklora_pl.allocation.cache import exponents
@@ -21,6 +18,7 @@ from talklora_pl.allocation.report import Counts, as_config, figure, table
 from talklora_pl.allocation.rules import PUBLISHED, File, Groups, Published
 from talklora_pl.base import BaseModel, load_base
 from talklora_pl.base.weights import SafetensorsWeights
+from talklora_pl.cli.parse import parse
 from talklora_pl.errors import UserError
 
 
@@ -40,7 +38,7 @@ def allocate(
     revision: str | None = None,
     task: Literal["causal_lm", "sequence_classification"] = "causal_lm",
     no_cache: bool = False,
-    plugins: list[str] = (),  # type: ignore[assignment]
+    plugins: list[str] | str = (),  # type: ignore[assignment]
 ) -> None:
     """Decide how many experts each decoder layer gets, compare rules, and write the first rule's answer for a config.
 
@@ -77,7 +75,7 @@ def allocate(
     decoder = layer_targets(model, targets, exclude, layers)
     if not decoder:
         raise UserError(f"--targets: {targets!r} lie outside of the numbered layers; there is nothing to allocate.")
-    if layers is None and (bare := bare_layers(model, decoder)):
+    if layers is None and (bare := layers_without_targets(model, decoder)):
         raise UserError(
             f"--targets: {targets!r} match nothing in {len(bare)} decoder layers, the first is {bare[0]!r}. Choose "
             "targets that every layer has, or say with --layers which layers are meant."
@@ -155,23 +153,6 @@ def write(
     file.write_text("".join(f"# {line}\n" for line in head) + body)
 
 
-class _Parser(ArgumentParser):
-    def error(self, message: str, ex: Exception | None = None) -> Any:
-        message = str(ex) if isinstance(ex, UserError) else message.replace("required: base", "required: --base")
-        raise UserError(" ".join(message.split()))
-
-
-def main(argv: list[str]) -> int:
-    """Entry of the command line; errors of the user are UserErrors."""
-    parser = _Parser(prog="python -m talklora_pl allocate", description=(allocate.__doc__ or "").split("\n")[0])
-    parser.add_function_arguments(allocate, skip={"no_cache"})
-    parser.add_argument("--no_cache", action="store_true", help="compute the spectra even where they are known")
-    # --no-cache and --num-experts are as good as --no_cache and --num_experts
-    argv = [re.sub(r"^--[\w-]+", lambda m: "--" + m[0][2:].replace("-", "_"), arg) for arg in argv]
-    given = parser.parse_args(argv)
-    allocate(**parser.instantiate_classes(given).as_dict())
-    return 0
-
-
-if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+def main(verb: str, argv: list[str]) -> None:
+    """The verb."""
+    allocate(**parse(verb, allocate, argv))

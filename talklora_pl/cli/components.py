@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 import inspect
-import json
+from json import dumps
 from typing import Any
 
-from jsonargparse import ArgumentParser
 from rich.console import Console
 from rich.table import Table
 
 from talklora_pl import registry
 from talklora_pl.allocation import Allocation
 from talklora_pl.balance import Balance
+from talklora_pl.cli.parse import parse
 from talklora_pl.communication import Communication
+from talklora_pl.data.rows import RowKind
 from talklora_pl.experts import Experts
+from talklora_pl.objectives import Objective
 from talklora_pl.routers import Router
 
 FAMILIES: dict[str, type[registry.Component]] = {
@@ -23,6 +25,8 @@ FAMILIES: dict[str, type[registry.Component]] = {
     "router": Router,
     "balance": Balance,
     "allocation": Allocation,
+    "objective": Objective,
+    "rows": RowKind,
 }
 
 
@@ -55,18 +59,21 @@ def components_table() -> Table:
     return table
 
 
-def main(argv: list[str]) -> int:
-    """The verb."""
-    parser = ArgumentParser(
-        prog="python -m talklora_pl components", description="List all parts of an adapter with their options."
-    )
-    parser.add_argument("--plugins", type=list[str], default=[], help="modules or .py files with your own components")
-    parser.add_argument("--json", action="store_true", help="machine-readable")
-    options = parser.parse_args(argv)
-    registry.import_plugins(options.plugins)
-    if options.json:
-        print(json.dumps(components(), indent=1, default=str))
+def show(json: bool = False, plugins: list[str] | str = ()) -> None:  # type: ignore[assignment]
+    """List all parts of an adapter with their options.
+
+    Args:
+        json: machine-readable.
+        plugins: modules or .py files with components of your own.
+    """
+    registry.import_plugins(plugins)
+    if json:
+        print(dumps(components(), indent=1, default=str))
     else:
         # markup off: types such as list[str] are no style
         Console(markup=False).print(components_table())
-    return 0
+
+
+def main(verb: str, argv: list[str]) -> None:
+    """The verb."""
+    show(**parse(verb, show, argv))

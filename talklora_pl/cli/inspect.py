@@ -8,18 +8,19 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from jsonargparse import ArgumentParser
 from rich.console import Console
 from rich.table import Table
 
-from talklora_pl.adapter.files import read_about
 from talklora_pl.adapter.hub import local_folder
 from talklora_pl.adapter.io import load_adapter
+from talklora_pl.adapter.metadata import read_metadata
 from talklora_pl.base import BaseModel, default_length, load_base, load_config, load_tokenizer, pad_id
+from talklora_pl.base.heads import HEADS
+from talklora_pl.cli.parse import parse
 from talklora_pl.data import TextData
-from talklora_pl.data.batches import masked
 from talklora_pl.data.source import Source
 from talklora_pl.errors import UserError
+from talklora_pl.inputs import masked
 from talklora_pl.monitoring.inspection import Inspection
 from talklora_pl.registry import import_plugins
 
@@ -42,7 +43,7 @@ def inspect(
     num_labels: int | None = None,
     dtype: Literal["auto", "float32", "bfloat16"] = "auto",
     device: str | None = None,
-    plugins: list[str] = [],  # noqa: B006
+    plugins: list[str] | str = (),  # type: ignore[assignment]
 ) -> None:
     """See what the experts of an adapter do: a summary here, and one HTML file with pictures and coloured text.
 
@@ -52,7 +53,7 @@ def inspect(
         data: files or data sets to run through it, one or several with commas between; each is a task.
         text: a text to run through it.
         output: HTML file to write.
-        rows: what a row of the data is: instruction, completion, chat, choice or classification.
+        rows: what a row of the data is, as in training.
         format: how a row is written as text, as in training.
         limit: rows to read in all, spread evenly over the data.
         examples: texts to show token by token.
@@ -81,15 +82,15 @@ def inspect(
     except (RuntimeError, AssertionError) as e:  # torch without CUDA asserts
         raise UserError(f"--device: {device!r} cannot be used here: {str(e).splitlines()[0]}") from e
     folder = local_folder(adapter)
-    about = read_about(folder)
-    path = base or about["base"].get("name_or_path")
+    metadata = read_metadata(folder)
+    path = base or metadata.base.name_or_path
     if not path:
         raise UserError("--base: the adapter does not say which model it belongs to; name it.")
-    remembered, classes = about["base"].get("task"), about["base"].get("num_labels")
-    task = task or ("sequence_classification" if remembered == "sequence_classification" else "causal_lm")
-    if task == "sequence_classification" and num_labels is None and type(classes) is int and 0 < classes <= MAX_CLASSES:
+    remembered, classes = metadata.base.task, metadata.base.num_labels
+    model_of = BaseModel(path, task=task or (remembered if remembered in [*HEADS] else "causal_lm"), dtype=dtype)
+    if model_of.head.classifies and num_labels is None and type(classes) is int and 0 < classes <= MAX_CLASSES:
         num_labels = classes
-    model_of = BaseModel(path, task=task, dtype=dtype, num_labels=num_labels)
+    model_of = replace(model_of, num_labels=num_labels)
     # the adapter's own tokenizer may have new tokens
     reads = replace(model_of, path=str(folder)) if (folder / "tokenizer_config.json").is_file() else model_of
     tokenizer = load_tokenizer(reads)
@@ -108,7 +109,8 @@ def inspect(
 
     model = load_base(model_of, device)
     loaded = load_adapter(model, adapter)
-    from talklora_pl.monitoring import inspection, report  # matplotlib, only now that it is needed
+    from talklora_pl.monitoring import inspection  # matplotlib, only now that it is needed
+    from talklora_pl.monitoring import page as html_page
 
     found = inspection.inspect(model, loaded, tokenizer, batches, examples)
     config = loaded.config
@@ -120,7 +122,7 @@ def inspect(
         "router": config.router.name,
         "read": f"{found.texts} texts, {int(found.load.tokens_N.sum())} tokens",
     }
-    page.write_text(report.html(found, f"Experts of {Path(adapter).name}", facts), encoding="utf-8")
+    page.write_text(html_page.html(found, f"Experts of {Path(adapter).name}", facts), encoding="utf-8")
     summary(found, facts)
     print(f"\nwrote {page} ({page.stat().st_size / 1e6:.1f} MB)")
 
@@ -179,14 +181,6 @@ def summary(found: Inspection, facts: dict[str, str]) -> None:
         console.print(table)
 
 
-class _Parser(ArgumentParser):
-    def error(self, message: str, ex: Exception | None = None) -> Any:
-        raise UserError(" ".join((str(ex) if isinstance(ex, UserError) else message).split()))
-
-
-def main(argv: list[str]) -> int:
-    """Entry of the command line; errors of the user are UserErrors."""
-    parser = _Parser(prog="python -m talklora_pl inspect", description=(inspect.__doc__ or "").split("\n")[0])
-    parser.add_function_arguments(inspect, as_positional=True)
-    inspect(**parser.parse_args(argv).as_dict())
-    return 0
+def main(verb: str, argv: list[str]) -> None:
+    """The verb."""
+    inspect(**parse(verb, inspect, argv, positional=True))

@@ -21,7 +21,7 @@ What to type next
   {python} -m talklora_pl fit --config method/talklora --model.base.path MODEL --data.train YOUR.jsonl"""
 
 
-def main(argv: list[str]) -> int:
+def main(verb: str, argv: list[str]) -> None:
     """Train, test, export and explain; the files go to ``./quickstart``."""
     from talklora_pl.quickstart import skills
 
@@ -44,7 +44,6 @@ def main(argv: list[str]) -> int:
         if by_layer:
             rich.print(specialist_table(by_layer))
         print(NEXT.format(log=log, folder=FOLDER, python=_python()))
-    return 0
 
 
 def _python() -> str:

@@ -28,19 +28,19 @@ class CommunicationModule(nn.Module):
         self.features = features
 
     def forward(self, m_TEF: Tensor, x_TD: Tensor) -> Tensor:
-        """What every expert has heard, m_TEG. Tokens never influence each other.
+        """Features of every expert after communication, m_TEG. Tokens never influence each other.
 
         Args:
-            m_TEF: what every expert says.
+            m_TEF: features of every expert.
             x_TD: the layer's input, for modules whose graph has a node for the token.
         """
         raise NotImplementedError
 
     def matrix(self, m_TEF: Tensor | None = None) -> Tensor | None:
-        """Who listens to whom, (E, E) with listeners in rows, for pictures; None where there is no such matrix.
+        """How much expert i takes from expert j, (E, E), for pictures; None where there is no such matrix.
 
         Args:
-            m_TEF: what the experts say, where the matrix depends on it: the mean over tokens is returned.
+            m_TEF: features of the experts, where the matrix depends on it: the mean over tokens is returned.
         """
         return None
 
@@ -56,12 +56,12 @@ class Communication(Component):
     identity: ClassVar[bool] = False
 
     def uses_features(self) -> bool:
-        """Whether the result depends on what the experts of this token say."""
+        """Whether the result depends on the features of the experts for this token."""
         return True
 
     @abstractmethod
     def build(self, layer: LayerSpec, features: int) -> CommunicationModule:
-        """The module of one layer whose experts say ``features`` numbers each."""
+        """The module of one layer whose experts have ``features`` features each."""
 
 
 import_siblings(__name__)

@@ -19,7 +19,7 @@ class AttentionModule(CommunicationModule):
     H heads of width d = F / H; Q, K, V, O of shape (F,F), the same for all experts: nothing depends on their order.
     """
 
-    def __init__(self, features: int, layer: LayerSpec, options: Attention) -> None:
+    def __init__(self, layer: LayerSpec, features: int, options: Attention) -> None:
         super().__init__(features)
         self.options = options
         self.qkv = layer.uniform(3 * features, features, fan_in=features)
@@ -38,8 +38,8 @@ class AttentionModule(CommunicationModule):
     def forward(self, m_TEF: Tensor, x_TD: Tensor) -> Tensor:
         T, E, F = m_TEF.shape
         a_THEE, v = self.attend(m_TEF)
-        heard_TEF = nn.functional.linear((a_THEE @ v).transpose(1, 2).reshape(T, E, F), self.out)
-        return m_TEF + heard_TEF if self.options.residual else heard_TEF
+        update_TEF = nn.functional.linear((a_THEE @ v).transpose(1, 2).reshape(T, E, F), self.out)
+        return m_TEF + update_TEF if self.options.residual else update_TEF
 
 
 @register("attention")
@@ -51,7 +51,7 @@ class Attention(Communication):
 
     Attributes:
         heads: H, must divide the number of features (the expert's rank).
-        residual: add what is heard to what was said; else replace it.
+        residual: add the result to the features; else replace them.
         norm: of the features before attention, without trained scale: ``none``, ``layer`` or ``rms``.
     """
 
@@ -62,7 +62,7 @@ class Attention(Communication):
     def build(self, layer: LayerSpec, features: int) -> CommunicationModule:
         if self.heads < 1 or features % self.heads:
             raise UserError(
-                f"communication 'attention': heads {self.heads} must divide the {features} features an expert of "
-                f"{layer.name!r} says (its rank); choose other heads or another expert_rank."
+                f"communication 'attention': heads {self.heads} must divide the {features} features of an expert of "
+                f"{layer.name!r} (its rank); choose other heads or another expert_rank."
             )
-        return AttentionModule(features, layer, self)
+        return AttentionModule(layer, features, self)

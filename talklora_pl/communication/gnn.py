@@ -26,11 +26,14 @@ def propagation(a_NN: Tensor) -> Tensor:
 
 
 class GraphModule(CommunicationModule):
-    """Z <- [Z +] φ(S Z W_kᵀ), k = 1..rounds, on fixed, learned or similarity edges among the experts."""
+    """Z <- [Z +] φ(S Z W_kᵀ), k = 1..rounds, on fixed, learned or similarity edges among the experts.
+
+    Children choose the edges (:meth:`set_graph`) once they have drawn what these may depend on.
+    """
 
     edges: Tensor
 
-    def __init__(self, width: int, layer: LayerSpec, options: GNN) -> None:
+    def __init__(self, layer: LayerSpec, width: int, options: GNN) -> None:
         super().__init__(width)
         self.options = options
         self.activation = ACTIVATIONS[options.activation]
@@ -67,12 +70,9 @@ class GraphModule(CommunicationModule):
     def pass_messages(self, z_TNG: Tensor, a_NN: Tensor) -> Tensor:
         s_NN = propagation(a_NN)
         for W_GG in self.rounds:
-            heard_TNG = self.activation(linear(s_NN @ z_TNG, W_GG))
-            z_TNG = z_TNG + heard_TNG if self.options.residual else heard_TNG
+            update_TNG = self.activation(linear(s_NN @ z_TNG, W_GG))
+            z_TNG = z_TNG + update_TNG if self.options.residual else update_TNG
         return z_TNG
-
-    def forward(self, m_TEF: Tensor, x_TD: Tensor) -> Tensor:
-        return self.pass_messages(m_TEF, self.adjacency(m_TEF))
 
     def matrix(self, m_TEF: Tensor | None = None) -> Tensor | None:
         if self.options.graph == "similarity" and not hasattr(self, "edges"):
@@ -80,14 +80,24 @@ class GraphModule(CommunicationModule):
         return propagation(self.adjacency(self.rounds[0])).detach()
 
 
+class ExpertGraphModule(GraphModule):
+    """Nodes are the features of the experts of a token."""
+
+    def __init__(self, layer: LayerSpec, features: int, options: GNN) -> None:
+        super().__init__(layer, features, options)
+        self.set_graph(layer, None)
+
+    def forward(self, m_TEF: Tensor, x_TD: Tensor) -> Tensor:
+        return self.pass_messages(m_TEF, self.adjacency(m_TEF))
+
+
 class EmbeddedGraphModule(GraphModule):
     """GraphLoRA's graph: expert nodes φ(W_s X_i) with fixed X (E,D), and a token node φ(W_x x) joined to all."""
 
     X: Tensor
 
-    def __init__(self, layer: LayerSpec, options: GNN) -> None:
-        width = options.width or 128
-        super().__init__(width, layer, options)
+    def __init__(self, layer: LayerSpec, width: int, options: GNN) -> None:
+        super().__init__(layer, width, options)
         D = layer.in_features
         self.register_buffer("X", layer.glorot(layer.num_experts, D).detach())
         self.W_s = layer.glorot(width, D)
@@ -114,11 +124,11 @@ class GNN(Communication):
     a ``per_expert`` router it is GraphLoRA's graph router (GMoE, arXiv 2412.16216, equations 3 and 4).
 
     Attributes:
-        nodes: ``experts``: Z starts as what the experts of this token say, G = F; ``embeddings``: as φ(W_s X_i) with
+        nodes: ``experts``: Z starts as the experts' features for this token, G = F; ``embeddings``: as φ(W_s X_i) with
             fixed random X, plus a node φ(W_x x) for the token, joined to every expert; G = width.
         graph: edges among experts: ``complete``; ``ring``; ``random``, a share ``density`` of the pairs;
-            ``similarity``, that share of pairs with the largest |cos|, of the embeddings once and for all, or of what
-            the experts of each token say (then |cos| is the edge's weight); ``learned``, every pair with a trained
+            ``similarity``, that share of pairs with the largest |cos|, of the embeddings once and for all, or of the
+            experts' features for each token (then |cos| is the edge's weight); ``learned``, every pair with a trained
             weight sigmoid((θ_ij + θ_ji) / 2). Edges that are fixed are saved with the adapter.
         density: edges over pairs of experts, in [0, 1].
         rounds: number of W_k.
@@ -153,7 +163,5 @@ class GNN(Communication):
 
     def build(self, layer: LayerSpec, features: int) -> CommunicationModule:
         if self.nodes == "embeddings":
-            return EmbeddedGraphModule(layer, self)
-        module = GraphModule(features, layer, self)
-        module.set_graph(layer, None)
-        return module
+            return EmbeddedGraphModule(layer, self.width or 128, self)
+        return ExpertGraphModule(layer, features, self)

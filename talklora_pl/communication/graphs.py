@@ -24,12 +24,12 @@ def pairs_of(density: float, E: int) -> int:
 
 
 def complete(E: int) -> Tensor:
-    """Everyone hears everyone."""
+    """Every expert is linked to every other."""
     return 1 - torch.eye(E)
 
 
 def ring(E: int) -> Tensor:
-    """Everyone hears two neighbours."""
+    """Every expert is linked to two neighbours."""
     a = torch.zeros(E, E)
     for i in range(E if E > 1 else 0):
         a[i, (i + 1) % E] = a[(i + 1) % E, i] = 1

@@ -21,7 +21,7 @@ class Identity(CommunicationModule):
 @register("none")
 @dataclass
 class NoCommunication(Communication):
-    """Experts say nothing to each other: m'_i = m_i."""
+    """Experts do not communicate: m'_i = m_i."""
 
     identity = True
 

@@ -19,7 +19,7 @@ class MLPMixerModule(CommunicationModule):
     W1 (H,E), W2 (E,H) with H = expansion E; V1 (G,F), V2 (F,G) with G = expansion F; no biases.
     """
 
-    def __init__(self, features: int, layer: LayerSpec, options: MLPMixer) -> None:
+    def __init__(self, layer: LayerSpec, features: int, options: MLPMixer) -> None:
         super().__init__(features)
         self.options = options
         self.activation = ACTIVATIONS[options.activation]
@@ -48,7 +48,7 @@ class MLPMixer(Communication):
     Attributes:
         expansion: hidden width of both networks over their input width.
         activation: φ.
-        residual: add to what was said; else replace it.
+        residual: add the result to the features; else replace them.
         norm: before each network, over features, without trained scale: ``none``, ``layer`` or ``rms``.
     """
 
@@ -62,4 +62,4 @@ class MLPMixer(Communication):
             raise ValueError(f"expansion must be > 0, got {self.expansion}")
 
     def build(self, layer: LayerSpec, features: int) -> CommunicationModule:
-        return MLPMixerModule(features, layer, self)
+        return MLPMixerModule(layer, features, self)

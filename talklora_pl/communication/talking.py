@@ -16,10 +16,10 @@ from talklora_pl.spec import LayerSpec
 class TalkingModule(CommunicationModule):
     """m'_i = sum_j C_ij m_j, with C (E,E)."""
 
-    def __init__(self, features: int, layer: LayerSpec, init: str) -> None:
+    def __init__(self, layer: LayerSpec, features: int, options: Talking) -> None:
         super().__init__(features)
         E = layer.num_experts
-        if init == "identity":
+        if options.init == "identity":
             self.C = nn.Parameter(torch.eye(E, device=layer.device, dtype=layer.dtype))
         else:
             self.C = layer.uniform(E, E, fan_in=E)
@@ -43,4 +43,4 @@ class Talking(Communication):
     init: Literal["random", "identity"] = "random"
 
     def build(self, layer: LayerSpec, features: int) -> CommunicationModule:
-        return TalkingModule(features, layer, self.init)
+        return TalkingModule(layer, features, self)

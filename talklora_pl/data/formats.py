@@ -8,11 +8,13 @@ it.
 from __future__ import annotations
 
 import re
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
-from talklora_pl.data.rows import Example
 from talklora_pl.errors import UserError
 from talklora_pl.registry import did_you_mean
+
+if TYPE_CHECKING:
+    from talklora_pl.data.rows import Example, RowKind
 
 # format -> (template, template where there is an input)
 TEMPLATES: dict[str, tuple[str, str | None]] = {
@@ -31,7 +33,6 @@ TEMPLATES: dict[str, tuple[str, str | None]] = {
     ),
 }
 NAMES = (*TEMPLATES, "chat")
-DEFAULT = {"instruction": "alpaca", "completion": "plain", "chat": "chat", "choice": "cloze", "classification": "plain"}
 
 
 class Text(NamedTuple):
@@ -42,18 +43,18 @@ class Text(NamedTuple):
     marker: str
 
 
-def check_format(name: str, kind: str, has_template: bool = True) -> None:
+def check_format(name: str, kind: RowKind, has_template: bool = True) -> None:
     """Raise UserError unless `name` is a format (or a template) that can write such rows with this tokenizer."""
     if name not in NAMES and "{prompt}" not in name:
         raise UserError(
             f"unknown format {name!r}.{did_you_mean(name, NAMES)} A template of your own must contain {{prompt}}."
         )
-    if kind == "chat" and name != "chat":
-        raise UserError(f"chat rows need format: chat, not {name!r}")
-    if kind == "classification" and name == "chat":
-        raise UserError("format: chat cannot write classification rows; use plain or a template with {prompt}")
+    if not kind.by_template and name != "chat":
+        raise UserError(f"{kind.name} rows need format: chat, not {name!r}")
+    if not kind.by_chat and name == "chat":
+        raise UserError(f"format: chat cannot write {kind.name} rows; use plain or a template with {{prompt}}")
     if name == "chat" and not has_template:
-        other = "" if kind == "chat" else ", or another format"
+        other = ", or another format" if kind.by_template else ""
         raise UserError(
             "format: chat needs a tokenizer with a chat template, and this model's has none; name a model tuned for "
             f"chat (often called -Instruct or -it) as model.base.path{other}."

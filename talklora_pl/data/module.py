@@ -20,6 +20,7 @@ from talklora_pl.data.sampler import EvalBatches, Position, TrainBatches
 from talklora_pl.data.source import BadRow, Source
 from talklora_pl.data.tokens import Tokenize
 from talklora_pl.errors import UserError
+from talklora_pl.objectives import Objective, choose
 
 if TYPE_CHECKING:
     import datasets
@@ -34,8 +35,8 @@ class TextData(L.LightningDataModule):
         val: validation data; None: split off from `train`.
         test: data to score at the end.
         predict: data to answer (it needs no answers of its own); None: `test`.
-        rows: what a row is, where a source does not say: `instruction`, `completion`, `chat`, `choice` or
-            `classification`. None: by format.
+        rows: what a row is, where a source does not say: `instruction`, `completion`, `chat`, `choice`,
+            `classification` or a kind of your own. None: by objective and format.
         format: how it is written, where a source does not say: `plain`, `cloze`, `alpaca`, `chat`, or a template with
             `{prompt}`. None: by rows.
         columns: field -> column, where a source does not say.
@@ -53,6 +54,7 @@ class TextData(L.LightningDataModule):
         num_workers: processes that make batches.
         cache_dir: for the tokenised rows; None: the user's cache folder.
         base: whose tokenizer; None: that of the model that is trained.
+        objective: what the batches are for; None: that of the model that is trained, or by default of the base.
     """
 
     def __init__(
@@ -77,6 +79,7 @@ class TextData(L.LightningDataModule):
         num_workers: int = 0,
         cache_dir: str | None = None,
         base: BaseModel | None = None,
+        objective: Objective | None = None,
     ) -> None:
         super().__init__()
         defaults = Source("", rows=rows, format=format, columns=columns or {})
@@ -90,7 +93,7 @@ class TextData(L.LightningDataModule):
         self.batch_size, self.eval_batch_size, self.max_length = batch_size, eval_batch_size, max_length
         self.length_grouped, self.eos_token, self.on_bad_row = length_grouped, eos_token, on_bad_row
         self.bad_row_report, self.num_workers, self.cache_dir = bad_row_report, num_workers, cache_dir
-        self.base = base
+        self.base, self.objective = base, objective
         self.tables: dict[str, datasets.Dataset] = {}
 
     @property
@@ -134,27 +137,27 @@ class TextData(L.LightningDataModule):
         self.tables |= tables
 
     def _prepare(self, stage: str) -> dict[str, list[Prepared]]:
-        base = self._base()
+        base, self._chosen = self._base_and_objective()
         least = {"batch_size": 1, "eval_batch_size": 1, "max_length": 1, "num_workers": 0, "val_size": 0}
         given_numbers = {name: getattr(self, name) for name in least}
         wrong = [n for n, value in given_numbers.items() if value is not None and value < least[n]]
         problems = [f"data.{n}: {given_numbers[n]} is less than {least[n]}." for n in wrong]
-        self.classify = base.task == "sequence_classification"
         config, tokenizer = load_config(base), load_tokenizer(base)
         context = getattr(config, "max_position_embeddings", None)
         max_length = default_length(config) if self.max_length is None or "max_length" in wrong else self.max_length
         if context is not None and max_length > context:
             problems.append(f"data.max_length: {max_length} is more than the model's context of {context} tokens.")
             max_length = context
-        self.classes = classes = self._classes()
-        num_classes = config.num_labels if self.classify else None
-        if classes and self.classify and len(classes) != num_classes:
+        classes = self._classes()
+        num_classes = config.num_labels if base.head.classifies else None
+        self._class_names = classes if classes and base.head.classifies else []
+        if classes and num_classes is not None and len(classes) != num_classes:
             problems.append(
                 f"data.labels: {len(classes)} classes, but the model has {num_classes} (model.base.num_labels)."
             )
             num_classes = len(classes)
         self.pad_id = pad_id(tokenizer)
-        tokenize = Tokenize(tokenizer, max_length, self.eos_token, self.classify)
+        tokenize = Tokenize(tokenizer, max_length, self.eos_token, ends=not base.head.classifies)
         self.eos_id = tokenize.eos
         given = self.sources
         wanted = {
@@ -172,6 +175,7 @@ class TextData(L.LightningDataModule):
             done = prepare(
                 [source for _, source in entries],
                 tokenize,
+                self._chosen,
                 require_answers=stage != "predict",
                 classes=classes,
                 num_classes=num_classes,
@@ -185,13 +189,14 @@ class TextData(L.LightningDataModule):
             raise UserError("\n".join(problems))
         return {name: [p for (n, _), p in zip(entries, done) if n == name] for name in wanted}
 
-    def _base(self) -> BaseModel:
-        base = self.base or getattr(getattr(self.trainer, "lightning_module", None), "base", None)
+    def _base_and_objective(self) -> tuple[BaseModel, Objective]:
+        trained = getattr(self.trainer, "lightning_module", None)
+        base = self.base or getattr(trained, "base", None)
         if base is None:
             raise UserError(
                 "data.base: which model's tokenizer? Without a Trainer, give TextData(base=BaseModel(...))."
             )
-        return base
+        return choose(base, self.objective or getattr(trained, "objective", None))
 
     def _classes(self) -> list[str] | None:
         if not isinstance(self.labels, str):
@@ -255,7 +260,7 @@ class TextData(L.LightningDataModule):
         batches = TrainBatches(
             lengths, loss_tokens, self.batch_size, self.seed, self.length_grouped, *self._rank(), self._position
         )
-        return self._loader(Batches(table, self.pad_id, True, self.classify, self.classes), batches)
+        return self._loader(table, True, batches)
 
     def val_dataloader(self) -> DataLoader[dict[str, Any]] | list[Any]:
         return self._eval_loader("val") if len(self.tables["val"]) else []
@@ -270,12 +275,14 @@ class TextData(L.LightningDataModule):
         table = self.tables[name]
         rows = np.array([len(choices) for choices in table["input_ids"]])
         batches = EvalBatches(np.array(table["length"]), rows, self.eval_batch_size, *self._rank())
-        return self._loader(Batches(table, self.pad_id, False, self.classify, self.classes), batches)
+        return self._loader(table, False, batches)
 
-    def _loader(self, data: Batches, batches: TrainBatches | EvalBatches) -> DataLoader[dict[str, Any]]:
+    def _loader(
+        self, table: datasets.Dataset, training: bool, batches: TrainBatches | EvalBatches
+    ) -> DataLoader[dict[str, Any]]:
         # batch_size=None: a batch is one item; so Lightning keeps this sampler in every stage
         return DataLoader(
-            data,
+            Batches(table, self._chosen, self.pad_id, training, self._class_names),
             batch_size=None,
             sampler=batches,
             num_workers=self.num_workers,

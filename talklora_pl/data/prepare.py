@@ -3,19 +3,26 @@
 from __future__ import annotations
 
 import hashlib
+import inspect
 import json
+import sys
 from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass, field, replace
 from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from talklora_pl import registry
+from talklora_pl.base.heads import HEADS
 from talklora_pl.cache import cache_root, cached_folder
-from talklora_pl.data.formats import DEFAULT, check_format
-from talklora_pl.data.rows import ABSENT, RowReader, check_kind, find
+from talklora_pl.data.formats import check_format
+from talklora_pl.data.rows import ABSENT, Row, RowKind, RowReader, find, row_kind
 from talklora_pl.data.source import BadRow, Reader, Source, check_path
-from talklora_pl.data.tokens import NO_LOSS, Tokenize
+from talklora_pl.data.tokens import Tokenize
 from talklora_pl.errors import UserError
+from talklora_pl.inputs import NO_LOSS
+from talklora_pl.internals.datasets import row_writer
+from talklora_pl.objectives import Objective
 from talklora_pl.registry import did_you_mean
 
 if TYPE_CHECKING:
@@ -31,7 +38,7 @@ class Prepared:
 
     Attributes:
         table: columns `id`, `task`, `input_ids`, `labels`, `label`, `prompt_length`, `answers`, `length` (tokens of the
-            longest sequence) and `loss_tokens` (labels of the right answer that carry loss).
+            longest sequence) and `loss_tokens` (what the objective averages over).
         bad: rows that were left out.
         cut_rows, cut_tokens: how many prompts were too long, and by how many tokens in all.
     """
@@ -45,6 +52,7 @@ class Prepared:
 def prepare(
     sources: list[Source],
     tokenize: Tokenize,
+    objective: Objective,
     *,
     require_answers: bool = True,
     classes: list[str] | None = None,
@@ -58,6 +66,7 @@ def prepare(
     Args:
         sources: what to read.
         tokenize: how.
+        objective: decides what rows it takes and what is counted in them.
         require_answers: every row must have its answer.
         classes: names of the classes.
         num_classes: number of classes.
@@ -73,8 +82,9 @@ def prepare(
     out: list[Prepared] = []
     for source in sources:
         try:
-            source = resolve_source(source, tokenize.classify, bool(tokenize.tokenizer.chat_template))
-            out.append(_prepare(source, tokenize, RowReader(source, require_answers, classes, num_classes), cache))
+            source = resolve_source(source, objective, bool(tokenize.tokenizer.chat_template))
+            read = RowReader(source, require_answers, classes, num_classes)
+            out.append(_prepare(source, tokenize, objective, read, cache))
         except UserError as e:
             problems.append(str(e))
             continue
@@ -114,52 +124,58 @@ def _grouped(bad: list[BadRow]) -> list[str]:
     return lines
 
 
-def resolve_source(source: Source, classify: bool, has_template: bool = True) -> Source:
+def resolve_source(source: Source, objective: Objective, has_template: bool = True) -> Source:
     """A source whose kind of rows and format are decided and fit together.
 
     Args:
         source: what the user gave.
-        classify: whether the model is a classifier.
+        objective: whose rows they are.
         has_template: whether its tokenizer has a chat template.
 
     Raises:
         UserError: they do not.
     """
     try:
-        by_format = {name: kind for kind, name in DEFAULT.items() if kind != "classification"}
-        guess = "classification" if classify else by_format.get(source.format or "", "completion")
-        kind = source.rows or guess
-        check_kind(kind, source.columns)
-        if classify and kind != "classification":
+        kinds = [kind for name in registry.names(RowKind) if (kind := row_kind(name)).gives == objective.takes]
+        kinds.sort(key=lambda kind: kind.name != objective.rows)  # where several have a format, the usual one
+        guess = next((kind.name for kind in kinds if kind.format == source.format), objective.rows)
+        kind = row_kind(source.rows or guess)
+        if kind.gives != objective.takes:
+            takes = ", ".join(sorted(kind.name for kind in kinds))
             raise UserError(
-                f"{kind} rows do not fit model.base.task: sequence_classification; it takes rows: classification."
+                f"{kind.name} rows do not fit model.objective: {objective.name} (it takes {takes}) with "
+                f"model.base.task: {objective.task}; {_remedy(kind)}."
             )
-        if kind == "classification" and not classify:
-            raise UserError(
-                "classification rows do not fit model.base.task: causal_lm; set model.base.task: "
-                "sequence_classification and model.base.num_labels."
-            )
-        name = source.format or DEFAULT[kind]
-        check_format(name, kind, has_template)
+        source = replace(source, rows=kind.name, format=source.format or kind.format)
+        RowReader(source)
+        check_format(source.format or "", kind, has_template)
     except UserError as e:
         raise UserError(f"{source.path}: {e}") from None
-    return replace(source, rows=kind, format=name)
+    return source
 
 
-def _prepare(source: Source, tokenize: Tokenize, read: RowReader, cache: Path | None) -> Prepared:
+def _remedy(kind: RowKind) -> str:
+    """What to set so that rows of a kind fit."""
+    objectives: list[Any] = [registry.get(Objective, name) for name in registry.names(Objective)]
+    fitting = [objective.name for objective in objectives if objective.takes == kind.gives]
+    for task, head in HEADS.items():
+        if head.objective in fitting:
+            return f"set model.base.task: {task}" + (" and model.base.num_labels" if head.classifies else "")
+    return f"set model.objective: {fitting[0]}" if fitting else "no objective takes them"
+
+
+def _prepare(source: Source, tokenize: Tokenize, objective: Objective, read: RowReader, cache: Path | None) -> Prepared:
     import datasets
 
     rows = Reader(source)
     recipe = [VERSION, asdict(source), rows.identity, tokenize.identity, tokenize.max_length, tokenize.eos]
-    recipe += [tokenize.classify, read.require_answers, read.classes, read.num_classes]
+    recipe += [objective.loss_per, _code(read.kind), read.require_answers, read.classes, read.num_classes]
     key = hashlib.sha256(json.dumps(recipe).encode()).hexdigest()[:32]
 
     def write(folder: Path) -> None:
         report = {"bad": [], "cut_rows": 0, "cut_tokens": 0}
-        from datasets.arrow_writer import ArrowWriter
-
-        with ArrowWriter(features=_features(), path=str(folder / "rows.arrow")) as writer:
-            for row in _rows(rows, source, tokenize, read, report):
+        with row_writer(str(folder / "rows.arrow"), _features()) as writer:
+            for row in _rows(rows, source, tokenize, objective, read, report):
                 writer.write(row)
             writer.finalize()
         (folder / "report.json").write_text(json.dumps(report))
@@ -174,8 +190,16 @@ def _prepare(source: Source, tokenize: Tokenize, read: RowReader, cache: Path | 
     return Prepared(table, [BadRow(**bad) for bad in report["bad"]], report["cut_rows"], report["cut_tokens"])
 
 
+def _code(kind: RowKind) -> str:
+    """The text of the file that a kind of rows is from: a user may change it."""
+    try:
+        return inspect.getsource(sys.modules[type(kind).__module__])
+    except (OSError, TypeError):  # typed at a prompt
+        return ""
+
+
 def _rows(
-    rows: Reader, source: Source, tokenize: Tokenize, read: RowReader, report: dict[str, Any]
+    rows: Reader, source: Source, tokenize: Tokenize, objective: Objective, read: RowReader, report: dict[str, Any]
 ) -> Iterator[dict[str, Any]]:
     """Rows of the table; what is bad or cut goes into the report."""
     absent, there = read.mapped(), dict[str, None]()
@@ -187,9 +211,9 @@ def _rows(
             if isinstance(row, BadRow):
                 raise row
             example = read(row)
-            tokens = tokenize(example, source.format or "")
+            tokens = read.kind.tokens(example, source.format or "", tokenize)
             loss_tokens = [sum(label != NO_LOSS for label in labels[1:]) for labels in tokens.labels]
-            name, task = (read.get(row, field, required=False) for field in ("id", "task"))
+            name, task = (Row(row, read).get(field, required=False) for field in ("id", "task"))
         except BadRow as e:
             report["bad"].append({"problem": e.problem, "column": e.column, "where": where, "file": source.path})
             continue
@@ -206,7 +230,7 @@ def _rows(
             "prompt_length": tokens.prompt_length,
             "answers": example.answers,
             "length": max(map(len, tokens.input_ids)),
-            "loss_tokens": 1 if tokenize.classify else loss_tokens[max(label, 0)],
+            "loss_tokens": 1 if objective.loss_per == "row" else loss_tokens[max(label, 0)],
         }
     if absent and there:
         lines = (

@@ -14,6 +14,7 @@ from typing import Any
 
 from talklora_pl.cache import sha256
 from talklora_pl.errors import UserError
+from talklora_pl.internals.datasets import content_digest
 
 FILE_TYPES = (".jsonl", ".ndjson", ".json", ".csv", ".tsv", ".parquet")
 
@@ -102,7 +103,7 @@ class Reader:
         self.file = check_path(source)
         if not self.file.is_file():
             self.dataset = self._load()
-            self.identity = self.dataset._fingerprint
+            self.identity = content_digest(self.dataset)
             return
         try:
             self.identity = sha256(self.file)

@@ -7,14 +7,14 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from talklora_pl.data import formats
-from talklora_pl.data.rows import Example
 from talklora_pl.data.source import BadRow
 from talklora_pl.errors import UserError
+from talklora_pl.inputs import NO_LOSS
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-NO_LOSS = -100
+    from talklora_pl.data.rows import Example
 
 
 @dataclass
@@ -39,7 +39,7 @@ class Tokenize:
     tokenizer: the base model's.
     max_length: tokens of the longest sequence; longer prompts lose their first tokens (after BOS).
     eos_token: for a tokenizer without an end-of-sequence token.
-    classify: the text alone, with the tokenizer's own special tokens.
+    ends: answers end with that token, so there must be one.
 
     Raises:
         UserError: no end-of-sequence token.
@@ -50,11 +50,11 @@ class Tokenize:
         tokenizer: PreTrainedTokenizerBase,
         max_length: int,
         eos_token: str | None = None,
-        classify: bool = False,
+        ends: bool = True,
     ) -> None:
-        self.tokenizer, self.max_length, self.classify = tokenizer, max_length, classify
+        self.tokenizer, self.max_length = tokenizer, max_length
         self.eos: Any = tokenizer.eos_token_id if eos_token is None else tokenizer.convert_tokens_to_ids(eos_token)
-        if not classify and (self.eos is None or (eos_token and self.eos == tokenizer.unk_token_id)):
+        if ends and (self.eos is None or (eos_token and self.eos == tokenizer.unk_token_id)):
             raise UserError(
                 "data.eos_token: the tokenizer has no "
                 + (f"token {eos_token!r}." if eos_token else "end-of-sequence token; without it no answer ever ends.")
@@ -68,9 +68,7 @@ class Tokenize:
         self.identity = _identity(tokenizer)
 
     def __call__(self, example: Example, format: str) -> Tokens:
-        """Raises BadRow: the answer does not fit, or the tokenizer makes no token of it."""
-        if self.classify:
-            return self._text(formats.write(example, format).prompt)
+        """A prompt and its answers. Raises BadRow: an answer does not fit, or the tokenizer makes no token of it."""
         if format != "chat":
             text = formats.write(example, format)
             return self._answers(text.prompt, text.answers, text.marker, add_bos=True)
@@ -85,6 +83,15 @@ class Tokenize:
         answers = [self._after(opened, self._render(turn)) for turn in turns]
         return self._answers(opened, answers, marker=self._after(self._render(user), opened))
 
+    def text(self, example: Example, format: str) -> Tokens:
+        """A prompt alone, with the tokenizer's own special tokens."""
+        text = formats.write(example, format).prompt
+        ids = list(self.tokenizer(text, verbose=False).input_ids)
+        cut = max(0, len(ids) - self.max_length)
+        if cut:
+            ids = list(self.tokenizer(text, truncation=True, max_length=self.max_length).input_ids)
+        return Tokens([ids], cut=cut)
+
     def _ids(self, text: str) -> list[int]:
         return list(self.tokenizer(text, add_special_tokens=False, verbose=False).input_ids) if text else []
 
@@ -93,13 +100,6 @@ class Tokenize:
         both = self._ids(before + text)
         n = len(before_ids)
         return both[n:] if both[:n] == before_ids else self._ids(text)
-
-    def _text(self, text: str) -> Tokens:
-        ids = list(self.tokenizer(text, verbose=False).input_ids)
-        cut = max(0, len(ids) - self.max_length)
-        if cut:
-            ids = list(self.tokenizer(text, truncation=True, max_length=self.max_length).input_ids)
-        return Tokens([ids], cut=cut)
 
     def _answers(self, prompt: str, answers: list[str], marker: str, add_bos: bool = False) -> Tokens:
         prompt_ids = self._ids(prompt)

@@ -1,13 +1,12 @@
 """Checkpoints that survive a crash at any moment, and that are checked before anything rests on them.
 
-Writing: a temporary file in the *same* directory, flushed to disk, then renamed over the old one. Lightning's writer
-goes through ``$TMPDIR``; where that is another file system a crash leaves a torn file.
+Writing: :mod:`talklora_pl.durable`. Lightning's writer goes through ``$TMPDIR``; where that is another file system a
+crash leaves a torn file.
 Reading: the checksums that every checkpoint carries are verified, and no pickled object is ever executed.
 """
 
 import os
 import re
-import socket
 import zipfile
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
@@ -16,7 +15,8 @@ from typing import Any
 import torch
 from lightning.pytorch.plugins.io import TorchCheckpointIO
 
-from talklora_pl.adapter.io import FORMAT_VERSION
+from talklora_pl.adapter.files import FORMAT_VERSION
+from talklora_pl.durable import remove_leftovers, write_whole
 from talklora_pl.errors import UserError
 
 KEY = "talklora"
@@ -41,18 +41,8 @@ class DurableCheckpointIO(TorchCheckpointIO):
         path = Path(path).absolute()
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
-            _remove_leftovers(path.parent)
-            temporary = path.parent / f".{path.name}.{socket.gethostname()}.{os.getpid()}.tmp"
-            try:
-                with open(temporary, "wb") as file:  # not mkstemp: this one honours the umask
-                    torch.save(checkpoint, file)
-                    file.flush()
-                    os.fsync(file.fileno())
-                os.replace(temporary, path)
-                _sync_directory(path.parent)
-            except BaseException:
-                temporary.unlink(missing_ok=True)
-                raise
+            remove_leftovers(path.parent)
+            write_whole(path, lambda part: _save(checkpoint, part))
         except (OSError, RuntimeError) as error:
             # torch.save turns a failed write into a RuntimeError of its own, the cause is in its context
             cause = next((e for e in _chain(error) if isinstance(e, OSError)), error)
@@ -129,6 +119,11 @@ def refuse_differences(saved: Mapping[str, Any], now: Mapping[str, Any], path: s
         )
 
 
+def _save(checkpoint: dict[str, Any], path: Path) -> None:
+    with path.open("wb") as file:  # an opened one: into a named one torch also writes the name
+        torch.save(checkpoint, file)
+
+
 def _flatten(value: Any, key: str = "") -> Iterator[tuple[str, Any]]:
     if isinstance(value, Mapping):
         for name, inner in value.items():
@@ -141,32 +136,6 @@ def _chain(error: BaseException | None) -> Iterator[BaseException]:
     while error is not None:
         yield error
         error = error.__cause__ or error.__context__
-
-
-def _sync_directory(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
-def _remove_leftovers(directory: Path) -> None:
-    """Delete temporary files of processes of this machine that were killed while writing."""
-    for file in directory.glob(f".*.{socket.gethostname()}.*.tmp"):
-        match = re.search(r"\.(\d+)\.tmp$", file.name)
-        if match and not _alive(int(match[1])):
-            file.unlink(missing_ok=True)
-
-
-def _alive(pid: int) -> bool:
-    try:
-        os.kill(pid, 0)
-    except ProcessLookupError:
-        return False
-    except PermissionError:
-        pass
-    return True
 
 
 def last_checkpoint(root: str | os.PathLike[str], name: str = "last") -> Path | None:

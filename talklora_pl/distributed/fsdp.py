@@ -24,6 +24,8 @@ from torch.distributed.tensor import DTensor
 
 from talklora_pl.distributed.shards import fill_from_files
 from talklora_pl.errors import UserError
+from talklora_pl.internals.lightning import data_parallel_over
+from talklora_pl.internals.transformers import whole_classes
 
 
 class AdapterFSDP2Strategy(ModelParallelStrategy):
@@ -58,7 +60,7 @@ class AdapterFSDP2Strategy(ModelParallelStrategy):
         self._accumulating = False
 
     def setup_environment(self) -> None:
-        self._data_parallel_size = self.num_nodes * self.num_processes  # Lightning's default is the number of nodes
+        data_parallel_over(self, self.num_nodes * self.num_processes)
         super().setup_environment()
         if self.root_device.type == "cpu":
             return_freed_memory()
@@ -69,7 +71,8 @@ class AdapterFSDP2Strategy(ModelParallelStrategy):
         model = self.lightning_module.model
         if not isinstance(model, nn.Module):
             raise UserError("strategy fsdp needs a LightningModule whose attribute `model` is the Hugging Face model.")
-        shard_frozen(model, self.device_mesh["data_parallel"], self.cpu_offload, self.root_device)
+        revision = getattr(getattr(self.lightning_module, "base", None), "revision", None)
+        shard_frozen(model, self.device_mesh["data_parallel"], self.cpu_offload, self.root_device, revision)
         super().setup(trainer)
         for tensor in self._replicated():
             dist.broadcast(tensor.detach(), src=0)
@@ -128,7 +131,9 @@ class AdapterFSDP2Strategy(ModelParallelStrategy):
         return Strategy.load_checkpoint(self, checkpoint_path, weights_only=weights_only)
 
 
-def shard_frozen(model: nn.Module, mesh: DeviceMesh, cpu_offload: bool, device: torch.device) -> None:
+def shard_frozen(
+    model: nn.Module, mesh: DeviceMesh, cpu_offload: bool, device: torch.device, revision: str | None = None
+) -> None:
     """Shard every frozen parameter of `model` over `mesh`; read those on the meta device from the weight files.
 
     Raises:
@@ -147,7 +152,7 @@ def shard_frozen(model: nn.Module, mesh: DeviceMesh, cpu_offload: bool, device: 
     for layer in decoder_layers(model):
         fully_shard(layer, mesh=mesh, offload_policy=policy, ignored_params=ignored)
     fully_shard(model, mesh=mesh, offload_policy=policy, ignored_params=ignored)
-    fill_from_files(model, torch.device("cpu") if cpu_offload else device, device)
+    fill_from_files(model, torch.device("cpu") if cpu_offload else device, device, revision)
 
 
 def decoder_layers(model: nn.Module) -> list[nn.Module]:
@@ -156,7 +161,7 @@ def decoder_layers(model: nn.Module) -> list[nn.Module]:
     Raises:
         UserError: the model names no such class.
     """
-    names = set(getattr(model, "_no_split_modules", None) or ())
+    names = whole_classes(model)
     lists = [m for m in model.modules() if isinstance(m, nn.ModuleList)]
     layers = [m for blocks in lists for m in blocks if {c.__name__ for c in type(m).__mro__} & names]
     if not layers:

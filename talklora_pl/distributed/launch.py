@@ -1,17 +1,15 @@
 """From what the user typed to a Trainer's arguments: strategies by name, the counts that torchrun knows, resuming."""
 
-import inspect
 import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from lightning.pytorch.plugins.io import CheckpointIO
-from lightning.pytorch.strategies import DDPStrategy
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
-from torch.nn.parallel import DistributedDataParallel
 
-from talklora_pl.distributed.checkpoint import DurableCheckpointIO, last_checkpoint, newest, read_checkpoint
+from talklora_pl.distributed.checkpoint import KEY, DurableCheckpointIO, last_checkpoint, newest, read_checkpoint
+from talklora_pl.distributed.ddp import AdapterDDPStrategy
 from talklora_pl.distributed.fsdp import AdapterFSDP2Strategy
 from talklora_pl.errors import UserError
 
@@ -37,10 +35,7 @@ def trainer_arguments(trainer: Mapping[str, Any]) -> dict[str, Any]:
             f"trainer.strategy: {strategy} hands the model over in ways that adapters do not take; use ddp."
         )
     if strategy == "ddp":
-        # the name of DDP's option since torch 2.13, and before
-        new = "forward_sync_buffers" in inspect.signature(DistributedDataParallel).parameters
-        options: dict[str, Any] = {"forward_sync_buffers" if new else "broadcast_buffers": False}
-        found["strategy"] = DDPStrategy(**options)
+        found["strategy"] = AdapterDDPStrategy()
     elif strategy == "fsdp":
         found["strategy"] = AdapterFSDP2Strategy()
     if (accumulate := trainer.get("accumulate_grad_batches", 1)) < 1:
@@ -83,6 +78,14 @@ def resume_from(
         raise UserError(f"--ckpt_path: {ckpt_path} is a folder." + (f" Do you mean {found}?" if found else ""))
     read_checkpoint(ckpt_path)
     return ckpt_path
+
+
+def allocation_of(ckpt_path: str | None) -> dict[str, int] | None:
+    """Experts by module name of the checkpoint that a run begins from: no rule need decide again. None: one must."""
+    if ckpt_path is None or "://" in str(ckpt_path):
+        return None
+    found: dict[str, int] = read_checkpoint(ckpt_path)[KEY]["experts_per_layer"]
+    return found
 
 
 def version_of(ckpt_path: str | None, root: str | os.PathLike[str]) -> int | None:

@@ -8,13 +8,14 @@ from typing import Any
 import torch
 from torch import nn
 from torch.distributed.tensor import DTensor
-from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
 from talklora_pl.base.weights import SafetensorsWeights
 from talklora_pl.errors import UserError
+from talklora_pl.internals.torch import own_part
+from talklora_pl.internals.transformers import initialise, mark_initialised
 
 
-def fill_from_files(model: Any, shard_device: torch.device, device: torch.device) -> None:
+def fill_from_files(model: Any, shard_device: torch.device, device: torch.device, revision: str | None = None) -> None:
     """Replace every tensor of `model` that is on the meta device by its content.
 
     Frozen parameters (DTensors after ``fully_shard``) are read from the files that ``model.config`` was read from;
@@ -25,6 +26,7 @@ def fill_from_files(model: Any, shard_device: torch.device, device: torch.device
         model: a Hugging Face model, partly on the meta device.
         shard_device: where this rank's part of the sharded parameters goes.
         device: where everything else goes.
+        revision: of the base on the hub, as it was asked for; transformers does not keep it.
 
     Raises:
         UserError: the files do not hold the model's parameters under the names the model gives them.
@@ -34,7 +36,7 @@ def fill_from_files(model: Any, shard_device: torch.device, device: torch.device
     if not meta:
         return
     try:
-        files = SafetensorsWeights.of(model.config._name_or_path, getattr(model.config, "_commit_hash", None))
+        files = SafetensorsWeights.of(model.config.name_or_path, revision)
     except UserError as e:
         raise UserError(
             f"strategy fsdp reads the base slice by slice: {e} Or pass --trainer.strategy.meta_init false, if every "
@@ -49,8 +51,7 @@ def fill_from_files(model: Any, shard_device: torch.device, device: torch.device
             content[id(tensor)] = _local_content(tensor, files.tensor(key), name, shard_device, device)
     read = {name: content[id(t)] for name, t in meta.items() if id(t) in content}
     model.load_state_dict(read, strict=False, assign=True)
-    for tensor in [*model.parameters(), *model.buffers()]:
-        tensor._is_hf_initialized = not tensor.is_meta  # so that _init_weights leaves it alone
+    mark_initialised(model)
     _initialise_rest(model, device)
 
 
@@ -64,8 +65,7 @@ def _local_content(
             "Pass --trainer.strategy.meta_init false, so that Hugging Face converts the weights."
         )
     if isinstance(like, DTensor):
-        shape, offset = compute_local_shape_and_global_offset(like.shape, like.device_mesh, like.placements)
-        local = stored[tuple(slice(o, o + s) for o, s in zip(offset, shape))].to(shard_device, like.dtype, copy=True)
+        local = stored[own_part(like)].to(shard_device, like.dtype, copy=True)
         full: torch.Tensor = DTensor.from_local(
             local, like.device_mesh, like.placements, run_check=False, shape=like.shape, stride=like.stride()
         )
@@ -89,4 +89,4 @@ def _initialise_rest(model: Any, device: torch.device) -> None:
         for name, b in buffers.items():
             module._buffers[name] = torch.empty_like(b, device=device)
         if parameters or buffers:
-            model._init_weights(module)
+            initialise(model, module)

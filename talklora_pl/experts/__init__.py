@@ -7,23 +7,30 @@ P = rows of the down projection, Q = rows of the up projection.
 from __future__ import annotations
 
 from abc import abstractmethod
-from typing import Any, ClassVar, Literal
+from typing import ClassVar
 
 from torch import Tensor, nn
 
 from talklora_pl.registry import Component, import_siblings
+from talklora_pl.sites import Site
+from talklora_pl.sites.linear import LINEAR
 from talklora_pl.spec import Bank, LayerSpec
 
 
-class LinearExperts(nn.Module):
-    """Experts of one Linear. The layer's path is: h = x Aᵀ, features, mix, y += z B. Every kind defines the methods
-    that raise NotImplementedError here.
+class ExpertsModule(nn.Module):
+    """Experts of one layer.
 
     Attributes:
-        features: F, width of what one expert says to the others and to a router that listens to it.
+        features: F, width of the features of one expert, which communication and router can use.
     """
 
     features: int
+
+
+class LinearExperts(ExpertsModule):
+    """Experts of one Linear. The layer's path is: h = x Aᵀ, features, mix, y += z B. Every kind defines the methods
+    that raise NotImplementedError here.
+    """
 
     def down(self) -> Tensor:
         """A_PD, all down projections stacked."""
@@ -34,7 +41,7 @@ class LinearExperts(nn.Module):
         raise NotImplementedError
 
     def node_features(self, h_TER: Tensor) -> Tensor:
-        """h_TER -> m_TEF, what every expert says. The features themselves unless a kind needs something else."""
+        """h_TER -> m_TEF, what communication and router see: the rank features unless a kind needs something else."""
         return h_TER
 
     def mix(self, h_TER: Tensor, w_TE: Tensor) -> Tensor:
@@ -52,16 +59,16 @@ class Experts(Component):
     Class attributes:
         splits_rank: the experts share one rank, each has a slice of it; else each has the full rank.
             Decides the reference of the scale alpha / rank.
-        site: what is adapted: a single ``linear`` or a whole gated feed-forward block, ``ffn``.
+        site: what is adapted, a single Linear unless a kind says otherwise, see :mod:`talklora_pl.sites`.
     """
 
     family = "experts"
     splits_rank: ClassVar[bool] = False
-    site: ClassVar[Literal["linear", "ffn"]] = "linear"
+    site: ClassVar[Site] = LINEAR
 
     @abstractmethod
-    def build(self, layer: LayerSpec, bank: Bank) -> Any:
-        """The experts of one layer: :class:`LinearExperts` for a ``linear`` site."""
+    def build(self, layer: LayerSpec, bank: Bank) -> ExpertsModule:
+        """The experts of one layer: :class:`LinearExperts` for the site of Linears."""
 
 
 import_siblings(__name__)

@@ -5,15 +5,16 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from talklora_pl.experts import Experts
+from talklora_pl.experts import Experts, ExpertsModule
 from talklora_pl.experts.lora import PrivateExperts
 from talklora_pl.registry import register
+from talklora_pl.sites.ffn import FFN
 from talklora_pl.spec import Bank, LayerSpec
 
 
-class FFNExperts(nn.Module):
+class FFNExperts(ExpertsModule):
     """Pairs (A_i, B_i) of every expert on the gate, the up and the down projection; A Kaiming, B zero.
 
     Attributes:
@@ -42,7 +43,7 @@ class FFNLoRA(Experts):
     the block's output becomes sum_i w_i E_i(x). ``targets`` name the block itself, such as ``mlp``.
     """
 
-    site = "ffn"
+    site = FFN
 
-    def build(self, layer: LayerSpec, bank: Bank) -> nn.Module:
+    def build(self, layer: LayerSpec, bank: Bank) -> ExpertsModule:
         return FFNExperts(layer)

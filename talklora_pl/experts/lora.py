@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from torch import Tensor, nn
+from torch import Tensor
 
-from talklora_pl.experts import Experts, LinearExperts
+from talklora_pl.experts import Experts, ExpertsModule, LinearExperts
 from talklora_pl.registry import register
 from talklora_pl.spec import Bank, LayerSpec
 
@@ -23,7 +23,8 @@ class PrivateA(LinearExperts):
         return self.A.flatten(0, 1)
 
     def split(self, h_TP: Tensor) -> Tensor:
-        return h_TP.unflatten(-1, self.A.shape[:2])
+        h_TER: Tensor = h_TP.unflatten(-1, self.A.shape[:2])
+        return h_TER
 
 
 class PrivateExperts(PrivateA):
@@ -42,7 +43,7 @@ class PrivateExperts(PrivateA):
 class LoRA(Experts):
     """n LoRA pairs of full rank each (arXiv 2402.08562 MoLA, 2312.09979 LoRAMoE; with n = 1 plain LoRA, 2106.09685)."""
 
-    def build(self, layer: LayerSpec, bank: Bank) -> nn.Module:
+    def build(self, layer: LayerSpec, bank: Bank) -> ExpertsModule:
         return PrivateExperts(layer)
 
 
@@ -53,5 +54,5 @@ class SplitLoRA(Experts):
 
     splits_rank = True
 
-    def build(self, layer: LayerSpec, bank: Bank) -> nn.Module:
+    def build(self, layer: LayerSpec, bank: Bank) -> ExpertsModule:
         return PrivateExperts(layer)

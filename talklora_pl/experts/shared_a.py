@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from torch import Tensor, nn
+from torch import Tensor
 
-from talklora_pl.experts import Experts, LinearExperts
+from talklora_pl.experts import Experts, ExpertsModule, LinearExperts
 from talklora_pl.registry import register
 from talklora_pl.spec import Bank, LayerSpec
 
@@ -14,8 +14,8 @@ from talklora_pl.spec import Bank, LayerSpec
 class SharedAExperts(LinearExperts):
     """y += sum_i w_i B_i A x, with one A (R,D) Kaiming and B (E,R,O) zero.
 
-    All experts have the same h. So where someone listens, expert i says h + e_i with a learned e (E,R), else all of
-    them would say the same; where nobody does, there is no e.
+    All experts have the same h. So where features are used, those of expert i are h + e_i with a learned e (E,R), else
+    all would be the same; where nobody uses them, there is no e.
     """
 
     def __init__(self, layer: LayerSpec) -> None:
@@ -44,5 +44,5 @@ class SharedAExperts(LinearExperts):
 class SharedA(Experts):
     """One down projection, n up projections of full rank (HydraLoRA, arXiv 2404.19245)."""
 
-    def build(self, layer: LayerSpec, bank: Bank) -> nn.Module:
+    def build(self, layer: LayerSpec, bank: Bank) -> ExpertsModule:
         return SharedAExperts(layer)

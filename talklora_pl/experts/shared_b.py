@@ -6,12 +6,12 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from talklora_pl.experts import Experts
+from talklora_pl.experts import Experts, ExpertsModule
 from talklora_pl.experts.lora import PrivateA
 from talklora_pl.registry import register
-from talklora_pl.spec import Bank, LayerSpec
+from talklora_pl.spec import Bank, LayerSpec, unregistered
 
 
 class SharedBExperts(PrivateA):
@@ -24,8 +24,7 @@ class SharedBExperts(PrivateA):
         super().__init__(layer)
         self.core = layer.uniform(layer.num_experts, layer.rank, layer.rank, fan_in=layer.rank)
         shape = (layer.kind_experts, layer.rank, layer.out_features)
-        # in a tuple, so that this layer does not register what the bank owns
-        self._shared: tuple[Any, ...] = (bank.shared(layer.kind, "B", layer.zeros(*shape)),)
+        self._shared = unregistered(bank.shared(layer.kind, "B", layer.zeros(*shape)))
 
     def mix(self, h_TER: Tensor, w_TE: Tensor) -> Tensor:
         z_TES = torch.einsum("ter,esr->tes", h_TER, self.core)
@@ -33,7 +32,9 @@ class SharedBExperts(PrivateA):
 
     def up(self) -> Tensor:
         # on a model spread over devices, B lives on one of them
-        return self._shared[0].B[: self.A.shape[0]].flatten(0, 1).to(self.A.device)
+        holder: Any = self._shared[0]
+        B_ERO: Tensor = holder.B
+        return B_ERO[: self.A.shape[0]].flatten(0, 1).to(self.A.device)
 
 
 @register("shared_b")
@@ -43,5 +44,5 @@ class SharedB(Experts):
 
     splits_rank = True
 
-    def build(self, layer: LayerSpec, bank: Bank) -> nn.Module:
+    def build(self, layer: LayerSpec, bank: Bank) -> ExpertsModule:
         return SharedBExperts(layer, bank)

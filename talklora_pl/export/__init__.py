@@ -13,12 +13,9 @@ tokenizer files            the base's tokenizer
 
 from __future__ import annotations
 
-import ctypes
 import json
 import os
 import shutil
-import sys
-import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -28,16 +25,15 @@ from torch import Tensor, nn
 from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
 from talklora_pl.adapter.files import CONFIG, write_files, write_json
-from talklora_pl.adapter.io import adapter_tensors, describe
+from talklora_pl.adapter.io import adapter_metadata, adapter_tensors
+from talklora_pl.adapter.metadata import AdapterMetadata
+from talklora_pl.base.heads import HEADS
+from talklora_pl.durable import beside, folder_beside
 from talklora_pl.errors import UserError
 from talklora_pl.export.auto import BASE, REVISION
 from talklora_pl.export.card import Facts, card
 
 MODELING = "modeling_talklora.py"
-CLASSES = {
-    "causal_lm": ("AutoModelForCausalLM", "TalkLoRAForCausalLM"),
-    "sequence_classification": ("AutoModelForSequenceClassification", "TalkLoRAForSequenceClassification"),
-}
 # entries of a base's config.json that describe how its own files are stored or how it was trained
 NOT_OURS = ("auto_map", "use_cache", "quantization_config", "_name_or_path", "transformers_version")
 
@@ -51,15 +47,17 @@ def export_adapter(
     **base: Any,
 ) -> Path:
     """Write one adapter of a model in memory. Arguments as in :func:`save_adapter` and :func:`write_folder`."""
-    task = {"task": "sequence_classification"} if "SequenceClassification" in type(model).__name__ else {}
-    about = describe(model, name, task | base)
-    return write_folder(folder, adapter_tensors(model, name), about, model.config, tokenizer, facts)  # type: ignore[arg-type]
+    # without a word it is causal_lm
+    with_classes = [task for task, head in HEADS.items() if head.classifies and head.suffix in type(model).__name__]
+    task = {"task": with_classes[0]} if with_classes else {}
+    metadata = adapter_metadata(model, name, **(task | base))
+    return write_folder(folder, adapter_tensors(model, name), metadata, model.config, tokenizer, facts)  # type: ignore[arg-type]
 
 
 def write_folder(
     folder: str | os.PathLike[str],
     tensors: dict[str, Tensor],
-    about: dict[str, Any],
+    metadata: AdapterMetadata,
     config: PretrainedConfig,
     tokenizer: PreTrainedTokenizerBase | None = None,
     facts: Facts | None = None,
@@ -68,7 +66,7 @@ def write_folder(
 
     Args:
         folder: takes the place of an adapter folder that is there already.
-        tensors, about: from :func:`~talklora_pl.adapter.io.adapter_tensors` and ``describe``.
+        tensors, metadata: from :func:`~talklora_pl.adapter.io.adapter_tensors` and ``adapter_metadata``.
         config: of the base, with the classes of a trained head.
         tokenizer: of the base.
         facts: for the model card.
@@ -80,25 +78,25 @@ def write_folder(
 
     facts = facts or Facts()
     with replaced_folder(Path(folder)) as work:
-        write_files(work, tensors, about)
-        write_json(work / "config.json", config_json(config, about))
+        write_files(work, tensors, metadata)
+        write_json(work / "config.json", config_json(config, metadata))
         shutil.copyfile(Path(__file__).with_name(MODELING), work / MODELING)
         if tokenizer is not None:
             tokenizer.save_pretrained(work)
-        peft = write_peft(work / "peft", tensors, about, config)
-        (work / "README.md").write_text(card(about, tensors, facts, peft), encoding="utf-8")
+        peft = write_peft(work / "peft", tensors, metadata, config)
+        (work / "README.md").write_text(card(metadata, tensors, facts, peft), encoding="utf-8")
     return Path(folder)
 
 
-def config_json(config: PretrainedConfig, about: dict[str, Any]) -> dict[str, Any]:
+def config_json(config: PretrainedConfig, metadata: AdapterMetadata) -> dict[str, Any]:
     """``config.json`` of the folder."""
     data: dict[str, Any] = json.loads(config.to_json_string(use_diff=True))
-    auto, ours = CLASSES[about["base"].get("task") or "causal_lm"]
+    head = HEADS[metadata.base.task or "causal_lm"]
     return {k: v for k, v in data.items() if k not in NOT_OURS} | {
-        "architectures": [about["base"]["class"]],
-        "auto_map": {auto: f"{MODELING.removesuffix('.py')}.{ours}"},
-        BASE: about["base"]["name_or_path"],
-        REVISION: about["base"]["revision"],
+        "architectures": [metadata.base.class_name],
+        "auto_map": {head.auto_class: f"{MODELING.removesuffix('.py')}.{head.exported}"},
+        BASE: metadata.base.name_or_path,
+        REVISION: metadata.base.revision,
     }
 
 
@@ -118,29 +116,20 @@ def replaced_folder(target: Path) -> Iterator[Path]:
         raise UserError(f"{target} exists and is no adapter folder; choose another place.")
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
-        work = Path(tempfile.mkdtemp(prefix=f".{target.name}-", dir=target.parent))
     except OSError as e:
         raise UserError(f"{target} cannot be written: {e.strerror or e}.") from e
     try:
-        yield work
-        umask = os.umask(0)
-        os.umask(umask)
-        work.chmod(0o777 & ~umask)
-        if not target.exists():
-            work.rename(target)
-        elif not _exchange(work, target):
-            before = Path(tempfile.mkdtemp(prefix=f".{target.name}-old-", dir=target.parent))
-            target.rename(before / target.name)
-            work.rename(target)
-            shutil.rmtree(before, ignore_errors=True)
+        with folder_beside(target) as work:
+            yield work
+            old = beside(work)
+            if target.exists():
+                target.rename(old)
+            try:
+                work.rename(target)
+            except OSError:
+                if old.exists():
+                    old.rename(target)
+                raise
+            shutil.rmtree(old, ignore_errors=True)
     except OSError as e:  # a full disk, for example
         raise UserError(f"{target} could not be written: {e.strerror or e}. What was there before is untouched.") from e
-    finally:
-        shutil.rmtree(work, ignore_errors=True)
-
-
-def _exchange(one: Path, other: Path) -> bool:
-    """Swap two folders in one step, so that there is one at every moment; False where the system has no such step."""
-    renameat2 = getattr(ctypes.CDLL(None), "renameat2", None) if sys.platform == "linux" else None
-    here, swap = -100, 2  # AT_FDCWD, RENAME_EXCHANGE
-    return renameat2 is not None and renameat2(here, os.fsencode(one), here, os.fsencode(other), swap) == 0

@@ -9,11 +9,14 @@ from typing import Any
 import transformers
 from transformers import AutoConfig, PretrainedConfig, PreTrainedModel
 
-from talklora_pl.adapter.files import open_tensors, read_about, read_json, shapes_of, short
+from talklora_pl.adapter.files import open_tensors, read_json, shapes_of, short
 from talklora_pl.adapter.hub import is_repository_name, local_folder
 from talklora_pl.adapter.io import load_adapter
+from talklora_pl.adapter.metadata import read_metadata
 from talklora_pl.base import resolve
+from talklora_pl.base.heads import HEADS
 from talklora_pl.errors import UserError
+from talklora_pl.internals.transformers import take_attention
 
 BASE, REVISION = "base_model_name_or_path", "base_model_revision"
 """Where ``config.json`` names the base."""
@@ -52,7 +55,7 @@ def from_pretrained(
     hub = {k: options.pop(k) for k in HUB if k in options}
     options = {k: v for k, v in options.items() if k not in OURS}
     here = local_folder(folder, revision, **hub)
-    read_about(here)  # what is damaged is refused before a base is loaded
+    read_metadata(here)  # what is damaged is refused before a base is loaded
     settings = read_json(here / "config.json")
     info = None
     if isinstance(base, PreTrainedModel):
@@ -61,7 +64,7 @@ def from_pretrained(
         path, base_revision = _where(here, settings, base, base_revision)
         hub["revision"] = base_revision
         base_config = _base_config(here, path, config, hub)
-        if auto_class == "AutoModelForSequenceClassification":
+        if any(head.classifies for head in HEADS.values() if head.auto_class == auto_class):
             _take_labels(here, base_config)
         loaded = _load(getattr(transformers, auto_class), path, config=base_config, **hub, **options)
         model, info = loaded if options.get("output_loading_info") else (loaded, None)
@@ -106,8 +109,7 @@ def _base_config(here: Path, path: str, config: Any, hub: dict[str, Any]) -> Pre
         for key, value in asked.items():
             if before.get(key) != value and key not in ("auto_map", BASE, REVISION):
                 setattr(out, key, value)
-        if getattr(config, "_attn_implementation", None) is not None:
-            out._attn_implementation = config._attn_implementation
+        take_attention(out, config)
     return out
 
 

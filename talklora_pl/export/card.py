@@ -10,8 +10,8 @@ import yaml
 from torch import Tensor
 
 from talklora_pl.adapter.hub import is_repository_name
-
-PIPELINES = {"causal_lm": "text-generation", "sequence_classification": "text-classification"}
+from talklora_pl.adapter.metadata import AdapterMetadata
+from talklora_pl.base.heads import HEADS
 
 
 @dataclass
@@ -35,14 +35,14 @@ class Facts:
     license: str | None = None
 
 
-def card(about: dict[str, Any], tensors: dict[str, Tensor], facts: Facts, peft: bool) -> str:
+def card(metadata: AdapterMetadata, tensors: dict[str, Tensor], facts: Facts, peft: bool) -> str:
     """README.md: what was trained on what, how well, and how to load it."""
-    base, adapter = about["base"], about["adapter"]
-    task = base.get("task") or "causal_lm"
-    hub_base = base["name_or_path"] if is_repository_name(base["name_or_path"]) else None
+    base, adapter = metadata.base, metadata.adapter
+    head = HEADS[base.task or "causal_lm"]
+    hub_base = base.name_or_path if is_repository_name(base.name_or_path) else None
     front: dict[str, Any] = {
         "library_name": "transformers",
-        "pipeline_tag": PIPELINES[task],
+        "pipeline_tag": head.pipeline,
         "license": facts.license or "unknown",
         "tags": ["talklora-pl", "lora", "mixture-of-experts", f"experts:{adapter['experts']['name']}"],
     }
@@ -52,31 +52,31 @@ def card(about: dict[str, Any], tensors: dict[str, Tensor], facts: Facts, peft: 
     numbers = sum(t.numel() for t in tensors.values())
     sections = [
         f"---\n{yaml.safe_dump(front, sort_keys=False, allow_unicode=True)}---",
-        f"# {_title(about)}\n\nA mixture of low-rank experts ({numbers:,} trained numbers) for "
-        f"`{base['name_or_path'] or base['class']}`"
-        + (f" at revision `{base['revision']}`" if base.get("revision") else "")
+        f"# {_title(metadata)}\n\nA mixture of low-rank experts ({numbers:,} trained numbers) for "
+        f"`{base.name_or_path or base.class_name}`"
+        + (f" at revision `{base.revision}`" if base.revision else "")
         + ", trained with talklora-pl. The base's weights are not in this folder.",
-        "## Method\n\n" + _table(_method(about)),
+        "## Method\n\n" + _table(_method(metadata)),
     ]
     if facts.data:
         sections.append("## Data\n\n" + "\n".join(f"* {name}" for name in facts.data))
     if facts.metrics:
         after = f" after {facts.steps:,} optimiser steps" if facts.steps is not None else ""
         sections.append(f"## Metrics{after}\n\n" + _table({k: f"{v:.6g}" for k, v in facts.metrics.items()}))
-    sections.append("## Routing\n\n" + _table(_routing(about) | {k: f"{v:.6g}" for k, v in facts.routing.items()}))
+    sections.append("## Routing\n\n" + _table(_routing(metadata) | {k: f"{v:.6g}" for k, v in facts.routing.items()}))
     sections.append("## Licence\n\n" + _licence(facts.license))
-    sections.append("## How to load\n\n" + _loading(task, peft))
+    sections.append("## How to load\n\n" + _loading(head.auto_class, peft))
     return "\n\n".join(sections) + "\n"
 
 
-def _title(about: dict[str, Any]) -> str:
-    adapter = about["adapter"]
+def _title(metadata: AdapterMetadata) -> str:
+    adapter = metadata.adapter
     parts = [adapter[k]["name"] for k in ("experts", "communication", "router")]
-    return f"{about['base']['class']} with experts `{parts[0]}`, communication `{parts[1]}`, router `{parts[2]}`"
+    return f"{metadata.base.class_name} with experts `{parts[0]}`, communication `{parts[1]}`, router `{parts[2]}`"
 
 
-def _method(about: dict[str, Any]) -> dict[str, str]:
-    adapter = about["adapter"]
+def _method(metadata: AdapterMetadata) -> dict[str, str]:
+    adapter = metadata.adapter
     rows = {k: _component(adapter[k]) for k in ("experts", "communication", "router")}
     rows["balance"] = ", ".join(_component(b) for b in adapter["balance"]) or "none"
     rows["allocation"] = _component(adapter.get("allocation") or {"name": "uniform"})
@@ -95,10 +95,10 @@ def _component(data: dict[str, Any]) -> str:
     return data["name"] + (f" ({options})" if options else "")
 
 
-def _routing(about: dict[str, Any]) -> dict[str, str]:
-    counts = Counter(about["experts_per_layer"].values())
+def _routing(metadata: AdapterMetadata) -> dict[str, str]:
+    counts = Counter(metadata.experts_per_layer.values())
     return {
-        "adapted modules": str(len(about["experts_per_layer"]) + len(about["plain_layers"])),
+        "adapted modules": str(len(metadata.experts_per_layer) + len(metadata.plain_layers)),
         "experts per module": ", ".join(f"{n} in {c} modules" for n, c in sorted(counts.items())),
     }
 
@@ -114,8 +114,7 @@ def _licence(name: str | None) -> str:
     return "The licence of this adapter was not stated. The base model has its own licence."
 
 
-def _loading(task: str, peft: bool) -> str:
-    auto = {"causal_lm": "AutoModelForCausalLM", "sequence_classification": "AutoModelForSequenceClassification"}[task]
+def _loading(auto: str, peft: bool) -> str:
     text = f"""With `pip install talklora-pl`, by itself or by any program that takes a `transformers` model:
 
 ```python

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections import Counter
 from pathlib import Path
-from typing import Any
 
 import torch
 import transformers
@@ -13,34 +12,29 @@ from torch import Tensor
 from transformers import PretrainedConfig
 from transformers.pytorch_utils import Conv1D
 
-from talklora_pl.adapter.config import AdapterConfig
 from talklora_pl.adapter.files import write_json
 from talklora_pl.adapter.inject import build
-from talklora_pl.adapter.io import exactly
+from talklora_pl.adapter.metadata import AdapterMetadata
+from talklora_pl.base.heads import HEADS
 from talklora_pl.export.merge import low_rank, why_not
 
-TASKS = {
-    "causal_lm": ("AutoModelForCausalLM", "CAUSAL_LM"),
-    "sequence_classification": ("AutoModelForSequenceClassification", "SEQ_CLS"),
-}
 
-
-def write_peft(folder: Path, tensors: dict[str, Tensor], about: dict[str, Any], config: PretrainedConfig) -> bool:
+def write_peft(folder: Path, tensors: dict[str, Tensor], metadata: AdapterMetadata, config: PretrainedConfig) -> bool:
     """Write ``folder`` if the adapter is a fixed low-rank change of the weights; whether it is one.
 
     Scale, cores and uniform weights are multiplied into ``lora_B``, so PEFT's own scale is 1.
     """
-    options = AdapterConfig.from_dict(about["adapter"])
-    experts = about["experts_per_layer"]
+    options = metadata.config()
+    experts = metadata.experts_per_layer
     if why_not(options, experts) is not None:
         return False
-    auto, task = TASKS[about["base"].get("task") or "causal_lm"]
+    head = HEADS[metadata.base.task or "causal_lm"]
     with torch.device("meta"):
-        model = getattr(transformers, auto).from_config(config)
-    adapter, built = build(model, exactly(options, about), experts, device="cpu")
+        model = getattr(transformers, head.auto_class).from_config(config)
+    adapter, built = build(model, metadata.exact_config(options), experts, device="cpu")
     adapter.load_state_dict({k: tensors[k] for k in adapter.state_dict()}, assign=True)
-    along = {k.removeprefix("base."): v for k, v in tensors.items() if k.startswith("base.")}
-    if any(model.get_parameter(n).shape != v.shape for n, v in along.items()):
+    saved = {k.removeprefix("base."): v for k, v in tensors.items() if k.startswith("base.")}
+    if any(model.get_parameter(n).shape != v.shape for n, v in saved.items()):
         return False  # PEFT has no place for new tokens without its own embedding code
     changes = low_rank(adapter, {n: layer for n, (_, layer) in built.items()})
     rank = Counter(len(c.A_PD) for c in changes.values()).most_common(1)[0][0]
@@ -50,9 +44,9 @@ def write_peft(folder: Path, tensors: dict[str, Tensor], about: dict[str, Any], 
         folder / "adapter_config.json",
         {
             "peft_type": "LORA",
-            "task_type": task,
-            "base_model_name_or_path": about["base"]["name_or_path"],
-            "revision": about["base"]["revision"],
+            "task_type": head.peft,
+            "base_model_name_or_path": metadata.base.name_or_path,
+            "revision": metadata.base.revision,
             "inference_mode": True,
             "r": rank,
             "lora_alpha": rank,
@@ -66,7 +60,7 @@ def write_peft(folder: Path, tensors: dict[str, Tensor], about: dict[str, Any], 
         },
     )
     ready = {f"{n}.lora_A.weight": c.A_PD for n, c in changes.items()}
-    ready |= {f"{n}.lora_B.weight": c.B_PO.t() for n, c in changes.items()} | along
+    ready |= {f"{n}.lora_B.weight": c.B_PO.t() for n, c in changes.items()} | saved
     out = {f"base_model.model.{k}": v.detach().contiguous().cpu().clone() for k, v in ready.items()}
     save_file(out, folder / "adapter_model.safetensors", {"format": "pt"})
     return True

@@ -14,12 +14,12 @@ import torch
 from torch import Tensor
 from transformers import AutoTokenizer
 
-from talklora_pl.adapter.config import AdapterConfig
-from talklora_pl.adapter.files import check_about
+from talklora_pl.adapter.metadata import AdapterMetadata
 from talklora_pl.base import BaseModel, load_config, load_tokenizer, pad_id
+from talklora_pl.base.heads import HEADS
 from talklora_pl.distributed.checkpoint import read_checkpoint
 from talklora_pl.errors import UserError
-from talklora_pl.export import CLASSES, write_folder
+from talklora_pl.export import write_folder
 from talklora_pl.export.auto import from_pretrained
 from talklora_pl.export.card import Facts
 from talklora_pl.export.merge import ALTERNATIVES, merge_adapter, why_not
@@ -51,7 +51,7 @@ def _data_name(source: Any) -> str:
 
 
 def export_tensors(
-    folder: str | os.PathLike[str], tensors: dict[str, Tensor], about: dict[str, Any], base: BaseModel, facts: Facts
+    folder: str | os.PathLike[str], tensors: dict[str, Tensor], metadata: AdapterMetadata, base: BaseModel, facts: Facts
 ) -> Path:
     """:func:`~talklora_pl.export.write_folder` with the configuration and the tokenizer of ``base``."""
     config: Any = load_config(base)
@@ -59,13 +59,13 @@ def export_tensors(
         tokenizer = load_tokenizer(base)
     except UserError:
         tokenizer = None  # a base without one has been trained, so it can be exported
-    if base.task == "sequence_classification":
+    if base.head.classifies:
         if config.pad_token_id is None and tokenizer is not None:
             config.pad_token_id = pad_id(tokenizer)
         if len(facts.labels) == config.num_labels:
             config.id2label = dict(enumerate(facts.labels))
             config.label2id = {name: i for i, name in enumerate(facts.labels)}
-    return write_folder(folder, tensors, about, config, tokenizer, facts)
+    return write_folder(folder, tensors, metadata, config, tokenizer, facts)
 
 
 def export_checkpoint(
@@ -84,28 +84,27 @@ def export_checkpoint(
         trust_remote_code: run Python code that comes with the base.
 
     Raises:
-        UserError: no checkpoint of ours, or its base cannot be found.
+        UserError: not a checkpoint of this package, or its base cannot be found.
     """
     path = find_checkpoint(Path(checkpoint))
     data = read_checkpoint(path)
-    about = data["talklora"]
-    check_about(about, path)
-    if about["base"].get("task") not in CLASSES or not all(isinstance(t, Tensor) for t in data["state_dict"].values()):
+    metadata = AdapterMetadata.from_dict(data["talklora"], path)
+    if metadata.base.task not in HEADS or not all(isinstance(t, Tensor) for t in data["state_dict"].values()):
         raise UserError(f"{path} is damaged: it is no checkpoint of a run with an adapter.")
     if base is not None:
-        about = {**about, "base": {**about["base"], "name_or_path": base, "revision": None}}
-    info = about["base"]
+        metadata = replace(metadata, base=replace(metadata.base, name_or_path=base, revision=None))
+    info: Any = metadata.base
     model = BaseModel(
-        path=info["name_or_path"],
-        task=info["task"],
-        revision=info.get("revision"),
-        num_labels=info.get("num_labels"),
+        path=info.name_or_path,
+        task=info.task,
+        revision=info.revision,
+        num_labels=info.num_labels,
         trust_remote_code=trust_remote_code,
     )
-    if (kind := load_config(model).model_type) != info["model_type"]:
-        raise UserError(f"The adapter of {path} belongs to a {info['model_type']} model, and {model.path} is a {kind}.")
+    if (kind := load_config(model).model_type) != info.model_type:
+        raise UserError(f"The adapter of {path} belongs to a {info.model_type} model, and {model.path} is a {kind}.")
     facts = Facts(**data[RUN]) if RUN in data else Facts(steps=data["global_step"])
-    return export_tensors(folder, tensors_of(data), about, model, replace(facts, license=license or facts.license))
+    return export_tensors(folder, tensors_of(data), metadata, model, replace(facts, license=license or facts.license))
 
 
 def merge_checkpoint(
@@ -120,14 +119,14 @@ def merge_checkpoint(
         UserError: the adapter cannot be merged (before any weights are loaded), or as :func:`export_checkpoint`.
     """
     path, folder = find_checkpoint(Path(checkpoint)), Path(folder)
-    about = read_checkpoint(path)["talklora"]
-    if reason := why_not(AdapterConfig.from_dict(about["adapter"]), about["experts_per_layer"]):
+    metadata = AdapterMetadata.from_dict(read_checkpoint(path)["talklora"], path)
+    if reason := why_not(metadata.config(), metadata.experts_per_layer):
         raise UserError(f"The adapter of {path} cannot be merged: {reason}. {ALTERNATIVES}")
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise UserError(f"{folder} exists and is not empty; choose another place.")
     with tempfile.TemporaryDirectory() as scratch:
         adapter = export_checkpoint(path, Path(scratch) / "adapter", base)
-        model = from_pretrained(CLASSES[about["base"]["task"]][0], adapter)
+        model = from_pretrained(HEADS[str(metadata.base.task)].auto_class, adapter)
         merge_adapter(model)
         model.save_pretrained(folder)
         if (adapter / "tokenizer_config.json").is_file():
@@ -155,12 +154,12 @@ def find_checkpoint(path: Path) -> Path:
     raise UserError(f"There is no best.ckpt or last.ckpt in {path} or in {path / 'checkpoints'}.")
 
 
-def remember(checkpoint: dict[str, Any], facts: Facts) -> None:
-    """Leave the facts in a checkpoint."""
+def store_facts(checkpoint: dict[str, Any], facts: Facts) -> None:
+    """Keep the facts of the run in a checkpoint."""
     checkpoint[RUN] = asdict(facts)
 
 
-def whole(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+def gather_full(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     """Copies in memory of this process; every process has to call this, since a tensor may be spread over several."""
     out: dict[str, Any] = {}
     for key, value in tensors.items():

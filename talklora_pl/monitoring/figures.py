@@ -8,7 +8,6 @@ L layers, N tasks, E experts. Layers are grouped by *kind*: what they are called
 from __future__ import annotations
 
 import math
-import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -21,21 +20,13 @@ from matplotlib.figure import Figure
 from torch import Tensor
 
 from talklora_pl.monitoring.metrics import Load
+from talklora_pl.names import kind_and_index
 
 EMPTY = "#e4e4e4"  # where a layer has no such expert
 CELL = 0.3  # height of a cell of a heat map, in inches
 WIDE = 3.3  # width of all columns of a heat map, at most
 LEFT, RIGHT, TOP, GAP = 0.85, 0.75, 0.5, 0.65  # margins around the panels, and the room between two of them
 DPI = 110
-
-
-def kind_and_index(name: str) -> tuple[str, int | None]:
-    """``model.layers.3.self_attn.q_proj`` -> (``self_attn.q_proj``, 3); other modules have no index."""
-    match = re.match(r"(.*?)\.(\d+)(?:\.(.*))?$", name)
-    if match is None:
-        return name, None
-    before, number, after = match.groups()
-    return after or before.rsplit(".", 1)[-1], int(number)
 
 
 def by_kind(layers: Sequence[str]) -> dict[str, list[int]]:

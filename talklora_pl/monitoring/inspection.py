@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from talklora_pl.adapter import Adapter
+from talklora_pl.inputs import model_inputs, to_device
 from talklora_pl.monitoring.metrics import Load, RoutingLoad
 from talklora_pl.monitoring.sensitivity import DecisionInputs, Sensitivity, communication_matrices
 from talklora_pl.routing import RoutingCollector, RoutingRecord
@@ -21,7 +22,7 @@ EXAMPLE_TOKENS = 200  # shown of one text
 
 
 @dataclass
-class Example:
+class ExampleRouting:
     """One text and who spoke: routing weights of its tokens, (T,E), by layer."""
 
     task: str
@@ -47,7 +48,7 @@ class Inspection:
     sensitivity: dict[str, Tensor]
     communication: dict[str, Tensor]
     experts: dict[str, int]
-    examples: list[Example] = field(default_factory=list)
+    examples: list[ExampleRouting] = field(default_factory=list)
     texts: int = 0
 
 
@@ -67,15 +68,16 @@ def inspect(
     load, sensitivity = RoutingLoad(layers), Sensitivity(layers)
     device = next(model.parameters()).device
     load, sensitivity = load.to(device), sensitivity.to(device)
-    shown: dict[str, list[Example]] = {}
+    shown: dict[str, list[ExampleRouting]] = {}
     texts = 0
     x: dict[str, Tensor] = {}
     for batch in batches:
-        ids_BS, mask_BS = batch["input_ids"].to(device), batch["attention_mask"].to(device)
+        batch = to_device(batch, device)
+        ids_BS, mask_BS = batch["input_ids"], batch["attention_mask"]
         groups = batch["group"].tolist() if "group" in batch else range(len(ids_BS))
         tasks = [batch["task"][g] for g in groups]
-        with RoutingCollector(mask_BS) as collector, DecisionInputs(adapter, mask_BS) as inputs:
-            model(input_ids=ids_BS, attention_mask=mask_BS)
+        with RoutingCollector(adapter, mask_BS) as collector, DecisionInputs(adapter, mask_BS) as inputs:
+            model(**model_inputs(batch))
         load.update(collector.records, tasks)
         sensitivity.update(inputs)
         x = inputs.x
@@ -100,7 +102,7 @@ def inspect(
 
 def _example(
     tokenizer: Any, task: str, ids_BS: Tensor, mask_BS: Tensor, row: int, records: list[RoutingRecord]
-) -> Example:
+) -> ExampleRouting:
     keep_S = mask_BS[row].bool()
     ids = ids_BS[row][keep_S].tolist()[:EXAMPLE_TOKENS]
     weights = {}
@@ -109,4 +111,4 @@ def _example(
         if w_TE.shape[1] > 1 and len(w_TE) == mask_BS.numel():
             w_BSE = w_TE.view(*mask_BS.shape, -1)
             weights[r.layer] = w_BSE[row][keep_S][:EXAMPLE_TOKENS].float().cpu()
-    return Example(task, [tokenizer.decode([i]) for i in ids], weights)
+    return ExampleRouting(task, [tokenizer.decode([i]) for i in ids], weights)

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 from matplotlib import colormaps, colors
 
 from talklora_pl.monitoring import figures
-from talklora_pl.monitoring.inspection import Example, Inspection
+from talklora_pl.monitoring.inspection import ExampleRouting, Inspection
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -77,7 +77,7 @@ def html(found: Inspection, title: str, facts: dict[str, str]) -> str:
     return PAGE.replace("TITLE", escape(title)).replace("BODY", "\n".join(body))
 
 
-def _texts(examples: list[Example]) -> str:
+def _texts(examples: list[ExampleRouting]) -> str:
     """Tokens and weights as data; the page's script colours them."""
     layers = list(examples[0].weights) if examples else []
     if not layers:

@@ -20,12 +20,12 @@ import torch
 from torch import Tensor, nn
 from torchmetrics import Metric
 
-from talklora_pl.adapter.mixture import Mixture
+from talklora_pl.sites.mixture import Mixture
 
 
 def deciding_layers(adapter: nn.Module) -> dict[str, Mixture]:
     """The modules that decide between experts, by the name under which they are recorded."""
-    return {m.name: m for m in adapter.modules() if isinstance(m, Mixture) and hasattr(m, "communication")}
+    return {m.name: m for m in adapter.modules() if isinstance(m, Mixture) and m.decides}
 
 
 class DecisionInputs:

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from talklora_pl.inputs import model_inputs, to_device
 from talklora_pl.routing import RoutingCollector
 
 if TYPE_CHECKING:
@@ -26,10 +27,10 @@ def experts_by_task(tuner: FineTuner, batches: Iterable[dict[str, Any]]) -> dict
     sums: dict[str, dict[str, Tensor]] = {}
     tuner.model.eval()
     for batch in batches:
-        batch = {k: v.to(tuner.model.device) if isinstance(v, Tensor) else v for k, v in batch.items()}
+        batch = to_device(batch, tuner.model.device)
         mask_BS = batch["attention_mask"]
-        with RoutingCollector(mask_BS) as collector:
-            tuner.token_logits(batch)
+        with RoutingCollector(tuner.model, mask_BS) as collector:
+            tuner.model(**model_inputs(batch))
         rows_of = {
             task: torch.tensor([batch["task"][q] == task for q in batch["group"].tolist()], device=mask_BS.device)
             for task in batch["task"]

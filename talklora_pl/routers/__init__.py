@@ -1,4 +1,4 @@
-"""Who speaks for this token: one file per router.
+"""Which experts serve a token: one file per router.
 
 T tokens, D input width, E experts, F features per expert.
 """
@@ -30,7 +30,7 @@ class RouterModule(nn.Module):
 
         Args:
             x_TD: the layer's input, without dropout.
-            m_TEF: what every expert has heard.
+            m_TEF: features of every expert, after communication.
         """
         raise NotImplementedError
 
@@ -51,12 +51,16 @@ class Router(Component):
     per: Literal["linear", "block"] = field(default="linear", kw_only=True)
 
     def uses_features(self, communicates: bool) -> bool:
-        """Whether the decision depends on what the experts say; ``talks``: they communicate before."""
+        """Whether the decision depends on the features of the experts.
+
+        Args:
+            communicates: they communicate before.
+        """
         return True
 
     @abstractmethod
     def build(self, layer: LayerSpec, features: int) -> RouterModule:
-        """The router of one layer whose experts have heard ``features`` numbers each."""
+        """The router of one layer whose experts have ``features`` features each, after communication."""
 
 
 import_siblings(__name__)

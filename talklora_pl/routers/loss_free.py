@@ -1,4 +1,4 @@
-"""Balance without a loss: a bias decides who is selected, the scores decide how loud they speak."""
+"""Balance without a loss: a bias affects selection only; gate values come from the scores."""
 
 from __future__ import annotations
 
@@ -10,13 +10,13 @@ from torch import Tensor
 
 from talklora_pl.registry import register
 from talklora_pl.routers import RouterModule
-from talklora_pl.routers.scores import Scores
+from talklora_pl.routers.scores import ScoredRouter
 from talklora_pl.routers.top_k import Sparse
 from talklora_pl.routing import Routing
 from talklora_pl.spec import LayerSpec
 
 
-class LossFreeRouter(RouterModule):
+class LossFreeRouter(ScoredRouter):
     """s = sigmoid(logits); select the best K of s + b; w_k = s_k / sum over them of s. b gets no gradient.
 
     After each optimiser step, from the selections of its whole global batch: b_i += u sign(mean(load) - load_i).
@@ -25,9 +25,8 @@ class LossFreeRouter(RouterModule):
     wants_loads = True
     bias: Tensor
 
-    def __init__(self, scores: Scores, options: LossFree, layer: LayerSpec) -> None:
-        super().__init__()
-        self.scores = scores
+    def __init__(self, layer: LayerSpec, features: int, options: LossFree) -> None:
+        super().__init__(layer, features, options)
         self.k = options.k_of(layer)
         self.rate = options.rate
         self.activation = torch.sigmoid if options.activation == "sigmoid" else lambda l_TE: l_TE.softmax(-1)
@@ -62,4 +61,4 @@ class LossFree(Sparse):
     activation: Literal["sigmoid", "softmax"] = "sigmoid"
 
     def build(self, layer: LayerSpec, features: int) -> RouterModule:
-        return LossFreeRouter(Scores(layer, features, self), self, layer)
+        return LossFreeRouter(layer, features, self)

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from talklora_pl.routers import Router
+from talklora_pl.routers import Router, RouterModule
 from talklora_pl.spec import LayerSpec
 
 ScoreSource = Literal["auto", "x", "features", "per_expert"]
@@ -81,3 +81,11 @@ class Scored(Router):
 
     def uses_features(self, communicates: bool) -> bool:
         return self.source(communicates) != "x"
+
+
+class ScoredRouter(RouterModule):
+    """A router whose logits come from :class:`Scores`."""
+
+    def __init__(self, layer: LayerSpec, features: int, options: Scored) -> None:
+        super().__init__()
+        self.scores = Scores(layer, features, options)

@@ -1,4 +1,4 @@
-"""Dense routers: every expert speaks."""
+"""Dense routers: every expert counts."""
 
 from __future__ import annotations
 
@@ -9,17 +9,13 @@ from torch import Tensor
 
 from talklora_pl.registry import register
 from talklora_pl.routers import Router, RouterModule
-from talklora_pl.routers.scores import Scored, Scores
+from talklora_pl.routers.scores import Scored, ScoredRouter
 from talklora_pl.routing import Routing
 from talklora_pl.spec import LayerSpec
 
 
-class SoftmaxRouter(RouterModule):
+class SoftmaxRouter(ScoredRouter):
     """w = softmax(logits)."""
-
-    def __init__(self, scores: Scores) -> None:
-        super().__init__()
-        self.scores = scores
 
     def forward(self, x_TD: Tensor, m_TEF: Tensor) -> Routing:
         logits_TE = self.scores(x_TD, m_TEF)
@@ -33,15 +29,15 @@ class Softmax(Scored):
     """Dense: w = softmax(logits) (MoELoRA, HydraLoRA, LoRAMoE; on talked features TalkLoRA)."""
 
     def build(self, layer: LayerSpec, features: int) -> RouterModule:
-        return SoftmaxRouter(Scores(layer, features, self))
+        return SoftmaxRouter(layer, features, self)
 
 
 class UniformRouter(RouterModule):
     """w_i = 1/E."""
 
-    def __init__(self, num_experts: int) -> None:
+    def __init__(self, layer: LayerSpec) -> None:
         super().__init__()
-        self.num_experts = num_experts
+        self.num_experts = layer.num_experts
 
     def forward(self, x_TD: Tensor, m_TEF: Tensor) -> Routing:
         w_TE = torch.full(
@@ -59,4 +55,4 @@ class Uniform(Router):
         return False
 
     def build(self, layer: LayerSpec, features: int) -> RouterModule:
-        return UniformRouter(layer.num_experts)
+        return UniformRouter(layer)

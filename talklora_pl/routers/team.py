@@ -9,17 +9,16 @@ from torch import Tensor, nn
 
 from talklora_pl.registry import register
 from talklora_pl.routers import RouterModule
-from talklora_pl.routers.scores import Scored, Scores
+from talklora_pl.routers.scores import Scored, ScoredRouter
 from talklora_pl.routing import Routing
 from talklora_pl.spec import LayerSpec
 
 
-class TeamRouter(RouterModule):
+class TeamRouter(ScoredRouter):
     """v = softmax(logits); w = M v / sum(M v), M (E,E)."""
 
-    def __init__(self, scores: Scores, layer: LayerSpec) -> None:
-        super().__init__()
-        self.scores = scores
+    def __init__(self, layer: LayerSpec, features: int, options: Team) -> None:
+        super().__init__(layer, features, options)
         E = layer.num_experts
         M = torch.empty(E, E, device=layer.device, dtype=layer.dtype).uniform_(-0.1, 0.1).fill_diagonal_(1.0)
         self.team = nn.Parameter(M)
@@ -41,4 +40,4 @@ class Team(Scored):
     """
 
     def build(self, layer: LayerSpec, features: int) -> RouterModule:
-        return TeamRouter(Scores(layer, features, self), layer)
+        return TeamRouter(layer, features, self)

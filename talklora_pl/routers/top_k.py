@@ -1,4 +1,4 @@
-"""Sparse routers: the best K experts of a token speak."""
+"""Sparse routers: the best K experts of a token."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from torch import Tensor
 from talklora_pl.errors import UserError
 from talklora_pl.registry import register
 from talklora_pl.routers import RouterModule
-from talklora_pl.routers.scores import Scored, Scores
+from talklora_pl.routers.scores import Scored, ScoredRouter
 from talklora_pl.routing import Routing
 from talklora_pl.spec import LayerSpec
 
@@ -34,13 +34,12 @@ def keep_best(logits_TE: Tensor, k: int) -> tuple[Tensor, Tensor]:
     return torch.zeros_like(logits_TE).scatter(-1, selected_TK, best_TK.softmax(-1)), selected_TK
 
 
-class TopKRouter(RouterModule):
+class TopKRouter(ScoredRouter):
     """p = softmax(logits); w_k = p_k / sum over the best K of p, 0 for the others."""
 
-    def __init__(self, scores: Scores, k: int) -> None:
-        super().__init__()
-        self.scores = scores
-        self.k = k
+    def __init__(self, layer: LayerSpec, features: int, options: Sparse) -> None:
+        super().__init__(layer, features, options)
+        self.k = options.k_of(layer)
 
     def forward(self, x_TD: Tensor, m_TEF: Tensor) -> Routing:
         logits_TE = self.scores(x_TD, m_TEF)
@@ -53,7 +52,7 @@ class Sparse(Scored):
     """Options of all routers that select.
 
     Attributes:
-        k: K, experts that speak for a token: one number, a list with one per decoder layer, or a table ``{8: 3, 4: 2}``
+        k: K, selected experts of a token: one number, a list with one per decoder layer, or a table ``{8: 3, 4: 2}``
             by the layer's number of experts. A layer of fewer experts uses all of them.
     """
 
@@ -99,16 +98,16 @@ class TopK(Sparse):
     """The best K of the softmax, renormalised, selected in fp32 (MoLA, arXiv 2402.08562; MixLoRA, 2404.15159)."""
 
     def build(self, layer: LayerSpec, features: int) -> RouterModule:
-        return TopKRouter(Scores(layer, features, self), self.k_of(layer))
+        return TopKRouter(layer, features, self)
 
 
 class NoisyTopKRouter(TopKRouter):
     """logits + N(0,1) softplus(V · what the router looks at), then as top-k; without noise in evaluation."""
 
-    def __init__(self, scores: Scores, k: int) -> None:
-        super().__init__(scores, k)
+    def __init__(self, layer: LayerSpec, features: int, options: NoisyTopK) -> None:
+        super().__init__(layer, features, options)
         # zero as published: the noise starts with the standard deviation softplus(0) = ln 2 for every expert
-        self.noise = torch.nn.Parameter(torch.zeros_like(scores.weight))
+        self.noise = torch.nn.Parameter(torch.zeros_like(self.scores.weight))
 
     def forward(self, x_TD: Tensor, m_TEF: Tensor) -> Routing:
         logits_TE = self.scores(x_TD, m_TEF)
@@ -128,4 +127,4 @@ class NoisyTopK(Sparse):
     """Top-k with trained noise on the logits while training (Shazeer et al., arXiv 1701.06538, equations 3-5)."""
 
     def build(self, layer: LayerSpec, features: int) -> RouterModule:
-        return NoisyTopKRouter(Scores(layer, features, self), self.k_of(layer))
+        return NoisyTopKRouter(layer, features, self)

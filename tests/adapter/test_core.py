@@ -11,11 +11,11 @@ from transformers import AutoConfig, AutoModelForCausalLM, GPT2Config, LlamaConf
 from talklora_pl import UserError
 from talklora_pl.adapter import AdapterConfig, RoutingCollector, disable_adapter, inject, remove_adapter
 from talklora_pl.adapter.host import Adapted
-from talklora_pl.adapter.targets import find_targets
 from talklora_pl.communication.identity import NoCommunication
 from talklora_pl.communication.talking import Talking
 from talklora_pl.experts.lora import LoRA, SplitLoRA
 from talklora_pl.routers.softmax import Softmax, Uniform
+from talklora_pl.sites.targets import find_targets
 from tests.conftest import LLAMA3_8B, tiny_llama
 
 METHODS: dict[str, dict[str, Any]] = {
@@ -88,7 +88,7 @@ def test_weights_sum_to_one_and_records_name_their_layer(method: str) -> None:
     model = tiny_llama()
     adapter = inject(model, AdapterConfig(rank=8, **METHODS[method]))
     randomise(adapter)
-    with RoutingCollector() as collector:
+    with RoutingCollector(model) as collector:
         model(IDS)
     assert [r.layer for r in collector.records] == [n for n in adapter.experts_per_layer]
     for r in collector.records:
@@ -117,7 +117,7 @@ def test_pads_are_not_in_the_load() -> None:
         (IDS, torch.ones(2, 6)),
         (torch.cat([IDS, torch.full((2, 3), 7)], 1), torch.cat([torch.ones(2, 6), torch.zeros(2, 3)], 1)),
     ):
-        with RoutingCollector(mask) as collector:
+        with RoutingCollector(model, mask) as collector:
             model(ids, attention_mask=mask.long())
         shares.append(torch.stack([r.weight_share() for r in collector.records]))
     torch.testing.assert_close(*shares)
@@ -167,7 +167,7 @@ def test_gradient_checkpointing_gives_the_same_gradients(method: str, dropout: f
         if checkpointing:
             model.activation_checkpointing_enable()
         torch.manual_seed(3)
-        with RoutingCollector() as collector:
+        with RoutingCollector(model) as collector:
             loss = model(IDS, labels=IDS).loss
         # an auxiliary loss on what the collector saw must reach the routers through the recomputation
         loss = loss + sum((r.routing.probs_TE**2).sum() for r in collector.records)

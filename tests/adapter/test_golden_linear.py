@@ -131,7 +131,7 @@ def theirs(tensors: dict[str, Tensor], name: str, ours: Tensor) -> Tensor:
 def test_toy_forward_and_all_gradients(file: Any) -> None:
     config, tensors, toy, adapter = build(file)
     x = tensors["x"].clone().requires_grad_()
-    with RoutingCollector() as collector:
+    with RoutingCollector(toy) as collector:
         _, outs = toy(x)
     loss = sum((out * tensors[f"cot.{key}"]).sum() for key, out in outs.items())
     loss.backward()

@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+from dataclasses import dataclass
 from pathlib import Path
 
 import lightning as L
@@ -17,6 +18,7 @@ from talklora_pl.allocation import Allocation, cache, rules
 from talklora_pl.allocation.alpha import Alpha
 from talklora_pl.base import BaseModel, load_base
 from talklora_pl.callbacks import ExpertAllocation
+from talklora_pl.distributed.checkpoint import DurableCheckpointIO
 from tests.data.tiny import save_model
 
 ROOT = Path(__file__).parents[2]
@@ -84,29 +86,51 @@ def test_decides_logs_and_stores(base, tmp_path):
     assert loaded.experts_per_layer == module.adapter.experts_per_layer
 
 
-def test_resume_keeps_the_stored_numbers(base, monkeypatch):
-    first, run = tuner(base, rules.Listed([1, 4, 2])), trainer()
+def test_resume_keeps_the_numbers_without_reading_the_base_again(base, monkeypatch):
+    rule = Alpha(budget=12, estimator="median", beta=20.0)
+    first, run = tuner(base, rule), trainer()
     run.fit(first, data(base))
     run.save_checkpoint("a.ckpt")
+    counts = per_layer(first)
+    assert len(set(counts)) > 1
     trained = {k: v.clone() for k, v in first.trained().items()}
 
-    monkeypatch.setattr(ExpertAllocation, "_decide", lambda *_: pytest.fail("decided anew"))
-    second = tuner(base, rules.Listed([1, 4, 2]))
+    monkeypatch.setattr(cache, "exponents_of", lambda *_: pytest.fail("computed anew"))
+    second = tuner(base, rule)
     trainer(2).fit(second, data(base), ckpt_path="a.ckpt")
-    assert per_layer(second) == [1, 4, 2]
+    assert per_layer(second) == counts
     assert any(not torch.equal(trained[k], v) for k, v in second.trained().items())  # it went on
 
-    third = tuner(base, rules.Listed([1, 4, 2]))
+    third = tuner(base, rule)
     trainer().validate(third, data(base), ckpt_path="a.ckpt")
     assert all(torch.equal(trained[k], v) for k, v in third.trained().items())
+
+
+@dataclass
+class Dice(Allocation):
+    """Another outcome every time, as from a base whose weights changed."""
+
+    faces = iter([[1, 4, 2], [1, 3, 3]])
+
+    def allocate(self, layers, num_experts, weights=None):
+        return rules.per_layer(layers, next(Dice.faces))
+
+
+def test_another_outcome_of_the_same_rule_is_refused(base, monkeypatch):
+    monkeypatch.setattr(Dice, "name", "dice", raising=False)
+    run = trainer()
+    run.fit(tuner(base, Dice()), data(base))
+    run.save_checkpoint("a.ckpt")
+    with pytest.raises(UserError, match=r"checkpoint has 4 experts in .*layers\.1\..*now gives it 3.*copy .*spectra"):
+        trainer(2).fit(tuner(base, Dice()), data(base), ckpt_path="a.ckpt")
 
 
 @pytest.mark.parametrize(
     ("old", "new"),
     [
-        (rules.Listed([1, 4, 2]), rules.Uniform()),
+        (rules.Listed([1, 4, 2]), rules.UniformAllocation()),
         (rules.Listed([1, 4, 2]), rules.Listed([1, 1, 5])),
-        (rules.Uniform(), rules.Listed([1, 2, 3])),
+        (rules.UniformAllocation(), rules.Listed([1, 2, 3])),
     ],
 )
 def test_another_allocation_than_the_checkpoints_is_refused(base, old, new):
@@ -131,13 +155,13 @@ def test_one_callback_only(base):
     [
         (Alpha(budget=2), None, "budget of 2 experts is too small for 3 layers"),
         (rules.Listed([1, 2]), None, "2 entries, but 3 decoder layers"),
-        (rules.Uniform(), "absent.ckpt", "no checkpoint 'absent.ckpt'"),
-        (rules.Uniform(), "train.jsonl", "cannot be read as a checkpoint"),
+        (rules.UniformAllocation(), "absent.ckpt", "no checkpoint file absent.ckpt"),
+        (rules.UniformAllocation(), "train.jsonl", "train.jsonl is torn, damaged or no checkpoint"),
     ],
 )
 def test_refusals(base, rule, checkpoint, message):
     with pytest.raises(UserError, match=message):
-        trainer().fit(tuner(base, rule), data(base), ckpt_path=checkpoint)
+        trainer(plugins=DurableCheckpointIO()).fit(tuner(base, rule), data(base), ckpt_path=checkpoint)
 
 
 @pytest.mark.slow

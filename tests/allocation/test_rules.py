@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from talklora_pl import registry
 from talklora_pl.adapter import AdapterConfig, inject
-from talklora_pl.adapter.allocation import bare_layers, decide, layer_targets
+from talklora_pl.adapter.allocation import decide, layer_targets, layers_without_targets
 from talklora_pl.allocation import Allocation, LayerTargets
 from talklora_pl.allocation.alpha import Alpha, apportion
 from talklora_pl.allocation.rules import File, Groups, Listed, Published, UniformAllocation
@@ -154,8 +154,8 @@ def test_layers_of_a_model(llama):
 
 def test_layers_without_targets(llama):
     del llama.model.layers[1].mlp.up_proj
-    assert bare_layers(llama, layer_targets(llama, ["up_proj"])) == ["model.layers.1"]
-    assert bare_layers(llama, layer_targets(llama, ["q_proj"])) == []
+    assert layers_without_targets(llama, layer_targets(llama, ["up_proj"])) == ["model.layers.1"]
+    assert layers_without_targets(llama, layer_targets(llama, ["q_proj"])) == []
 
 
 def options(rule: Allocation, num_experts: int = 4) -> AdapterConfig:

@@ -159,7 +159,8 @@ def test_memory_of_one_matrix(tmp_path):
     (tmp_path / "model.safetensors.index.json").write_text(json.dumps({"weight_map": index}))
     script = """
         import re, resource, sys, torch
-        from talklora_pl.allocation import cache, spectra, weights
+        from talklora_pl.allocation import cache, spectra
+        from talklora_pl.base import weights
 
         def status(key):
             return int(re.search(key + r":\\s+(\\d+)", open("/proc/self/status").read())[1]) * 1024

@@ -87,7 +87,7 @@ def through_the_toy(
 ) -> tuple[Tensor, Tensor]:
     """(value, x) of a balance loss over a whole forward pass; checks the gradients of all parameters."""
     x = tensors["x"].clone().requires_grad_()
-    with RoutingCollector(**collect) as collector:
+    with RoutingCollector(toy, **collect) as collector:
         toy(x)
     value = loss(collector.records)
     value.backward()
@@ -114,7 +114,7 @@ def test_loramoe(file: Any) -> None:
     loss = Localised(weight=weight, delta=config["blc_alpha"]).build(adapter.routed_layers())
     task_types = torch.tensor(config["task_types"])
     mask = torch.ones(config["batch_seq"])
-    with RoutingCollector(mask, task_types) as collector:
+    with RoutingCollector(toy, mask, task_types) as collector:
         toy(tensors["x"])
     value = weight * loss(collector.records)
     golden.check(config, "balance_loss", value.reshape(1), tensors["balance_loss"])

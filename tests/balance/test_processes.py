@@ -44,7 +44,7 @@ class Step(torch.nn.Module):
         self.model.train()
 
     def forward(self, rows: slice) -> Tensor:
-        with RoutingCollector(MASK[rows], TASKS[rows]) as collector:
+        with RoutingCollector(self.adapter, MASK[rows], TASKS[rows]) as collector:
             self.model(IDS[rows], MASK[rows])
         self.adapter.count_loads(collector.records)
         return torch.stack([self.adapter.balance[b["name"]](collector.records) for b in LOSSES])

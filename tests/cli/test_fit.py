@@ -416,10 +416,10 @@ def test_unknown_options_in_a_config(folder: Path, tmp_path: Path, capsys: Any) 
     path.write_text(f"model: {{base: {{dtyp: float32}}}}\ndata: {data}\n")
     assert fit(folder, tmp_path, "--config", str(path)) == 2
     problems = capsys.readouterr().err
-    assert f"{path}: model.base.dtyp: The chosen component has no option 'dtyp'. Did you mean 'dtype'" in problems
+    assert f"{path}: model.base.dtyp: There is no option 'model.base.dtyp'. Did you mean model.base.dtype" in problems
     assert f"{path}: data.train: The chosen component has no option 'limt'. Did you mean 'limit'" in problems
-    assert problems.count("data.test: {'path': 'x'} is not") == problems.count("data.test") == 1
-    assert "Write [{'path': 'x'}]." in problems
+    assert problems.count("data.test: {'path': 'x', 'split': 'y'} is not") == problems.count("data.test") == 1
+    assert "Write [{'path': 'x', 'split': 'y'}]." in problems
 
 
 def test_schedules_of_the_package_by_their_bare_name(folder: Path, tmp_path: Path) -> None:

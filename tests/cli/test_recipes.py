@@ -10,8 +10,9 @@ import torch
 import yaml
 from transformers import LlamaConfig, PreTrainedModel
 
-from talklora_pl.cli.lightning import CLI, _expand, shipped_configs
-from talklora_pl.module import FineTuner
+from talklora_pl.cli.lightning import CLI
+from talklora_pl.cli.options import shipped_configs
+from talklora_pl.module import FineTuner, trained_tensors
 from tests.conftest import LLAMA3_8B
 from tests.data.tiny import save_model, tokenizer
 
@@ -19,7 +20,7 @@ from tests.data.tiny import save_model, tokenizer
 def parsed(*argv: str, monkeypatch: pytest.MonkeyPatch) -> FineTuner:
     """Parse a command line up to, but not including, the fit."""
     monkeypatch.setattr(CLI, "_run_subcommand", lambda self, verb: None)
-    return CLI("fit", _expand(list(argv))).model
+    return CLI("fit", list(argv)).model
 
 
 def test_the_papers_run_on_llama3_8b(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -30,9 +31,9 @@ def test_the_papers_run_on_llama3_8b(tmp_path: Path, monkeypatch: pytest.MonkeyP
     built: list[tuple[PreTrainedModel, int]] = []
     inject = FineTuner._inject
 
-    def injected(self: FineTuner, *args: Any) -> None:
-        inject(self, *args)
-        built.append((self.model, sum(p.numel() for p in self.trained().values())))
+    def injected(self: FineTuner, model: PreTrainedModel, *args: Any) -> None:
+        inject(self, model, *args)
+        built.append((model, sum(p.numel() for p in trained_tensors(model).values())))
 
     monkeypatch.setattr(FineTuner, "_inject", injected)
     args = ["--config", "recipe/talklora_llama3_8b", "--model.base.path", str(tmp_path), "--data.train", str(rows)]

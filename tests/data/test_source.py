@@ -11,9 +11,11 @@ import pytest
 
 from talklora_pl.data.formats import check_format
 from talklora_pl.data.prepare import resolve_source
-from talklora_pl.data.rows import Example, RowReader
+from talklora_pl.data.rows import Example, RowReader, row_kind
 from talklora_pl.data.source import BadRow, Reader, Source
 from talklora_pl.errors import UserError
+from talklora_pl.objectives.classification import Classification
+from talklora_pl.objectives.sft import SFT
 
 ROWS = [{"prompt": "über", "completion": "a"}, {"prompt": "q", "completion": "b"}]
 
@@ -223,7 +225,7 @@ def test_bad_rows(kind: str, row: dict[str, Any], column: str, problem: str) -> 
 
 def test_kind_and_format_are_decided_together() -> None:
     def decided(classify: bool = False, **options: Any) -> tuple[str | None, str | None]:
-        source = resolve_source(Source("f", **options), classify)
+        source = resolve_source(Source("f", **options), Classification() if classify else SFT())
         return source.rows, source.format
 
     assert decided() == ("completion", "plain")
@@ -249,20 +251,20 @@ def test_kind_and_format_are_decided_together() -> None:
 )
 def test_options_that_do_not_fit(options: dict[str, Any], message: str) -> None:
     with pytest.raises(UserError, match=f"^f: .*{message}"):
-        resolve_source(Source("f", **options), False)
+        resolve_source(Source("f", **options), SFT())
 
 
 @pytest.mark.parametrize("rows, remedy", [("chat", r"model.base.path\."), ("choice", "or another format")])
 def test_a_tokenizer_without_a_chat_template(rows: str, remedy: str) -> None:
     with pytest.raises(UserError, match=f"^f: format: chat needs .*{remedy}"):
-        resolve_source(Source("f", rows=rows, format="chat"), False, has_template=False)
-    resolve_source(Source("f", rows="choice"), False, has_template=False)
+        resolve_source(Source("f", rows=rows, format="chat"), SFT(), has_template=False)
+    resolve_source(Source("f", rows="choice"), SFT(), has_template=False)
 
 
 def test_a_template_needs_its_place() -> None:
-    check_format("Q: {prompt}", "completion")
+    check_format("Q: {prompt}", row_kind("completion"))
     with pytest.raises(UserError, match="must contain"):
-        check_format("Q: {question}", "completion")
+        check_format("Q: {question}", row_kind("completion"))
 
 
 def test_task_names(jsonl: Callable[..., str]) -> None:

@@ -142,7 +142,7 @@ def test_an_answer_that_gives_no_token_is_a_bad_row() -> None:
 
 
 def test_classification_is_the_tokenizers_own() -> None:
-    tokenize = Tokenize(tokenizer(eos=False), 6, classify=True)
+    tokenize = Tokenize(tokenizer(eos=False), 6, ends=False).text
     tokens = tokenize(Example(prompt="abc"), "plain")
     assert (tokens.input_ids, tokens.labels) == ([[256, *tokenizer(bos=False)("abc").input_ids]], [])
     long = tokenize(Example(prompt="abcdefghij"), "plain")

@@ -21,6 +21,7 @@ from transformers import (
     PreTrainedModel,
 )
 
+from talklora_pl.base.weights import SafetensorsWeights
 from talklora_pl.distributed.shards import fill_from_files
 from talklora_pl.errors import UserError
 from tests.data.tiny import save_model
@@ -64,6 +65,20 @@ def test_filled_from_files_equals_from_pretrained(tmp_path: Path, name: str) -> 
     for kind in ("named_parameters", "named_buffers"):
         a, b = dict(getattr(model, kind)()), dict(getattr(whole, kind)())
         assert a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a), kind
+
+
+def test_the_weights_are_those_of_the_revision(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    MixtralForCausalLM(MixtralConfig(**SMALL, num_local_experts=2)).save_pretrained(tmp_path)
+    asked = []
+
+    def of(base: str, revision: str | None = None) -> SafetensorsWeights:
+        asked.append((base, revision))
+        raise UserError("stop")
+
+    monkeypatch.setattr(SafetensorsWeights, "of", of)
+    with pytest.raises(UserError, match="stop"):
+        fill_from_files(on_meta(tmp_path, MixtralForCausalLM), torch.device("cpu"), torch.device("cpu"), "v2")
+    assert asked == [(str(tmp_path), "v2")]
 
 
 def test_another_layout_is_refused(tmp_path: Path) -> None:

@@ -119,7 +119,7 @@ def test_equals_naive_experts_forward_and_all_gradients(kind: str, method: str) 
     generator = torch.Generator().manual_seed(2)
     x = torch.randn(2, 7, D, generator=generator, dtype=torch.float64).requires_grad_()
     cot = torch.randn(2, 7, D, generator=generator, dtype=torch.float64)
-    with RoutingCollector() as collector:
+    with RoutingCollector(model) as collector:
         y = model.mlp(x)
     (y * cot).sum().backward()
     got = {n: p.grad.clone() for n, p in adapter.named_parameters()} | {"x": x.grad.clone()}
@@ -141,7 +141,7 @@ def test_untouched_experts_get_zero_gradients() -> None:
     model, adapter = adapted("llama", "mixlora")
     x = torch.randn(1, 1, D, dtype=torch.float64)
     model.mlp(x).sum().backward()
-    with RoutingCollector() as collector:
+    with RoutingCollector(model) as collector:
         model.mlp(x)
     chosen = collector.records[0].routing.selected_TK
     assert chosen is not None

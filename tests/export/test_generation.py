@@ -69,9 +69,9 @@ def test_cached_generation_equals_full_forwards(model: Any) -> None:
 def test_routing_of_a_token_does_not_depend_on_its_batch(model: Any) -> None:
     generator = torch.Generator().manual_seed(0)
     ids = torch.randint(0, 256, (5, 7), generator=generator)
-    with torch.no_grad(), RoutingCollector() as together:
+    with torch.no_grad(), RoutingCollector(model) as together:
         model(ids)
-    with torch.no_grad(), RoutingCollector() as alone:
+    with torch.no_grad(), RoutingCollector(model) as alone:
         model(ids[3:4])
     assert len(together.records) == len(alone.records) > 0
     for a, b in zip(together.records, alone.records):

@@ -239,17 +239,23 @@ def test_export_replaces_adapters_only_and_whole(folder: Path, base: Path, tmp_p
     assert os.listdir(tmp_path / "mine") == ["thesis.tex"]
 
 
-@pytest.mark.parametrize("one_step", [True, False])
-def test_replacing_a_folder(one_step: bool, folder: Path, base: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """On Linux in one step, so that who loads at that moment finds the old one or the new one; elsewhere in two."""
+def test_replacing_a_folder(folder: Path, base: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The old folder goes only when the new one is in its place; nothing is left beside it."""
     model = models.load(base)
     models.train(model, AdapterConfig(rank=8), seed=5)
-    if one_step:
-        if sys.platform != "linux":
-            pytest.skip("no system call for it")
-        monkeypatch.setattr(Path, "rename", None)
-    else:
-        monkeypatch.setattr("talklora_pl.export._exchange", lambda one, other: False)
+    before = {p.name: p.read_bytes() for p in folder.rglob("*") if p.is_file()}
+    rename = Path.rename
+
+    def no_new_one(self: Path, place: Path) -> Path:
+        if place == folder and (self / "adapter.safetensors").read_bytes() != before["adapter.safetensors"]:
+            raise OSError("no permission")
+        return rename(self, place)
+
+    with monkeypatch.context() as m:
+        m.setattr(Path, "rename", no_new_one)
+        with pytest.raises(UserError, match=r"no permission\. What was there before is untouched"):
+            export_adapter(model, folder)
+    assert {p.name: p.read_bytes() for p in folder.rglob("*") if p.is_file()} == before
     export_adapter(model, folder)
     again = models.load(base)
     load_adapter(again, folder)

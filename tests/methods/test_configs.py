@@ -40,7 +40,7 @@ def test_file_names_its_parts_and_trains(method: str) -> None:
     adapter = inject(model, config_of(method))
     assert torch.allclose(model(IDS).logits, base, atol=1e-6)
     model.train()
-    with RoutingCollector(torch.ones(IDS.shape)) as collector:
+    with RoutingCollector(model, torch.ones(IDS.shape)) as collector:
         loss = model(input_ids=IDS, labels=IDS).loss
     for options in adapter.config.balance:
         loss = loss + options.weight * adapter.balance[options.name](collector.records)

@@ -16,7 +16,7 @@ from transformers import (
 from talklora_pl import UserError
 from talklora_pl.adapter import AdapterConfig, RoutingCollector, inject
 from talklora_pl.adapter.io import load_adapter, save_adapter
-from talklora_pl.adapter.targets import find_targets
+from talklora_pl.sites.targets import find_targets
 from tests.data.tiny import SIZES
 from tests.methods.test_configs import config_of
 
@@ -59,7 +59,7 @@ def test_all_linear(kind: str, method: str) -> None:
     assert len(find_targets(model, "all-linear")) == (DECODERS[kind][1] if kind in DECODERS else ENCODERS[kind])
     adapter = inject(model, sized(method, "all-linear"))
     torch.testing.assert_close(model(input_ids=IDS).logits, base)
-    with RoutingCollector(torch.ones(IDS.shape)) as collector:
+    with RoutingCollector(model, torch.ones(IDS.shape)) as collector:
         model.train()(input_ids=IDS).logits.sum().backward()
     assert {r.layer for r in collector.records} == set(adapter.routed_layers())
     assert all(len(r.mask_T) == IDS.numel() for r in collector.records)

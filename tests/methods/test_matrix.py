@@ -35,7 +35,7 @@ REAL = MASK.bool()
 
 
 def run(model: Any, ids: Tensor = IDS, mask: Tensor = MASK) -> tuple[Tensor, list[RoutingRecord]]:
-    with RoutingCollector(mask) as collector:
+    with RoutingCollector(model, mask) as collector:
         return model(ids, mask), collector.records
 
 
@@ -82,9 +82,9 @@ def test_combination(experts: str, communication: str, router: str, tmp_path: An
 
     x = torch.randn(1, 6, 8, generator=torch.Generator().manual_seed(5))
     site = model.layers[0].mlp if experts == "ffn_lora" else model.layers[0].mlp.up_proj
-    with RoutingCollector() as together:
+    with RoutingCollector(model) as together:
         site(x)
-    with RoutingCollector() as alone:
+    with RoutingCollector(model) as alone:
         for t in range(6):
             site(x[:, t : t + 1])
     weights = torch.cat([r.routing.weights_TE for r in alone.records])
@@ -117,7 +117,7 @@ def test_bf16_base_agrees(experts: str, communication: str, router: str) -> None
     model, _ = adapted(config_of(experts, communication, router))
     mlp = model.layers[0].mlp
     x = torch.randn(1, 64, 8, generator=torch.Generator().manual_seed(3)).bfloat16().float()
-    with RoutingCollector() as collector:
+    with RoutingCollector(model) as collector:
         y = mlp(x)
     clear = margin(model, collector.records) > 0.02 * collector.records[0].routing.logits_TE.std()
     z = mlp.bfloat16()(x.bfloat16()).float()

@@ -13,10 +13,12 @@ from typing import Any
 import pytest
 import torch
 
-from talklora_pl import UserError
+from talklora_pl import UserError, registry
 from talklora_pl.adapter import AdapterConfig, inject
 from talklora_pl.adapter.io import load_adapter, save_adapter
+from talklora_pl.balance import Balance
 from talklora_pl.registry import import_plugins
+from talklora_pl.routing import Routing, RoutingRecord
 from tests.conftest import tiny_llama
 
 ROOT = Path(__file__).parents[2]
@@ -86,3 +88,20 @@ def test_in_fresh_processes(plugin: Path, tmp_path: Path) -> None:
     )
     out = run("-c", code, str(tmp_path / "adapter"), str(plugin))
     assert "Unknown communication 'gossip'" in out and "plugins" in out and out.endswith("loaded\n")
+
+
+def test_a_balance_loss_leaves_out_pads_and_is_one_when_balanced(tmp_path: Path) -> None:
+    blocks = re.findall(r"```python\n(.*?)```", (ROOT / "docs/components.md").read_text(), re.S)
+    path = tmp_path / "spread.py"
+    path.write_text(next(b for b in blocks if b.startswith("# spread.py")))
+    import_plugins([str(path)])
+    loss: Any = registry.from_dict(Balance, {"name": "spread", "scope": "model"}).build({"layers.0": 2, "layers.1": 2})
+    mask_T = torch.tensor([True, True, False])
+    one_sided, even = torch.tensor([[1.0, 0.0], [1.0, 0.0], [0.0, 1.0]]), torch.full((3, 2), 0.5)
+
+    def of(*weights: torch.Tensor) -> float:
+        return float(loss([RoutingRecord(f"layers.{i}", Routing(w, w, w), mask_T) for i, w in enumerate(weights)]))
+
+    assert of(even, even) == 1
+    assert of(one_sided, one_sided) == 2
+    assert of(one_sided, even) == 2 * (0.75**2 + 0.25**2)

@@ -50,7 +50,7 @@ def test_method_learns_real_questions(method: str, model: Any, batch: dict[str, 
         optimizer = torch.optim.AdamW(adapter.parameters(), lr=3e-3)
         losses = []
         for _ in range(8):
-            with RoutingCollector(batch["attention_mask"]) as collector:
+            with RoutingCollector(model, batch["attention_mask"]) as collector:
                 task = model(**batch).loss
             balance = sum(b.weight * adapter.balance[b.name](collector.records) for b in adapter.config.balance)
             optimizer.zero_grad()

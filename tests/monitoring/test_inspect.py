@@ -80,7 +80,7 @@ def test_weights_on_the_page_are_the_models(case: tuple[str, str, str], tmp_path
     model = load_base(base)
     load_adapter(model, adapter)
     ids = torch.tensor([load_tokenizer(base)("hello you")["input_ids"]])
-    with RoutingCollector() as collector, torch.no_grad():
+    with RoutingCollector(model) as collector, torch.no_grad():
         model(input_ids=ids)
     data = data_of(page.read_text())
     for r, weights in zip(collector.records, data["texts"][0]["weights"], strict=True):

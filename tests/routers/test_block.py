@@ -68,7 +68,7 @@ def test_checkpointing_gives_the_same_gradients(communication: str, router: str)
         )
         model.train()
         x = model.embed(IDS).detach().requires_grad_()
-        with RoutingCollector() as collector:
+        with RoutingCollector(model) as collector:
             for layer in model.layers:
                 x = checkpoint(layer, x, MASK, use_reentrant=False) if again else layer(x, MASK)
         assert len(collector.records) == 4
@@ -84,7 +84,7 @@ def test_hugging_face_blocks() -> None:
     llama = tiny_llama()
     options: dict[str, Any] = {"num_experts": 4, "expert_rank": 2, "router": Softmax(per="block")}
     inject(llama, AdapterConfig(targets="all-linear", **options))
-    with RoutingCollector() as collector:
+    with RoutingCollector(llama) as collector:
         llama(ids).logits.sum().backward()
     assert [r.layer.rsplit(".", 1)[-1] for r in collector.records] == ["self_attn", "mlp"] * 2
     opt = AutoModelForCausalLM.from_config(
@@ -99,7 +99,7 @@ def test_hugging_face_blocks() -> None:
     )
     names = list(opt.state_dict())
     adapter = inject(opt, AdapterConfig(targets="all-linear", **options))
-    with RoutingCollector() as collector:
+    with RoutingCollector(opt) as collector:
         opt(ids).logits.sum().backward()
     assert {r.layer for r in collector.records} == set(adapter.routed_layers())
     assert [n for n, p in adapter.named_parameters() if p.grad is None] == []

@@ -32,7 +32,7 @@ def test_experts_that_hear_only_each_other_do_not_toss_a_coin() -> None:
         if hasattr(module, "edges"):
             module.edges.zero_()
             module.edges[0, 6] = module.edges[6, 0] = 1
-    with RoutingCollector() as collector, torch.no_grad():
+    with RoutingCollector(model) as collector, torch.no_grad():
         model(torch.randint(0, 256, (4, 60)))
     alone = 0
     for r in [r for r in collector.records if r.routing.weights_TE.shape[1] == 8]:

@@ -5,22 +5,25 @@ T tokens, D input width, O output width, E experts, R rank per expert, F feature
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
-from talklora_pl.adapter.fused import add_up, frozen_and_down
-from talklora_pl.adapter.mixture import BlockMixture, Mixture
-from talklora_pl.spec import Bank, LayerSpec
+from talklora_pl.sites import LowRank, Site
+from talklora_pl.sites.fused import add_up, frozen_and_down
+from talklora_pl.sites.mixture import BlockMixture, Mixture, own_features
+from talklora_pl.sites.targets import find_targets, widths
+from talklora_pl.spec import Bank, LayerSpec, unregistered
 
 if TYPE_CHECKING:
     from talklora_pl.adapter.config import AdapterConfig
+    from talklora_pl.experts import LinearExperts
 
 
 class AdaptedLinear(Mixture):
-    """y = W x + s sum_i w_i expert_i(x), with w = router(x, communication(what the experts say)).
+    """y = W x + s sum_i w_i expert_i(x), with w = router(x, communication(features of the experts)).
 
     The weights multiply rank features (T,E,R), never expert outputs (T,E,O).
 
@@ -33,9 +36,8 @@ class AdaptedLinear(Mixture):
         self.scale = config.scale()
         self.dropout_input = config.dropout_input
         self.dropout_output = config.dropout_output
-        self.experts: Any = config.experts.build(layer, bank)
-        # in a tuple, so that the block alone registers it
-        self._block = (block,) if block is not None else ()
+        self.experts: LinearExperts = cast("LinearExperts", config.experts.build(layer, bank))
+        self._block = () if block is None else unregistered(block)
         if block is None:
             self.build_decision(layer, config, self.experts.features)
 
@@ -49,9 +51,7 @@ class AdaptedLinear(Mixture):
         return y_TO.view(*x.shape[:-1], -1)
 
     def node_features(self, x_TD: Tensor) -> Tensor:
-        A_PD = self.experts.down()
-        m_TEF: Tensor = self.experts.node_features(self.experts.split(F.linear(x_TD.to(A_PD.dtype), A_PD)))
-        return m_TEF
+        return own_features(self.experts, x_TD)
 
     def rank_space(self, x_TD: Tensor, h_TP: Tensor, leading_shape: torch.Size) -> Tensor:
         """Everything between the down and the up projection: z_TQ, in the dtype of the trained tensors."""
@@ -65,5 +65,41 @@ class AdaptedLinear(Mixture):
                 w_TE = routing.weights_TE
                 if self.experts_see_talk:
                     h_TER = m_TEG
-            z_TQ: Tensor = self.experts.mix(h_TER, w_TE)
+            z_TQ = self.experts.mix(h_TER, w_TE)
             return z_TQ if self.scale == 1 else z_TQ * self.scale
+
+
+class LinearSite(Site):
+    """Single Linears (Conv1D included)."""
+
+    in_blocks = True
+
+    def find(
+        self, model: nn.Module, targets: list[str] | str, exclude: list[str] | str, layers: list[int] | str | None
+    ) -> dict[str, nn.Module]:
+        return find_targets(model, targets, exclude, layers)
+
+    def widths(self, module: nn.Module) -> tuple[int, ...]:
+        return widths(module)
+
+    def build(
+        self, spec: LayerSpec, config: AdapterConfig, bank: Bank, module: nn.Module, block: BlockMixture | None
+    ) -> Mixture:
+        return AdaptedLinear(spec, config, bank, block)
+
+    def low_rank(self, name: str, layer: nn.Module, num_experts: int) -> dict[str, LowRank]:
+        assert isinstance(layer, AdaptedLinear)
+        return {name: fixed_change(layer.experts, num_experts, layer.scale)}
+
+
+LINEAR = LinearSite()
+
+
+@torch.no_grad()
+def fixed_change(experts: LinearExperts, num_experts: int, scale: float) -> LowRank:
+    """Rank space is linear once the weights are fixed: its matrix is what it makes of the unit vectors."""
+    A_PD = experts.down()
+    unit_PP = torch.eye(A_PD.shape[0], device=A_PD.device, dtype=A_PD.dtype)
+    w_PE = A_PD.new_full((A_PD.shape[0], num_experts), 1 / num_experts)
+    z_PQ = experts.mix(experts.split(unit_PP), w_PE)
+    return LowRank(A_PD, scale * z_PQ @ experts.up())

@@ -57,7 +57,8 @@ def _plain_weight(layer: Any) -> Tensor | None:
         return None
     if weight.requires_grad or (bias is not None and bias.requires_grad):
         return None
-    return weight.t() if own is Conv1D else weight
+    W_OD: Tensor = weight.t() if own is Conv1D else weight
+    return W_OD
 
 
 def frozen_and_down(
@@ -79,7 +80,8 @@ def frozen_and_down(
         y_TO = frozen(x_TD)
         # such a layer may return a view or keep its output for its own backward: only a copy is ours to write to
         return y_TO.clone(), F.linear(source_TD, A_PD.to(source_TD.dtype))
-    return _FrozenDown.apply(x_TD, drop_TD, W_OD, layer.bias, A_PD.to(x_TD.dtype))
+    y_TO, h_TP = _FrozenDown.apply(x_TD, drop_TD, W_OD, layer.bias, A_PD.to(x_TD.dtype))
+    return y_TO, h_TP
 
 
 def add_up(y_TO: Tensor, z_TQ: Tensor, B_QO: Tensor, dropout: float, training: bool) -> Tensor:

@@ -12,8 +12,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from talklora_pl.adapter.targets import find_targets, is_linear, select, widths
 from talklora_pl.errors import UserError
+from talklora_pl.names import in_base, leaf
+from talklora_pl.sites.targets import is_linear, select, stacked_parameters, widths
 
 # names of (gate, up, down); no name for up: gate and up are the two halves of one Linear
 LAYOUTS = (("gate_proj", "up_proj", "down_proj"), ("w1", "w3", "w2"), ("gate_up_proj", None, "down_proj"))
@@ -35,7 +36,8 @@ class GatedFFN:
         return gate.chunk(2, dim=-1) if self.up is None else (gate, getattr(block, self.up)(x_TD))
 
     def activation(self, block: Any) -> Callable[[Tensor], Tensor]:
-        return getattr(block, self.act)
+        act: Callable[[Tensor], Tensor] = getattr(block, self.act)
+        return act
 
     def width(self, block: nn.Module) -> tuple[int, int]:
         """(D, H)."""
@@ -58,7 +60,7 @@ def gated_ffn(block: nn.Module) -> GatedFFN:
 
 
 @torch.no_grad()
-def _computes_what_it_says(block: Any, parts: GatedFFN) -> bool:
+def _computes_as_named(block: Any, parts: GatedFFN) -> bool:
     p = next(block.parameters())
     if p.is_meta or hasattr(p, "device_mesh"):  # no weights here, or a part of them
         return True
@@ -69,30 +71,26 @@ def _computes_what_it_says(block: Any, parts: GatedFFN) -> bool:
     return isinstance(want, Tensor) and torch.allclose(want, got, rtol=1e-2, atol=1e-2 * want.abs().max().item())
 
 
-def find_modules(
-    model: nn.Module, targets: list[str] | str, exclude: list[str] | str, layers: list[int] | str | None, site: str
+def find_gated(
+    model: nn.Module, targets: list[str] | str, exclude: list[str] | str, layers: list[int] | str | None
 ) -> dict[str, nn.Module]:
-    """What experts of a site (``linear`` or ``ffn``) adapt, by full name, in model order.
-
-    Options as in :func:`~talklora_pl.adapter.targets.find_targets`; for the site ``ffn`` they choose gated blocks.
+    """The gated feed-forward blocks that the options of :func:`~talklora_pl.sites.targets.find_targets` choose.
 
     Raises:
         UserError: the targets match nothing, or something else.
     """
-    if site == "linear":
-        return find_targets(model, targets, exclude, layers)
-    modules = {n: m for n, m in model.named_modules() if n and not n.startswith("talklora.")}
+    modules = {n: m for n, m in model.named_modules() if n and in_base(n)}
     found = select(modules, targets, exclude, layers)
     for name, module in found.items():
         try:
             parts = gated_ffn(module)
             # what the parts are for is not told by their names alone
-            if not _computes_what_it_says(module, parts):
+            if not _computes_as_named(module, parts):
                 raise UserError(_why_not(module))
         except UserError as e:
             raise UserError(f"targets: these experts are whole gated blocks, and {name!r} is none: {e}.") from None
     if not found:
-        blocks = sorted({n.rsplit(".", 1)[-1] for n, m in modules.items() if _is_gated(m)})
+        blocks = sorted({leaf(n) for n, m in modules.items() if _is_gated(m)})
         raise UserError(
             f"targets {targets!r} match no feed-forward block of this {type(model).__name__}; "
             f"its gated blocks are called: {', '.join(blocks) or 'it has none'}."
@@ -109,8 +107,7 @@ def _is_gated(block: nn.Module) -> bool:
 
 def _why_not(block: nn.Module) -> str:
     cls = type(block).__name__
-    fused = [n for n, p in block.named_parameters() if p.dim() == 3 and not n.startswith("talklora.")]
-    if fused:
+    if fused := stacked_parameters(block):
         return (
             f"it is a {cls}, the mixture of experts of the base itself, whose weights ({fused[0]}) are fused "
             "three-dimensional tensors; adapt the attention of such a model, or choose a dense one"
@@ -118,7 +115,7 @@ def _why_not(block: nn.Module) -> str:
     if is_linear(block):
         return f"it is a {cls}; name the block around it, often called mlp"
     linears = [n for n, m in block.named_modules() if is_linear(m)]
-    leaves = ", ".join(n.rsplit(".", 1)[-1] for n in linears)
+    leaves = ", ".join(leaf(n) for n in linears)
     return (
         f"it is a {cls} of {', '.join(linears) or 'no Linear'}, and does not compute down(act(gate(x)) * up(x)); put "
         f"experts per Linear there instead (experts: lora, targets: [{leaves}])"

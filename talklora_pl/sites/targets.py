@@ -11,6 +11,7 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from talklora_pl.errors import UserError
+from talklora_pl.names import base_parameters, in_base, layer_index, leaf
 from talklora_pl.registry import did_you_mean
 
 
@@ -24,25 +25,6 @@ def widths(module: nn.Module) -> tuple[int, int]:
 def is_linear(module: nn.Module) -> bool:
     """A Linear (quantised ones included, which subclass it) or a Conv1D."""
     return isinstance(module, (nn.Linear, Conv1D))
-
-
-def layer_index(name: str) -> int | None:
-    """Number of the decoder layer in a module name: its first numeric part."""
-    return next((int(part) for part in name.split(".") if part.isdigit()), None)
-
-
-def layer_stem(name: str) -> str | None:
-    """``model.layers.3`` of ``model.layers.3.mlp.up_proj``: up to the first number."""
-    parts = name.split(".")
-    return next((".".join(parts[: i + 1]) for i, part in enumerate(parts) if part.isdigit()), None)
-
-
-def num_layers(model: nn.Module, name: str) -> int:
-    """How many numbered layers the stack has that the module ``name`` is in; 0 outside of all."""
-    if (stem := layer_stem(name)) is None:
-        return 0
-    stack = model.get_submodule(stem.rpartition(".")[0])
-    return sum(child.isdigit() for child, _ in stack.named_children())
 
 
 def parse_layers(layers: list[int] | str | None) -> list[range] | None:
@@ -100,9 +82,9 @@ def select(
     return found
 
 
-def fused_experts(model: nn.Module) -> str | None:
-    """Name of a parameter that stacks the experts of the base model's own mixture, if there is one."""
-    return next((n for n, p in model.named_parameters() if p.dim() == 3 and not n.startswith("talklora.")), None)
+def stacked_parameters(module: nn.Module) -> list[str]:
+    """Names of parameters that stack the experts of a base model's own mixture."""
+    return [name for name, p in base_parameters(module).items() if p.dim() == 3]
 
 
 def find_targets(
@@ -121,18 +103,18 @@ def find_targets(
     Raises:
         UserError: a name or the whole selection matches nothing; lists near misses.
     """
-    linears = {n: m for n, m in model.named_modules() if is_linear(m) and not n.startswith("talklora.")}
+    linears = {n: m for n, m in model.named_modules() if is_linear(m) and in_base(n)}
     if targets == "all-linear":
         heads = output_heads(model)
         body = {n: m for n, m in linears.items() if layer_index(n) is not None and id(m) not in heads}
         found = select(body, ".*", exclude, layers)
     else:
         found = select(linears, targets, exclude, layers)
-    leaves = Counter(n.rsplit(".", 1)[-1] for n in linears)
-    overview = f"Linear layers (count): {', '.join(f'{leaf} ({count})' for leaf, count in leaves.items())}."
-    if stacked := fused_experts(model):
+    leaves = Counter(map(leaf, linears))
+    overview = f"Linear layers (count): {', '.join(f'{name} ({count})' for name, count in leaves.items())}."
+    if stacked := stacked_parameters(model):
         overview += (
-            f" The experts of this base model's own mixture are fused three-dimensional tensors ({stacked!r}); they "
+            f" The experts of this base model's own mixture are fused three-dimensional tensors ({stacked[0]!r}); they "
             "cannot be adapted, its other Linears can."
         )
     kind = type(model).__name__

@@ -12,41 +12,59 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from talklora_pl.errors import UserError
-from talklora_pl.routing import Routing, record
-from talklora_pl.spec import LayerSpec
+from talklora_pl.routing import Routing, RoutingCollector
+from talklora_pl.spec import LayerSpec, unregistered
 
 if TYPE_CHECKING:
     from talklora_pl.adapter.config import AdapterConfig
+    from talklora_pl.communication import CommunicationModule
+    from talklora_pl.experts import LinearExperts
+    from talklora_pl.routers import RouterModule
 
 
 class Mixture(nn.Module):
-    """w = router(x, communication(what the experts say)), recorded under the layer's name."""
+    """w = router(x, communication(features of the experts)), recorded under the layer's name.
+
+    Attributes:
+        collectors: those of the adapter that the layer belongs to, innermost last.
+    """
+
+    communication: CommunicationModule
+    router: RouterModule
+    experts: Any  # of the kind that the site's layer knows; a block has none of its own
 
     def __init__(self, layer: LayerSpec, config: AdapterConfig) -> None:
         super().__init__()
         self.name = layer.name
         self.dropout_routing = config.dropout_routing
         self.experts_see_talk = config.experts_see_talk
+        self.collectors: list[RoutingCollector] = []
 
     def build_decision(self, layer: LayerSpec, config: AdapterConfig, features: int) -> None:
         """Make the parts. Experts come before: methods that differ only in later parts then start from the same A."""
-        self.communication: Any = config.communication.build(layer, features)
-        self.router: Any = config.router.build(layer, self.communication.features)
+        self.communication = config.communication.build(layer, features)
+        self.router = config.router.build(layer, self.communication.features)
         if self.experts_see_talk and self.communication.features != features:
             raise UserError(
-                f"experts_see_talk: experts that say {features} features cannot use the {self.communication.features} "
+                f"experts_see_talk: experts with {features} features cannot use the {self.communication.features} "
                 f"per expert that communication {config.communication.name!r} gives; set experts_see_talk to false."
             )
 
+    @property
+    def decides(self) -> bool:
+        """Whether the communication and the router were made."""
+        return hasattr(self, "router")
+
     def node_features(self, x_TD: Tensor) -> Tensor:
-        """What the experts say of an input by themselves, m_TEF: for measurements, which need the decision alone."""
+        """Features of the experts for an input alone, m_TEF: for measurements, which need the decision by itself."""
         raise NotImplementedError
 
     def decide(self, x_TD: Tensor, m_TEF: Tensor, leading_shape: torch.Size) -> tuple[Routing, Tensor]:
-        """The routing of every token, and what the experts have heard."""
+        """The routing of every token, and the features of the experts after communication."""
         m_TEG = self.communication(m_TEF, x_TD)
         routing: Routing = self.router(x_TD, m_TEG)
-        record(self.name, routing, leading_shape)
+        if self.collectors:
+            self.collectors[-1].add(self.name, routing, leading_shape)
         if self.training and self.dropout_routing > 0:
             routing = routing._replace(weights_TE=F.dropout(routing.weights_TE, self.dropout_routing))
         return routing, m_TEG
@@ -56,8 +74,8 @@ class BlockMixture(Mixture):
     """One decision for all adapted Linears of a block, from the block's own input hidden state.
 
     It takes the place of the block's forward, decides, and lets the block run. So the decision does not depend on the
-    order in which the Linears run, and is made again when gradient checkpointing runs the block again. Where experts
-    are heard, those of the first adapted Linear that takes the block's input speak for all.
+    order in which the Linears run, and is made again when gradient checkpointing runs the block again. Where the
+    decision uses features, they are those of the experts of the first adapted Linear that takes the block's input.
     """
 
     def __init__(self, layer: LayerSpec, config: AdapterConfig) -> None:
@@ -65,18 +83,13 @@ class BlockMixture(Mixture):
         self.width = layer.in_features
         self.uses_features = layer.uses_features
         self.num_experts = layer.num_experts
-        self._speaker: tuple[Any, ...] = ()
+        self._experts: tuple[LinearExperts, ...] = ()
         self._routing: Routing | None = None
 
-    def listen_to(self, experts: Any, layer: LayerSpec, config: AdapterConfig) -> None:
-        """``experts`` say what the communication hears. They stay registered in their own layer, hence the tuple."""
-        self._speaker = (experts,)
+    def use_features_of(self, experts: LinearExperts, layer: LayerSpec, config: AdapterConfig) -> None:
+        """Decide by the features of ``experts``, which belong to their own layer."""
+        self._experts = unregistered(experts)
         self.build_decision(layer, config, experts.features)
-
-    @property
-    def decides(self) -> bool:
-        """Whether the communication and the router were made."""
-        return bool(self._speaker)
 
     def weights(self) -> Tensor:
         """w_TE of the forward pass that is running."""
@@ -100,12 +113,15 @@ class BlockMixture(Mixture):
     def node_features(self, x_TD: Tensor) -> Tensor:
         if not self.uses_features:
             return x_TD.new_zeros(x_TD.shape[0], self.num_experts, 0)
-        experts = self._speaker[0]
-        A_PD = experts.down()
-        m_TEF: Tensor = experts.node_features(experts.split(F.linear(x_TD.to(A_PD.dtype), A_PD)))
-        return m_TEF
+        return own_features(self._experts[0], x_TD)
 
     def _decide(self, x: Tensor) -> Routing:
         x_TD = x.reshape(-1, x.shape[-1])
         with torch.autocast(x_TD.device.type, enabled=False):
             return self.decide(x_TD, self.node_features(x_TD), x.shape[:-1])[0]
+
+
+def own_features(experts: LinearExperts, x_TD: Tensor) -> Tensor:
+    """m_TEF of the experts of a Linear for its input."""
+    A_PD = experts.down()
+    return experts.node_features(experts.split(F.linear(x_TD.to(A_PD.dtype), A_PD)))

@@ -5,17 +5,22 @@ T tokens, t tokens of one expert, D input and output width, H hidden width, E ex
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
-from talklora_pl.adapter.config import AdapterConfig
-from talklora_pl.adapter.gated import GatedFFN
-from talklora_pl.adapter.mixture import Mixture
 from talklora_pl.errors import UserError
+from talklora_pl.sites import LowRank, Site
+from talklora_pl.sites.gated import GatedFFN, find_gated, gated_ffn
+from talklora_pl.sites.linear import fixed_change
+from talklora_pl.sites.mixture import BlockMixture, Mixture
 from talklora_pl.spec import Bank, LayerSpec
+
+if TYPE_CHECKING:
+    from talklora_pl.adapter.config import AdapterConfig
+    from talklora_pl.experts.ffn_lora import FFNExperts
 
 
 class AdaptedFFN(Mixture):
@@ -34,7 +39,7 @@ class AdaptedFFN(Mixture):
         self.parts = parts
         self.scale = config.scale()
         self.dropout_input = config.dropout_input
-        self.experts: Any = config.experts.build(layer, bank)
+        self.experts: FFNExperts = cast("FFNExperts", config.experts.build(layer, bank))
         self.build_decision(layer, config, self.experts.features)
 
     def forward(self, frozen: Any, x: Tensor) -> Tensor:
@@ -76,11 +81,43 @@ class AdaptedFFN(Mixture):
 
     def node_features(self, x_TD: Tensor) -> Tensor:
         sides = (self.experts.gate, self.experts.up)
-        m_TEF: Tensor = self.experts.node_features(*(s.split(F.linear(x_TD.to(s.A.dtype), s.down())) for s in sides))
-        return m_TEF
+        return self.experts.node_features(*(s.split(F.linear(x_TD.to(s.A.dtype), s.down())) for s in sides))
 
     def _add(self, frozen_tH: Tensor, h_tR: Tensor, B_RH: Tensor) -> Tensor:
         return torch.addmm(frozen_tH, h_tR.to(frozen_tH.dtype), B_RH.to(frozen_tH.dtype), alpha=self.scale)
 
     def _drop(self, v: Tensor) -> Tensor:
         return F.dropout(v, self.dropout_input) if self.training and self.dropout_input > 0 else v
+
+
+class FFNSite(Site):
+    """Whole gated feed-forward blocks."""
+
+    nonlinear = "whole feed-forward blocks"
+
+    def find(
+        self, model: nn.Module, targets: list[str] | str, exclude: list[str] | str, layers: list[int] | str | None
+    ) -> dict[str, nn.Module]:
+        return find_gated(model, targets, exclude, layers)
+
+    def widths(self, module: nn.Module) -> tuple[int, ...]:
+        outer, hidden = gated_ffn(module).width(module)
+        return outer, hidden, outer
+
+    def build(
+        self, spec: LayerSpec, config: AdapterConfig, bank: Bank, module: nn.Module, block: BlockMixture | None
+    ) -> Mixture:
+        return AdaptedFFN(spec, config, bank, gated_ffn(module))
+
+    def low_rank(self, name: str, layer: nn.Module, num_experts: int) -> dict[str, LowRank]:
+        assert isinstance(layer, AdaptedFFN)
+        experts, parts = layer.experts, layer.parts
+        gate, up, down = (fixed_change(e, 1, layer.scale) for e in (experts.gate, experts.up, experts.down))
+        out = {f"{name}.{parts.down}": down}
+        if parts.up is not None:
+            return out | {f"{name}.{parts.gate}": gate, f"{name}.{parts.up}": up}
+        both = LowRank(torch.cat([gate.A_PD, up.A_PD]), torch.block_diag(gate.B_PO, up.B_PO))
+        return out | {f"{name}.{parts.gate}": both}
+
+
+FFN = FFNSite()

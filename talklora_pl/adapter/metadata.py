@@ -1,0 +1,167 @@
+"""What an adapter's files and a checkpoint hold beside tensors: which base, which options, how many experts where."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, fields, replace
+from pathlib import Path
+from typing import Any
+
+import talklora_pl
+from talklora_pl import aliases
+from talklora_pl.adapter.config import AdapterConfig
+from talklora_pl.adapter.files import CONFIG, FORMAT_VERSION, read_json, short
+from talklora_pl.errors import UserError
+
+MAX_EXPERTS = 4096
+
+
+@dataclass(frozen=True)
+class BaseInfo:
+    """The base model that an adapter belongs to.
+
+    Attributes:
+        name_or_path: hub name or folder, empty if unknown.
+        revision: branch, tag or commit on the hub.
+        model_type: as in the base's ``config.json``.
+        class_name: of the model (``class`` in files, which Python does not allow here).
+        task: a name of ``model.base.task``; None if the adapter was not trained by a run.
+        num_labels: number of classes of a classifier, where the run chose one.
+        fingerprint: of the frozen weights, see :mod:`~talklora_pl.adapter.fingerprint`.
+    """
+
+    name_or_path: str = ""
+    revision: str | None = None
+    model_type: str | None = None
+    class_name: str = ""
+    task: str | None = None
+    num_labels: int | None = None
+    fingerprint: str | None = None
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain data for JSON."""
+        return {"class" if key == "class_name" else key: value for key, value in asdict(self).items()}
+
+    @classmethod
+    def from_dict(cls, data: Mapping[str, Any], where: str | os.PathLike[str]) -> BaseInfo:
+        """Inverse of :meth:`to_dict`. Entries of other versions are ignored, absent ones unknown.
+
+        Raises:
+            UserError: an entry of the wrong type; names it and ``where`` it is.
+        """
+        values: dict[str, Any] = {}
+        for f in fields(cls):
+            key = "class" if f.name == "class_name" else f.name
+            value = data.get(key)
+            if key == "num_labels":
+                if value is not None and type(value) is not int:
+                    raise UserError(f"{where}: base.{key} must be a whole number.")
+            elif not isinstance(value, str | None):
+                raise UserError(f"{where}: base.{key} must be text.")
+            if value is not None:
+                values[f.name] = value
+        return cls(**values)
+
+
+@dataclass(frozen=True)
+class AdapterMetadata:
+    """``talklora.json``, and the entry ``talklora`` of a checkpoint.
+
+    Attributes:
+        base: the base it belongs to.
+        adapter: options as :meth:`AdapterConfig.to_dict` gives them: plain data, since the components that it names
+            may not be registered where only the metadata are read.
+        experts_per_layer: number of experts of every module with a mixture, by full name.
+        plain_layers: modules with plain LoRA, by full name.
+        version: of talklora_pl, which wrote it.
+        tensors_sha256: digest of the file with the tensors; None in a checkpoint.
+    """
+
+    base: BaseInfo
+    adapter: dict[str, Any]
+    experts_per_layer: dict[str, int]
+    plain_layers: list[str]
+    version: str = talklora_pl.__version__
+    tensors_sha256: str | None = None
+
+    def method(self) -> dict[str, Any]:
+        """How the base is adapted, as plain data to compare: tensors fit where these are equal."""
+        entries = ("adapter", "experts_per_layer", "plain_layers")
+        return {key: getattr(self, key) for key in entries}
+
+    def config(self) -> AdapterConfig:
+        """The options.
+
+        Raises:
+            UserError: an unknown component or option.
+        """
+        return AdapterConfig.from_dict(self.adapter)
+
+    def exact_config(self, config: AdapterConfig) -> AdapterConfig:
+        """``config`` with the adapted modules by their full names, as listed here, in place of patterns."""
+        plain = None if config.plain is None else replace(config.plain, targets=self.plain_layers)
+        return replace(config, targets=list(self.experts_per_layer), exclude=[], layers=None, plain=plain)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain data for JSON and for checkpoints."""
+        out = {
+            "format_version": FORMAT_VERSION,
+            "talklora_pl": self.version,
+            "base": self.base.to_dict(),
+            **self.method(),
+        }
+        return out if self.tensors_sha256 is None else out | {"tensors_sha256": self.tensors_sha256}
+
+    @classmethod
+    def from_dict(cls, data: Mapping[str, Any], where: str | os.PathLike[str]) -> AdapterMetadata:
+        """Inverse of :meth:`to_dict`, for data of strangers; options get today's names.
+
+        Args:
+            where: the file, for messages.
+
+        Raises:
+            UserError: another format version, or entries that are missing or of the wrong type.
+        """
+        version = data.get("format_version")
+        if version != FORMAT_VERSION or type(version) is not int:
+            raise UserError(
+                f"{where} has format version {short(version)}; this talklora_pl reads version {FORMAT_VERSION}. "
+                "A newer talklora_pl may read it."
+            )
+        forms = {"adapter": dict, "experts_per_layer": dict, "base": dict, "plain_layers": list}
+        for key, form in forms.items():
+            if not isinstance(data.get(key), form):
+                raise UserError(f"{where}: {key!r} is missing or of the wrong type.")
+        for layer, count in data["experts_per_layer"].items():
+            if type(count) is not int or not 1 <= count <= MAX_EXPERTS:
+                raise UserError(
+                    f"{where}: experts_per_layer[{short(layer)}] is {short(count)}, not a number of experts."
+                )
+        for layer in data["plain_layers"]:
+            if not isinstance(layer, str) or layer in data["experts_per_layer"]:
+                raise UserError(f"{where}: plain_layers: {short(layer)} is no further module name.")
+        digest = data.get("tensors_sha256")
+        if not isinstance(digest, str | None):
+            raise UserError(f"{where}: 'tensors_sha256' is missing or of the wrong type.")
+        return cls(
+            base=BaseInfo.from_dict(data["base"], where),
+            adapter=aliases.renamed(data["adapter"]),
+            experts_per_layer=data["experts_per_layer"],
+            plain_layers=data["plain_layers"],
+            version=str(data.get("talklora_pl", "")),
+            tensors_sha256=digest,
+        )
+
+
+def read_metadata(folder: str | os.PathLike[str]) -> AdapterMetadata:
+    """``talklora.json`` of a folder, checked for form.
+
+    Raises:
+        UserError: no such file, not JSON, or what :meth:`AdapterMetadata.from_dict` refuses.
+    """
+    path = Path(folder) / CONFIG
+    metadata = AdapterMetadata.from_dict(read_json(path), path)
+    if metadata.tensors_sha256 is None:
+        raise UserError(f"{path}: 'tensors_sha256' is missing or of the wrong type.")
+    return metadata

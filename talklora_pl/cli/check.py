@@ -1,0 +1,444 @@
+"""Every mistake in a command line and its configs, found by the types of the options before anything is built.
+
+:class:`Check` reads the options as they come, one mapping after another, and knows for each class that is chosen by
+name (a component, an optimiser, a callback, ...) what it takes. What it cannot judge is left to jsonargparse.
+"""
+
+from __future__ import annotations
+
+import collections.abc
+import inspect
+import re
+import sys
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import MISSING, dataclass, field, fields, is_dataclass, replace
+from difflib import get_close_matches
+from importlib import import_module
+from inspect import Parameter
+from pathlib import Path
+from types import NoneType
+from typing import Any, Literal, NamedTuple, get_args, get_origin
+
+import yaml
+from jsonargparse import get_loader
+from lightning.pytorch.callbacks import Callback
+from lightning.pytorch.loggers import Logger
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LRScheduler
+
+import talklora_pl.optim  # noqa: F401 (its schedules are known by their bare names)
+from talklora_pl import aliases, registry
+from talklora_pl.adapter import AdapterConfig
+from talklora_pl.errors import UserError
+from talklora_pl.registry import Component, did_you_mean
+from talklora_pl.typed import alternatives, fits, parameters
+
+KINDS: dict[type, str] = {
+    Optimizer: "optimizer",
+    LRScheduler: "learning-rate schedule",
+    Callback: "callback",
+    Logger: "logger",
+}
+"""Families of classes that are chosen by name; those of the package register themselves."""
+
+_load: Callable[[str], Any] = get_loader("yaml")
+
+
+def load(text: str) -> Any:
+    """What YAML says, as jsonargparse reads it (1e-3 is a number), or the text itself."""
+    try:
+        return _load(text)
+    except yaml.YAMLError:
+        return text
+
+
+class Wrong(Exception):
+    """What is wrong with a value; nothing if that follows from what was said before."""
+
+
+class Problem(NamedTuple):
+    """One mistake: the file ("": the command line), the option, what is wrong with it."""
+
+    file: str
+    key: str
+    text: str
+
+    def __str__(self) -> str:
+        return ": ".join(part for part in self if part)
+
+
+@dataclass
+class Chosen:
+    """A class, what it takes, and what it was given so far: options, and the file and the key to name for each."""
+
+    cls: type
+    takes: dict[str, Parameter]
+    complete: bool = True  # it takes nothing else
+    listed: bool = False  # an item of a list
+    default: Any = None  # the instance whose options count where none is given
+    options: dict[str, Any] = field(default_factory=dict)
+    places: dict[str, tuple[str, str]] = field(default_factory=dict)
+
+    @classmethod
+    def of(cls, chosen: type, skip: int = 0, **more: Any) -> Chosen:
+        return cls(chosen, *parameters(chosen, skip), **more)
+
+
+class Check:
+    """Checks mappings of options.
+
+    Args:
+        sections: names of the top level that are classes with options.
+        options: its other names, with their types.
+        linked: keys that no one can set.
+    """
+
+    def __init__(self, sections: Mapping[str, type], options: Mapping[str, Any], linked: tuple[str, ...] = ()) -> None:
+        top = {**sections, **options}
+        takes = {n: Parameter(n, Parameter.KEYWORD_ONLY, annotation=t, default=None) for n, t in top.items()}
+        self.top = Chosen(type(self), takes)
+        self.sections = set(sections.values())
+        self.linked = linked
+        self.problems: list[Problem] = []
+        self.chosen: dict[str, list[Chosen]] = {}  # by key; several where a key holds a list
+        self.file = ""
+        for key, section in sections.items():
+            self._record({}, section, key)
+
+    def read(self, options: Mapping[str, Any], file: str = "") -> dict[str, Any]:
+        """Check some more options; returns what is right of them, as jsonargparse takes it: with class paths in place
+        of registry names and today's names in place of old ones."""
+        self.file = file
+        return self._options(options, self.top, "")
+
+    def finish(self) -> None:
+        """Find what only all options together show: what is missing, and what a class refuses."""
+        wrong = {problem.key for problem in self.problems}
+        for key, chosen in [(key, one) for key, several in self.chosen.items() for one in several]:
+            if any(f"{key}.".startswith(f"{above}.") for above in wrong):
+                continue
+            lacks = [
+                name
+                for name, p in chosen.takes.items()
+                if p.default is p.empty
+                and name not in chosen.options
+                and not {f"{key}.{name}"} & (wrong | self.chosen.keys())
+            ]
+            for name in lacks:
+                full = f"{key}.{name}"
+                if chosen.listed:
+                    self._report(key, f"{chosen.cls.__name__} needs its option {name!r}.", "")
+                else:
+                    self._report("", f"{full} is required: --{full}, or the same in a config.", "")
+            if is_dataclass(chosen.cls) and not lacks and not any(w.startswith(f"{key}.") for w in wrong):
+                self._build(chosen, key)  # it checks its values
+
+    def refused(self) -> list[Problem]:
+        """Find out which class refuses the values of its options, after building all of them has failed."""
+        for key, chosen in [(key, one) for key, several in self.chosen.items() for one in several]:
+            if chosen.cls not in self.sections and not is_dataclass(chosen.cls):
+                self._build(chosen, key)
+        return self.problems
+
+    def _build(self, chosen: Chosen, key: str) -> None:
+        if any(self._classes(p.annotation)[0] and name in chosen.options for name, p in chosen.takes.items()):
+            return
+        try:
+            if chosen.default is None:
+                chosen.cls(**chosen.options)
+            else:
+                replace(chosen.default, **chosen.options)
+        except TypeError:  # arguments that come later, such as an optimiser's parameters
+            pass
+        except (ValueError, MisconfigurationException) as e:
+            named = [place for option, place in chosen.places.items() if re.search(rf"\b{option}\b", str(e))]
+            file, place = (named or [(file, key) for file, _ in chosen.places.values()] or [("", key)])[0]
+            self._report(place, str(e), file)
+
+    def _report(self, key: str, text: str, file: str | None = None) -> None:
+        self.problems.append(Problem(self.file if file is None else file, key, text))
+
+    # --- mappings of options
+
+    def _options(self, given: Any, chosen: Chosen, key: str, item: bool = False) -> dict[str, Any]:
+        if not isinstance(given, Mapping):
+            raise Wrong(f"{given} is not a mapping of options.")
+        out: dict[str, Any] = {}
+        for name, value in map(_undotted, given.items()):
+            bare = name.removesuffix("+")
+            full = f"{key}.{bare}".removeprefix(".")
+            where = key if item else full
+            if bare in chosen.takes and full not in self.linked:
+                try:
+                    right = self._value(value, chosen.takes[bare].annotation, full, add=name.endswith("+"))
+                except Wrong as e:
+                    if str(e):
+                        self._report(where, f"{bare}: {e}" if item else str(e))
+                    continue
+                chosen.options[bare], chosen.places[bare] = right, (self.file, where)
+                _merge(out, {name: right})
+            elif not chosen.complete:
+                out[name] = value
+            elif chosen is self.top or (self._is_record(chosen.cls) and not chosen.listed):
+                known = list(self._keys(self.top, ""))
+                close = get_close_matches(full, known, n=3, cutoff=0.6)
+                hint = f" Did you mean {' or '.join(close)}?" if close else ""
+                self._report(full, f"There is no option {full!r}.{hint} All options: --help.")
+            else:
+                hint = did_you_mean(bare, chosen.takes) if chosen.takes else " It has none."
+                self._report(where, f"The chosen component has no option {bare!r}.{hint}")
+        return out
+
+    def _record(self, given: Mapping[str, Any], cls: type, key: str, listed: bool = False) -> dict[str, Any]:
+        """Options of a class that nobody has to choose."""
+        if listed or not self.chosen.get(key):
+            chosen = Chosen.of(cls, listed=listed)
+            self.chosen.setdefault(key, []).append(chosen)
+            for name, p in chosen.takes.items() if not listed else ():
+                if p.default is p.empty and self._is_record(p.annotation):
+                    self._record({}, p.annotation, f"{key}.{name}")
+                elif isinstance(default := _default(cls, name, p), Component):
+                    self.chosen[f"{key}.{name}"] = [Chosen.of(type(default), default=default)]
+        if cls is AdapterConfig:
+            given = aliases.renamed(given, say=True)
+        return self._options(given, self.chosen[key][-1], key, listed)
+
+    def _choice(
+        self, given: Mapping[str, Any], classes: tuple[type, ...], skip: int, key: str, listed: bool
+    ) -> dict[str, Any]:
+        """A class with options (`class_path`, `init_args`), or options of the one that was chosen before."""
+        given = dict(map(_undotted, given.items()))
+        out = dict(given)
+        if "class_path" in given:
+            before = self.chosen.get(key, [])
+            self.chosen[key] = before if listed else []
+            out["class_path"], cls = find_class(given["class_path"], classes)
+            chosen = Chosen.of(cls, skip, listed=listed)
+            if before and not listed:  # what the new class takes, too, stays
+                kept = before[-1].options.keys() & chosen.takes.keys()
+                chosen.options = {name: before[-1].options[name] for name in kept}
+                chosen.places = {name: before[-1].places[name] for name in kept}
+                if before[-1].cls is cls:
+                    chosen.default = before[-1].default
+            self.chosen[key].append(chosen)
+        elif key in self.chosen:
+            if not self.chosen[key]:
+                raise Wrong()  # that class is wrong itself
+            chosen = self.chosen[key][-1]
+            if "init_args" not in given:
+                return self._options(given, chosen, key, listed)
+        else:
+            return out  # of the family's base
+        if "init_args" in given:
+            out["init_args"] = self._options(given["init_args"] or {}, chosen, key, listed)
+        return out
+
+    # --- one value
+
+    def _value(self, value: Any, hint: Any, key: str, add: bool = False, listed: bool = False) -> Any:
+        kinds, (classes, skip) = alternatives(hint), self._classes(hint)
+        records = [kind for kind in kinds if self._is_record(kind)]
+        items = next((get_args(kind)[0] for kind in kinds if _is_list(kind)), None)
+        plain = [kind for kind in kinds if self._is_plain(kind)]
+        if isinstance(value, str) and classes and "." in value:
+            value = aliases.class_path(value, say=True)
+        if isinstance(value, str):
+            loaded, structured = load(value), len(plain) < len(kinds)
+            if not any(_is(value, kind) for kind in plain) or (structured and isinstance(loaded, (dict, list))):
+                value = loaded
+        if any(_is(value, kind) for kind in plain):
+            if not listed:
+                self.chosen.pop(key, None)
+            return value
+        if add or (items is not None and isinstance(value, list)):
+            if items is None:
+                raise Wrong("this is no list, so nothing can be added to it.")
+            if not add:
+                self.chosen[key] = []
+            right = [self._value(v, items, key, listed=True) for v in (value if isinstance(value, list) else [value])]
+            return right if isinstance(value, list) else right[0]
+        if isinstance(value, Mapping):
+            if items is not None and not self.file and "class_path" not in value and self.chosen.get(key):
+                return self._options(value, self.chosen[key][-1], key)  # of the last item
+            if records:
+                return self._record(value, records[0], key, listed)
+            if classes:
+                return self._choice(value, classes, skip, key, listed)
+        if isinstance(value, str):
+            if classes and (_kind_of(classes) or value in _children(classes) or "." in value):
+                return self._choice({"class_path": value}, classes, skip, key, listed)["class_path"]
+            if records and Path(value).is_file():
+                return value  # its options are in there
+        raise Wrong(self._not_a(value, kinds, key))
+
+    def _not_a(self, value: Any, kinds: list[Any], key: str) -> str:
+        """That a value is of none of some types."""
+        value = "null" if value is None else value
+        words = list(dict.fromkeys(word for kind in kinds if (word := self._word(kind))))
+        if choices := [str(c) for kind in kinds if get_origin(kind) is Literal for c in get_args(kind)]:
+            return f"{str(value)!r} is not one of its values.{did_you_mean(str(value), {*choices, *words})}"
+        if isinstance(value, str) and words == ["a mapping of options"]:
+            hint = f" Write {key}: {{path: {value}}}, or --{key}.path {value}." if key.endswith(".base") else ""
+            return f"{value!r} is not a mapping of options, nor a YAML file with one.{hint}"
+        hint = f" Write [{value}]." if "a list" in words and (words == ["a list"] or isinstance(value, dict)) else ""
+        return f"{value} is not {' or '.join(words)}.{hint}"
+
+    # --- types
+
+    def _is_record(self, kind: Any) -> bool:
+        return kind in self.sections or (
+            isinstance(kind, type) and is_dataclass(kind) and not issubclass(kind, Component)
+        )
+
+    def _is_plain(self, kind: Any) -> bool:
+        """Neither chosen by name nor with options of its own."""
+        if _is_list(kind):
+            return all(self._is_plain(item) for item in alternatives(get_args(kind)[0]))
+        return not self._is_record(kind) and not self._classes(kind)[0]
+
+    def _classes(self, hint: Any) -> tuple[tuple[type, ...], int]:
+        """Classes of which a child is chosen by name, and how many arguments it gets later (a Callable's)."""
+        found: list[type] = []
+        skip = 0
+        for kind in alternatives(hint):
+            if get_origin(kind) is collections.abc.Callable:
+                taken, made = get_args(kind)
+                skip = len(taken) if isinstance(taken, list) else 0
+                found += [c for c in alternatives(made) if _is_class(c)]
+            elif _is_class(kind) and not self._is_record(kind):
+                found.append(kind)
+        return tuple(found), skip
+
+    def _word(self, kind: Any) -> str:
+        """What a value of this type is called in a message."""
+        if self._is_record(kind) or get_origin(kind) is dict or kind is dict:
+            return "a mapping of options"
+        if classes := self._classes(kind)[0]:
+            return f"the name of a {_kind_of(classes)}" if _kind_of(classes) else ""
+        if _is_list(kind) or kind is list:
+            return "a list"
+        return {NoneType: "null", str: "text", int: "int", float: "float", bool: "bool"}.get(kind, "")
+
+    def _keys(self, chosen: Chosen, key: str) -> Iterator[str]:
+        """All options that need no choice."""
+        for name, p in chosen.takes.items():
+            full = f"{key}.{name}".removeprefix(".")
+            records = [kind for kind in alternatives(p.annotation) if self._is_record(kind)]
+            if full in self.linked:
+                continue
+            if full not in self.sections:
+                yield full
+            for record in records:
+                yield from self._keys(Chosen.of(record), full)
+
+
+def _default(cls: type, name: str, parameter: Parameter) -> Any:
+    factory = (
+        next((f.default_factory for f in fields(cls) if f.name == name), MISSING) if is_dataclass(cls) else MISSING
+    )
+    return parameter.default if factory is MISSING else factory()  # type: ignore[operator]
+
+
+def _undotted(item: tuple[Any, Any]) -> tuple[str, Any]:
+    """``a.b: c`` is ``a: {b: c}``."""
+    name, _, rest = str(item[0]).partition(".")
+    return name, {rest: item[1]} if rest else item[1]
+
+
+def _merge(into: dict[str, Any], new: Mapping[str, Any]) -> None:
+    for key, value in new.items():
+        if isinstance(value, dict) and isinstance(into.get(key), dict):
+            _merge(into[key], value)
+        else:
+            into[key] = value
+
+
+def _is_class(kind: Any) -> bool:
+    """Not a type that is written as a plain value, as those of the standard library are."""
+    return isinstance(kind, type) and get_origin(kind) is None and kind.__module__ not in sys.stdlib_module_names
+
+
+def _is_list(kind: Any) -> bool:
+    origin = get_origin(kind)
+    return isinstance(origin, type) and issubclass(list, origin) and len(get_args(kind)) == 1
+
+
+def _is(value: Any, kind: Any) -> bool:
+    """Whether a value is of a plain type. Types that jsonargparse converts in its own way take every text."""
+    if kind in (str, int, float, bool, NoneType) or get_origin(kind) is Literal:
+        return fits(value, kind)
+    if _is_list(kind):
+        item = get_args(kind)[0]
+        return isinstance(value, list) and all(
+            _is_any(v, item) or (isinstance(v, str) and _is_any(load(v), item)) for v in value
+        )
+    if get_origin(kind) in (dict, tuple) or kind in (dict, list):
+        return isinstance(value, (dict, list, tuple)) and isinstance(value, dict) == (dict in (kind, get_origin(kind)))
+    if isinstance(kind, type) and kind is not object:
+        return isinstance(value, (str, kind))
+    return True
+
+
+def _is_any(value: Any, hint: Any) -> bool:
+    return any(_is(value, kind) for kind in alternatives(hint))
+
+
+# --- classes by name
+
+
+def find_class(name: Any, families: tuple[type, ...]) -> tuple[str, type]:
+    """The class of that name or path, and how jsonargparse knows it. It is a child of one of `families`.
+
+    Raises:
+        Wrong: there is none; the nearest names are named.
+    """
+    kind = _kind_of(families) or families[0].__name__
+    if not isinstance(name, str):
+        raise Wrong(f"class_path: {name} is not the name of a {kind}.")
+    if "." in name:
+        path = aliases.class_path(name, say=True)
+        module, _, last = path.rpartition(".")
+        try:
+            cls = getattr(import_module(module), last)
+        except (ImportError, AttributeError, ValueError):
+            raise Wrong(f"There is no class {name!r}.{did_you_mean(last, _children(families))}") from None
+        if not (isinstance(cls, type) and issubclass(cls, families)):
+            raise Wrong(f"{name} is not a {kind}.")
+        return path, cls
+    children = _children(families)
+    for family in families:
+        if issubclass(family, Component):
+            try:
+                cls = children[name] if name in children else registry.get(family, name)
+            except UserError as e:
+                raise Wrong(str(e)) from None
+            return f"{cls.__module__}.{cls.__qualname__}", cls
+    if name not in children:
+        raise Wrong(f"There is no {kind} {name!r}.{did_you_mean(name, children)}")
+    return name, children[name]
+
+
+def _kind_of(families: tuple[type, ...]) -> str:
+    """What such classes are called, if they are known."""
+    return next(
+        (
+            f.family if issubclass(f, Component) else KINDS[f]
+            for f in families
+            if f in KINDS or issubclass(f, Component)
+        ),
+        "",
+    )
+
+
+def _children(families: tuple[type, ...]) -> dict[str, type]:
+    """Known children by their bare names."""
+    found: dict[str, type] = {}
+    for family in families:
+        children = [family]
+        while children:
+            cls = children.pop()
+            children += cls.__subclasses__()
+            if not (cls.__name__.startswith("_") or "<locals>" in cls.__qualname__ or inspect.isabstract(cls)):
+                found.setdefault(cls.__name__, cls)
+    return found

@@ -1,0 +1,166 @@
+"""A command line, option by option: shipped configs by name, and what is right of it as jsonargparse takes it."""
+
+from __future__ import annotations
+
+import importlib.util
+import math
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import yaml
+
+from talklora_pl.cli.check import Check, Problem, load
+from talklora_pl.errors import UserError
+from talklora_pl.registry import did_you_mean
+
+
+def shipped_configs() -> Path:
+    """The folder of the configs that come with the package."""
+    spec = importlib.util.find_spec("talklora_pl.configs")
+    for folder in (spec.submodule_search_locations or ()) if spec is not None else ():
+        return Path(folder)
+    raise UserError("The configs folder of talklora_pl is missing from this installation.")
+
+
+def find_config(name: str) -> str:
+    """Path of a config: a file, or the name of a shipped one such as ``method/talklora``.
+
+    Raises:
+        UserError: neither.
+    """
+    folder = shipped_configs()
+    for path in (Path(name), folder / name, folder / f"{name}.yaml"):
+        if path.is_file():
+            return str(path)
+    known = [str(p.relative_to(folder).with_suffix("")) for p in folder.rglob("*.yaml")]
+    raise UserError(
+        f"--config: there is no file {name!r} and no shipped config of that name.{did_you_mean(name, known)}"
+    )
+
+
+class Option(NamedTuple):
+    """One option (`key`, and its value as typed, None if there is none), or all of a config file."""
+
+    key: str = ""
+    value: str | None = None
+    file: str = ""
+    config: Mapping[str, Any] = {}
+
+    @property
+    def asks(self) -> bool:
+        """Whether it wants to be shown something instead of a run."""
+        return self.key in ("help", "print_config") or self.key.endswith(".help")
+
+
+def split(argv: list[str]) -> list[Option]:
+    """The options of a command line, with configs read.
+
+    Raises:
+        UserError: a word that belongs to no option, or a config that cannot be read.
+    """
+    rest, out = list(argv), list[Option]()
+    while rest:
+        name, equals, value = (typed := rest.pop(0)).partition("=")
+        if not typed.startswith("-"):
+            hint = f"options begin with two dashes: --{name}" if "." in name else "this belongs to no option"
+            raise UserError(f"{name}: {hint}.")
+        key = {"-c": "config", "-h": "help"}.get(name, name.removeprefix("--"))
+        takes = not equals and key not in ("help", "print_config") and rest and not rest[0].startswith("--")
+        option = Option(key, value if equals else rest.pop(0) if takes else None)
+        if key == "config":
+            if not option.value:
+                raise UserError("--config: which? A file, or the name of a shipped one such as method/talklora.")
+            file = find_config(option.value)
+            option = Option(file=file, config=_config(file))
+        out.append(option)
+    return out
+
+
+def _config(file: str) -> Mapping[str, Any]:
+    data = read_yaml(Path(file).read_bytes(), file)
+    if data is not None and not isinstance(data, dict):
+        raise UserError(f"{file}: a config is a mapping of options, this is a {type(data).__name__}.")
+    return data or {}
+
+
+def read_yaml(text: str | bytes, where: str) -> Any:
+    """What YAML text says; `where` it stands is for messages."""
+    try:
+        data = yaml.safe_load(text)
+        loaded = load(text if isinstance(text, str) else text.decode())
+    except (yaml.YAMLError, UnicodeDecodeError) as e:
+        raise UserError(f"{where} is not readable as YAML: {' '.join(str(e).split())}") from None
+    return data if isinstance(loaded, str) else loaded  # `a:` is a text to jsonargparse
+
+
+def plugins(options: list[Option]) -> list[str]:
+    """Plugins named by configs and options, to be imported before anything is checked."""
+    found: list[Any] = []
+    for option in options:
+        if option.file:
+            found.append(option.config.get("plugins") or [])
+        elif option.key.removesuffix("+") == "plugins":
+            found.append(read_yaml(option.value or "", "--plugins"))
+    names = [name for entry in found for name in (entry if isinstance(entry, list) else [entry])]
+    if wrong := [name for name in names if not isinstance(name, str)]:
+        raise UserError(f"plugins: a list of modules or .py files, and {wrong[0]!r} is neither.")
+    return names
+
+
+def right(options: list[Option], check: Check) -> list[str]:
+    """The command line for jsonargparse, without what `check` finds wrong (its ``problems``)."""
+    kept: list[tuple[Option, dict[str, Any]]] = []
+    for option in options:
+        key = option.key.removesuffix(".help")
+        if option.file:
+            kept.append((option, check.read(option.config, option.file)))
+        elif option.value is not None and option.key != "print_config":
+            kept.append((option, check.read({key: option.value})))
+        else:
+            kept.append((option, {}))
+            if not option.asks:
+                check.problems.append(Problem("", key, f"there is no value: --{key} VALUE."))
+    if not any(option.asks for option in options):
+        check.finish()
+    wrong = {problem.key for problem in check.problems if problem.key}
+    return [arg for option, config in kept for arg in _arguments(option, _without(config, wrong))]
+
+
+def _without(config: Mapping[str, Any], wrong: set[str], above: str = "") -> dict[str, Any]:
+    out = {}
+    for name, value in config.items():
+        # init_args have the keys of their class
+        key = above.removesuffix(".") if name == "init_args" else above + str(name).removesuffix("+")
+        if name == "init_args" or key not in wrong:
+            out[name] = _without(value, wrong, f"{key}.") if isinstance(value, dict) else value
+    return out
+
+
+def _arguments(option: Option, config: Mapping[str, Any]) -> Iterator[str]:
+    if option.file:
+        yield f"--config={_dump(config)}"
+        return
+    names, value = list[str](), config
+    for _ in option.key.removesuffix(".help").split(".") if config else ():
+        if not value:  # wrong
+            return
+        ((name, value),) = value.items()
+        names.append(name)
+    if option.asks:
+        given = value if config else option.value
+        yield f"--{option.key}" + (f"={given}" if given is not None else "")
+    elif config:
+        unchanged = value == load(option.value or "")
+        yield f"--{'.'.join(names)}={option.value if unchanged else value if isinstance(value, str) else _dump(value)}"
+
+
+class _Quoted(yaml.SafeDumper):
+    """Texts in quotation marks: 1e3 would be a number to jsonargparse."""
+
+
+_Quoted.add_representer(str, lambda dumper, text: dumper.represent_scalar("tag:yaml.org,2002:str", text, style='"'))
+
+
+def _dump(value: Any) -> str:
+    return yaml.dump(value, Dumper=_Quoted, default_flow_style=True, sort_keys=False, width=math.inf).strip()

@@ -1,0 +1,244 @@
+"""What a row is. Every kind becomes the same thing: a prompt (or a conversation) and one or several answers.
+
+One file in this folder is one kind of rows. `id` and `task` are optional in all of them. Data to predict for needs no
+fields of the answer.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from abc import abstractmethod
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, ClassVar
+
+from talklora_pl import registry
+from talklora_pl.data.source import BadRow, Source
+from talklora_pl.errors import UserError
+
+if TYPE_CHECKING:
+    from talklora_pl.data.tokens import Tokenize, Tokens
+
+
+@dataclass
+class Example:
+    """A row in the common form.
+
+    Attributes:
+        prompt: what the model is asked; the text to classify.
+        input: second part of the prompt (of `instruction` rows).
+        messages: a conversation instead of a prompt; its last message is the answer, if by the assistant.
+        answers: one completion, or all choices; empty where there is none.
+        label: index of the right answer, or the class; None where unknown.
+    """
+
+    prompt: str = ""
+    input: str = ""
+    messages: list[dict[str, str]] = field(default_factory=list)
+    answers: list[str] = field(default_factory=list)
+    label: int | None = None
+
+
+class RowKind(registry.Component):
+    """Family base: what a row is and what it becomes. Chosen by name alone, so a kind has no options.
+
+    Attributes:
+        question: fields that every row has.
+        answer: fields that rows to predict for may lack.
+        optional: further fields.
+        format: how it is written where nobody says.
+        by_template, by_chat: whether it can be written by a template, by the tokenizer's chat template.
+        gives: what its examples are, for the objective that takes them: `answers`, a `class`, or a word of your own.
+    """
+
+    family = "kind of rows"
+    question: ClassVar[tuple[str, ...]]
+    answer: ClassVar[tuple[str, ...]] = ()
+    optional: ClassVar[tuple[str, ...]] = ()
+    format: ClassVar[str] = "plain"
+    by_template: ClassVar[bool] = True
+    by_chat: ClassVar[bool] = True
+    gives: ClassVar[str] = "answers"
+
+    @abstractmethod
+    def read(self, row: Row) -> Example:
+        """The example of a row. Raises BadRow: a field is missing, empty or of a wrong type, a label out of range."""
+
+    def tokens(self, example: Example, format: str, tokenize: Tokenize) -> Tokens:
+        """The tokens of an example, one sequence per answer. Raises BadRow: it has none, or too many."""
+        return tokenize(example, format)
+
+
+def row_kind(name: str) -> RowKind:
+    """The kind of that name. Raises UserError: there is none."""
+    return registry.get(RowKind, name)()  # type: ignore[return-value]
+
+
+ABSENT: Any = object()
+
+
+def find(row: dict[str, Any], column: str) -> Any:
+    """What a row holds in a column, or in ``outer.inner``; ABSENT where it has no such place."""
+    if column in row:
+        return row[column]
+    value: Any = row
+    for part in column.split("."):
+        value = value.get(part, ABSENT) if isinstance(value, dict) else ABSENT
+    return value
+
+
+class RowReader:
+    """Turns raw rows into examples.
+
+    Args:
+        source: gives the kind of rows and the names of the columns.
+        require_answers: the answer must be there.
+        classes: names of the classes, where `label` may be a name.
+        num_classes: how many classes there are; None: any number.
+
+    Raises:
+        UserError: unknown kind, or it has no such fields.
+    """
+
+    def __init__(
+        self,
+        source: Source,
+        require_answers: bool = True,
+        classes: list[str] | None = None,
+        num_classes: int | None = None,
+    ) -> None:
+        self.kind = row_kind(source.rows or "completion")
+        self.columns, self.require_answers, self.classes = source.columns, require_answers, classes
+        self.num_classes = len(classes) if classes else num_classes
+        known = [*self.kind.question, *self.kind.answer, *self.kind.optional, "id", "task"]
+        for name in self.columns:
+            if name not in known:
+                hint = registry.did_you_mean(name, known)
+                raise UserError(f"columns: {self.kind.name} rows have no field {name!r}.{hint}")
+
+    def __call__(self, values: dict[str, Any]) -> Example:
+        """Raises BadRow: a field is missing, empty or of a wrong type, a label out of range."""
+        return self.kind.read(Row(values, self))
+
+    def mapped(self) -> dict[str, str]:
+        """Columns that the user names and that must be somewhere in the data -> their fields."""
+        optional = () if self.require_answers else self.kind.answer
+        lists = {f: [c] if isinstance(c, str) else c for f, c in self.columns.items() if f not in optional}
+        return {column: name for name, columns in lists.items() for column in columns}
+
+
+class Row:
+    """One raw row, asked for fields; the user may have mapped them to other columns.
+
+    Every method raises BadRow where the row does not hold what is asked for.
+
+    Attributes:
+        require_answers: the answer must be there.
+        classes: names of the classes, if the user lists them.
+        num_classes: how many there are; None: any number.
+    """
+
+    def __init__(self, values: dict[str, Any], reader: RowReader) -> None:
+        self.values, self.columns, self.require_answers = values, reader.columns, reader.require_answers
+        self.classes, self.num_classes = reader.classes or [], reader.num_classes
+
+    def column(self, name: str) -> str:
+        """Where a field is, for a message."""
+        column = self.columns.get(name, name)
+        return column if isinstance(column, str) else ", ".join(column)
+
+    def get(self, name: str, required: bool = True) -> Any:
+        """Value of a field; None where it is absent or null."""
+        column = self.columns.get(name, name)
+        if isinstance(column, list):
+            return [self._lookup(part, required, name) for part in column]
+        return self._lookup(column, required, name)
+
+    def _lookup(self, column: str, required: bool, name: str) -> Any:
+        value = find(self.values, column)
+        if required and value is ABSENT:
+            there = ", ".join(map(repr, self.values)) or "nothing"
+            hint = "" if name in self.columns else f"; map it with columns: {{{name}: ...}}"
+            raise BadRow(f"is missing (the row has {there}){hint}", column)
+        if required and value is None:
+            raise BadRow("is null", column)
+        return None if value is ABSENT else value
+
+    def text(self, name: str, required: bool = True, empty: bool = False) -> str:
+        """Value of a text field; numbers are no text, so that a wrong column is noticed."""
+        value = self.get(name, required)
+        if value is None:
+            return ""
+        return check_text(value, self.column(name), empty or not required)
+
+    def answers(self, *names: str) -> list[str]:
+        """Texts of the fields with answers; those that are there, where answers are not required."""
+        return [text for name in names if (text := self.text(name, required=self.require_answers))]
+
+    def items(self, name: str) -> list[Any]:
+        """Value of a field that holds a list, which is not empty."""
+        value = self.get(name)
+        if isinstance(value, str) and value.lstrip().startswith("["):  # a CSV cell
+            try:
+                value = json.loads(value)
+            except json.JSONDecodeError as e:
+                raise BadRow(f"broken JSON: {e}", self.column(name)) from None
+        if not isinstance(value, list) or not value:
+            raise BadRow(f"must be a list that is not empty, got {short(value)}", self.column(name))
+        return value
+
+    def label(self, what: str, count: int | None, listed: list[str], texts: list[list[str]]) -> int | None:
+        """Number of the right one of `count`, from the field `label`; None where it is unknown.
+
+        Names that the user has `listed` come first, and alone if there is a number among them. Else an integer is an
+        index, and a text is all that it can be: one of the `texts`, or an index in a CSV cell. That must be one thing.
+        """
+        value, column = self.get("label", required=self.require_answers), self.column("label")
+        if value is None:
+            return None
+        if isinstance(value, float) and value.is_integer():
+            value = int(value)
+        if str(value) in listed:
+            return listed.index(str(value))
+        if isinstance(value, str):
+            meant = {i for names in texts for i, name in enumerate(names) if name == value}
+            if re.fullmatch(r"-?\d{1,9}", value.strip()) and (not meant or int(value) < (count or 0)):
+                meant.add(int(value))
+            if len(meant) > 1:
+                raise BadRow(
+                    f"{short(value)} can mean each of the {what} {sorted(meant)} (counted from 0), as a text, letter "
+                    "or index: give a letter, or in JSON the index as an integer",
+                    column,
+                )
+            value = meant.pop() if meant else value
+        if isinstance(value, str) and not listed and not texts:
+            raise BadRow(f"is no index of the {what}; names of {what} need data.labels", column)
+        if any(name.isdecimal() for name in listed):
+            raise BadRow(f"{short(value)} is none of the {what}: {', '.join(listed)}", column)
+        if isinstance(value, bool) or not isinstance(value, int):
+            raise BadRow(f"{short(value)} is neither an index nor one of the {what}", column)
+        if value < 0 or (count is not None and value >= count):
+            raise BadRow(f"{value} is out of range: there are {count} {what}, counted from 0", column)
+        return value
+
+
+def check_text(value: Any, column: str, empty: bool = False) -> str:
+    """The value, if it is text. Raises BadRow."""
+    if not isinstance(value, str):
+        raise BadRow(f"must be text, got {type(value).__name__}", column)
+    if not value.strip() and not empty:
+        raise BadRow("is empty", column)
+    try:
+        value.encode()
+    except UnicodeEncodeError:  # "\ud800" is valid in JSON
+        raise BadRow("holds half a surrogate pair, which is no text", column) from None
+    return value
+
+
+def short(value: Any) -> str:
+    """A value for a message."""
+    text = repr(value)
+    return text if len(text) <= 60 else text[:57] + "..."
+
+
+registry.import_siblings(__name__)

@@ -1,0 +1,103 @@
+"""Lightning, 2.6: its loops and connectors, for training that stops and goes on at any step."""
+
+from __future__ import annotations
+
+import traceback
+from typing import Any
+
+import lightning as L
+from lightning.pytorch.strategies import ModelParallelStrategy
+
+
+def step_ends(trainer: L.Trainer) -> bool:
+    """Whether the current micro-batch is the last of its optimiser step: no gradients wait for the next one.
+
+    True from ``on_train_batch_start`` to the end of the validation that follows. All names are public here; what counts
+    as the last one is Lightning's.
+    """
+    batches = trainer.fit_loop.epoch_loop.batch_progress
+    if batches.current.ready % trainer.accumulate_grad_batches == 0:
+        return True
+    last = batches.is_last_batch or batches.current.ready == trainer.num_training_batches
+    return last and not trainer.strategy.handles_gradient_accumulation
+
+
+def trainer_of(module: L.LightningModule) -> L.Trainer | None:
+    """The trainer that a module is attached to, if it is; the attribute itself raises an error."""
+    try:
+        return module.trainer
+    except RuntimeError:
+        return None
+
+
+def logged_step(trainer: L.Trainer, step: int) -> None:
+    """Set the step under which Lightning logs next.
+
+    It counts optimiser steps a second time for the loggers, and after some resumes that count is off by one.
+    """
+    trainer.fit_loop.epoch_loop._batches_that_stepped = step
+
+
+def validation_follows(trainer: L.Trainer) -> bool:
+    """Whether a validation follows the newest training batch; asked in ``on_train_batch_end``.
+
+    Intervals in batches, epochs and time, early stopping and the last batch all have their say.
+    """
+    # the argument matters only to a `training_step(dataloader_iter)`
+    return trainer.fit_loop.epoch_loop._should_check_val_fx(None)  # type: ignore[arg-type]
+
+
+def log_now(trainer: L.Trainer) -> None:
+    """Write what the training step logged; Lightning does it after ``on_train_batch_end``, where a run may end."""
+    trainer._logger_connector.on_batch_end()
+    trainer._logger_connector.update_train_step_metrics()
+
+
+def without_signal_handlers(trainer: L.Trainer) -> None:
+    """Let `trainer` install no signal handlers of its own; asked before the fit begins.
+
+    The one for SIGTERM waits for the other ranks inside of the handler, where it can hang, and there is no option.
+    """
+    trainer._signal_connector.register_signal_handlers = lambda: None  # type: ignore[method-assign]
+
+
+def data_parallel_over(strategy: ModelParallelStrategy, processes: int) -> None:
+    """Make the data-parallel part of the mesh of this size; asked before ``setup_environment``.
+
+    The size has to be passed to the constructor, which knows neither devices nor nodes; Lightning then takes the number
+    of nodes.
+    """
+    strategy._data_parallel_size = processes
+
+
+def first_validation_batch_started(loops: dict[str, Any]) -> None:
+    """Change a checkpoint's loop counters to those amid a validation, of which Lightning then runs the whole.
+
+    Args:
+        loops: ``checkpoint["loops"]["fit_loop"]``. Those of a checkpoint that is written while a validation is due
+            say nothing of it, and the resumed run leaves it out.
+    """
+    started = {"ready": 1, "started": 1, "processed": 0, "completed": 0}
+    loops["epoch_loop.val_loop.batch_progress"].update(total=dict(started), current=dict(started), is_last_batch=False)
+    for count in training_batches(loops)[:2]:
+        count["completed"] = count["processed"]
+
+
+def training_batches(loops: dict[str, Any]) -> tuple[dict[str, int], dict[str, int], bool]:
+    """Counters of training batches in a checkpoint: of all epochs, of the current one, and whether that one is over.
+
+    Args:
+        loops: ``checkpoint["loops"]["fit_loop"]``.
+    """
+    progress = loops["epoch_loop.batch_progress"]
+    return progress["total"], progress["current"], progress["is_last_batch"]
+
+
+def raised_by_lightning(error: Exception) -> bool:
+    """Whether Lightning itself refused something, as opposed to what it called.
+
+    It refuses most options by a ValueError once the data are there (`val_check_interval` above the number of batches),
+    and so does a plugin that is broken, whose traceback is wanted.
+    """
+    *_, (frame, _line) = traceback.walk_tb(error.__traceback__)
+    return str(frame.f_globals.get("__name__")).startswith("lightning.")

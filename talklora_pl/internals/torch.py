@@ -1,0 +1,28 @@
+"""PyTorch, 2.6 to 2.13. What has an underscore but never changed (``_parameters``) is used directly instead."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+
+if TYPE_CHECKING:
+    from torch.distributed.tensor import DTensor
+
+__all__ = ["TorchDispatchMode", "cpu_has_bf16", "own_part"]
+
+
+def own_part(tensor: DTensor) -> tuple[slice, ...]:
+    """Which slice of the whole tensor this rank has, also where its local tensor is on the meta device."""
+    from torch.distributed.tensor._utils import compute_local_shape_and_global_offset  # slow to import
+
+    shape, offset = compute_local_shape_and_global_offset(tensor.shape, tensor.device_mesh, tensor.placements)
+    return tuple(slice(o, o + s) for o, s in zip(offset, shape))
+
+
+def cpu_has_bf16() -> bool:
+    """Whether the CPU multiplies bfloat16 matrices itself, without which it is slower than float32."""
+    # looked up by name: torch for other machines than x86 may lack them
+    checks = ("_is_amx_tile_supported", "_is_avx512_bf16_supported")
+    return any(getattr(torch.cpu, check, bool)() for check in checks)

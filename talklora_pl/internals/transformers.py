@@ -1,0 +1,45 @@
+"""transformers 5, and accelerate 1, by which it places layers on devices."""
+
+from __future__ import annotations
+
+from types import MethodType
+from typing import Any
+
+from torch import nn
+
+
+def take_attention(config: Any, asked: Any) -> None:
+    """Give `config` the attention implementation of `asked`, if that names one; there is only the argument of
+    ``from_pretrained``, of which the caller is handed the outcome."""
+    if (attention := getattr(asked, "_attn_implementation", None)) is not None:
+        config._attn_implementation = attention
+
+
+def whole_classes(model: nn.Module) -> set[str]:
+    """Names of the classes of a model that must stay on one device: its decoder layers. Empty if it names none."""
+    return set(getattr(model, "_no_split_modules", None) or ())
+
+
+def mark_initialised(model: nn.Module) -> None:
+    """Say of every tensor whether :func:`initialise` has to leave it alone: all but those on the meta device."""
+    for tensor in [*model.parameters(), *model.buffers()]:
+        tensor._is_hf_initialized = not tensor.is_meta  # type: ignore[attr-defined]
+
+
+def initialise(model: Any, module: nn.Module) -> None:
+    """Initialise what is not marked among a module's own tensors, as Hugging Face does for this model.
+
+    The public ``initialize_weights`` goes over the whole model, whose tensors may be sharded.
+    """
+    model._init_weights(module)
+
+
+def has_accelerate_hook(module: nn.Module) -> bool:
+    """Whether accelerate replaced the module's ``forward`` by one that first moves its inputs to the right device."""
+    return "_old_forward" in module.__dict__
+
+
+def renew_accelerate_hook(module: Any) -> None:
+    """After a change of the module's class: let accelerate's ``forward`` call that of the new one."""
+    if has_accelerate_hook(module):
+        module._old_forward = MethodType(type(module).forward, module)

@@ -1,0 +1,35 @@
+"""Supervised fine-tuning: the tokens of the right answer become likelier."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor
+
+from talklora_pl.evaluation import BatchScores, Generation, score_answers
+from talklora_pl.inputs import labelled, summed_cross_entropy, token_logits
+from talklora_pl.objectives import Batch, Objective
+from talklora_pl.registry import register
+
+
+@register("sft")
+@dataclass
+class SFT(Objective):
+    """Cross-entropy of the right answers' tokens. Choices are ranked, other answers are generated and compared."""
+
+    def collate(self, rows: Mapping[str, list[Any]], pad_id: int, training: bool) -> dict[str, Tensor]:
+        if not training:
+            return super().collate(rows, pad_id, training)
+        ids, labels = (
+            [answers[right] for answers, right in zip(rows[name], rows["label"])] for name in ("input_ids", "labels")
+        )
+        return labelled(ids, labels, pad_id)
+
+    def loss(self, model: Any, batch: Batch) -> tuple[Tensor, int]:
+        logits_NV, targets_N, _ = token_logits(model, batch)
+        return summed_cross_entropy(logits_NV, targets_N), len(targets_N)
+
+    def score(self, model: Any, batch: Batch, generate: Generation | None = None) -> BatchScores:
+        return score_answers(model, batch, generate)

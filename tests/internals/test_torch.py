@@ -1,0 +1,63 @@
+"""What PyTorch does beside its documented interface."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor import Shard, distribute_tensor
+
+from talklora_pl.internals import torch as internals
+
+
+@pytest.fixture
+def one_process(tmp_path: os.PathLike[str]) -> Iterator[None]:
+    dist.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
+    yield
+    dist.destroy_process_group()
+
+
+def test_own_part_is_what_this_rank_has(one_process: None) -> None:
+    whole = torch.arange(12.0).reshape(4, 3)
+    sharded = distribute_tensor(whole, init_device_mesh("cpu", (1,)), [Shard(0)])
+    assert torch.equal(whole[internals.own_part(sharded)], sharded.to_local())
+
+
+@pytest.mark.parametrize(("rank", "rows"), [(0, (0, 2)), (1, (2, 4)), (2, (4, 5))])
+def test_own_part_of_several(rank: int, rows: tuple[int, int], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Five rows on three ranks, as FSDP2 spreads them."""
+    from torch.testing._internal.distributed.fake_pg import FakeStore
+
+    dist.init_process_group("fake", store=FakeStore(), rank=rank, world_size=3)
+    try:
+        from torch.distributed.tensor import DTensor
+
+        mesh = init_device_mesh("cpu", (3,))
+        local = torch.zeros(rows[1] - rows[0], 3, device="meta")
+        sharded = DTensor.from_local(local, mesh, [Shard(0)], run_check=False, shape=torch.Size((5, 3)), stride=(3, 1))
+        assert internals.own_part(sharded) == (slice(*rows), slice(0, 3))
+    finally:
+        dist.destroy_process_group()
+
+
+def test_what_the_cpu_can_is_asked_under_names_that_exist() -> None:
+    for name in ("_is_amx_tile_supported", "_is_avx512_bf16_supported"):
+        assert isinstance(getattr(torch.cpu, name)(), bool)
+    assert isinstance(internals.cpu_has_bf16(), bool)
+
+
+def test_a_dispatch_mode_sees_every_call() -> None:
+    seen = []
+
+    class Watch(internals.TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
+            seen.append(func)
+            return func(*args, **(kwargs or {}))
+
+    with Watch():
+        torch.empty(3)
+    assert seen == [torch.ops.aten.empty.memory_format]
