@@ -36,7 +36,7 @@ def config(k: Any, experts: list[int], router: Any = TopK, **options: Any) -> Ad
 
 
 def route(model: PreTrainedModel) -> list[RoutingRecord]:
-    with RoutingCollector() as collector:
+    with RoutingCollector(model) as collector:
         model(input_ids=torch.arange(12).view(2, 6))
     return collector.records
 
