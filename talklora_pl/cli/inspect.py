@@ -87,7 +87,8 @@ def inspect(
     if not path:
         raise UserError("--base: the adapter does not say which model it belongs to; name it.")
     remembered, classes = metadata.base.task, metadata.base.num_labels
-    model_of = BaseModel(path, task=task or (remembered if remembered in [*HEADS] else "causal_lm"), dtype=dtype)
+    task = task or (remembered if remembered in [*HEADS] else "causal_lm")  # type: ignore[assignment]
+    model_of = BaseModel(path, task=task, dtype=dtype)  # type: ignore[arg-type]
     if model_of.head.classifies and num_labels is None and type(classes) is int and 0 < classes <= MAX_CLASSES:
         num_labels = classes
     model_of = replace(model_of, num_labels=num_labels)
