@@ -1,7 +1,7 @@
 """Plain LoRA on the experts of the base's own mixture, whose weights are fused into three-dimensional tensors.
 
-T tokens, S (token, expert) pairs, t those of one expert, D input and output width, H hidden width, G = 2H of gate and up
-(H where there is no gate), E experts of the base, K chosen per token, R rank.
+T tokens, S (token, expert) pairs, t those of one expert, D input and output width, H hidden width, G = 2H of gate and
+up (H where there is no gate), E experts of the base, K chosen per token, R rank.
 """
 
 from __future__ import annotations
@@ -54,11 +54,11 @@ def part_widths(module: Any, part: str) -> tuple[int, int]:
 class AdaptedExperts(nn.Module):
     """Each expert e of the base computes with W_e + s B_e A_e, in both of its projections.
 
-    One expert after the other works on the tokens that the base's router sends to it; no matrix W_e + s B_e A_e is made.
-    An expert that got no token has a zero gradient.
+    One expert after the other works on the tokens that the base's router sends to it; no matrix W_e + s B_e A_e is
+    made. An expert that got no token has a zero gradient.
     """
 
-    def __init__(self, layer: LayerSpec, config: AdapterConfig, frozen: nn.Module) -> None:
+    def __init__(self, layer: LayerSpec, config: AdapterConfig, frozen: Any) -> None:
         super().__init__()
         self.scale = config.scale()
         self.dropout_input = config.dropout_input
@@ -87,7 +87,7 @@ class AdaptedExperts(nn.Module):
 
     def _project(self, frozen: Any, part: str, x_SD: Tensor, counts_E: Sequence[int]) -> Tensor:
         """(W_e + s B_e A_e) x + b_e, the pairs in the order of their experts."""
-        lora = self.get_submodule(part)
+        lora: Any = self.get_submodule(part)
         W_EOD, b_EO = getattr(frozen, part), getattr(frozen, part + "_bias") if frozen.has_bias else None
         # unbound once: an index per expert would give each a gradient of the whole stack
         A_ERD, B_ERO = lora.A.unbind(), lora.B.unbind()
@@ -112,6 +112,6 @@ class AdaptedExperts(nn.Module):
     @torch.no_grad()
     def change(self, frozen: Any, part: str, e: int) -> Tensor:
         """s B_e A_e in the layout of ``frozen``'s parameter, in float64."""
-        lora = self.get_submodule(part)
+        lora: Any = self.get_submodule(part)
         delta_OD = self.scale * lora.B[e].double().t() @ lora.A[e].double()
         return delta_OD.t() if frozen.is_transposed else delta_OD

@@ -1,8 +1,8 @@
 """Which Linears does the loss of a text reach? Found out by one trial pass of a copy that has no weights.
 
-A tower for images is never called on a text. Nor are some Linears of language models, such as Mamba's ``dt_proj``, whose
-weight the model multiplies itself. An adapter would learn nothing there, and DistributedDataParallel would wait for
-gradients that never come.
+A tower for images is never called on a text. Nor are some Linears of language models, such as Mamba's ``dt_proj``,
+whose weight the model multiplies itself. An adapter would learn nothing there, and DistributedDataParallel would wait
+for gradients that never come.
 
 T tokens, D input width, O output width.
 """

@@ -1,4 +1,4 @@
-"""Linears that a text does not reach: what the trial of a weightless copy says against the real model's own gradients."""
+"""Linears that a text does not reach: the trial of a weightless copy against the real model's gradients."""
 
 from __future__ import annotations
 
