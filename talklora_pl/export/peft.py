@@ -37,6 +37,8 @@ def write_peft(folder: Path, tensors: dict[str, Tensor], metadata: AdapterMetada
     if any(model.get_parameter(n).shape != v.shape for n, v in saved.items()):
         return False  # PEFT has no place for new tokens without its own embedding code
     changes = low_rank(adapter, {n: layer for n, (_, layer) in built.items()})
+    if any(c.A_PD.dim() == 3 for c in changes.values()):
+        return False  # on fused experts PEFT's folder is tied to its own way of wrapping parameters
     rank = Counter(len(c.A_PD) for c in changes.values()).most_common(1)[0][0]
     others = {n: len(c.A_PD) for n, c in changes.items() if len(c.A_PD) != rank}
     folder.mkdir()

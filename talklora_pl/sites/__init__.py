@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 
 class LowRank(NamedTuple):
-    """A fixed change of one Linear: y += x Aᵀ B."""
+    """A fixed change of one Linear, y += x Aᵀ B; of the base's fused experts one for each of them, stacked."""
 
     A_PD: Tensor
     B_PO: Tensor
@@ -66,4 +66,7 @@ class Site(ABC):
 
     @abstractmethod
     def low_rank(self, name: str, layer: nn.Module, num_experts: int) -> dict[str, LowRank]:
-        """What a layer of this site adds to the Linears at or in the module ``name``, if its weights are 1/E each."""
+        """What a layer of this site adds to the Linears at or in the module ``name``, if its weights are 1/E each.
+
+        The keys are names of Linears, or of parameters where the change is that of fused experts.
+        """

@@ -10,12 +10,12 @@ import transformers
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from talklora_pl.adapter.base_experts import AdaptedExperts, is_mixture, parts, why_not
 from talklora_pl.adapter.config import AdapterConfig
 from talklora_pl.communication.identity import NoCommunication
 from talklora_pl.experts.lora import LoRA
 from talklora_pl.routers.softmax import Uniform
-from talklora_pl.spec import LayerSpec
+from talklora_pl.sites.base_experts import AdaptedExperts, is_mixture, parts, why_not
+from talklora_pl.spec import Bank, LayerSpec
 
 TINY = {
     "vocab_size": 64,
@@ -51,7 +51,7 @@ def adapted(frozen: nn.Module, **options: float) -> AdaptedExperts:
         **{"dropout_input": 0.0, **options},
     )  # fmt: skip
     spec = LayerSpec("mlp.experts", "experts", 0, 16, 16, 1, 1, 3, dtype=torch.float64)
-    layer = AdaptedExperts(spec, config, frozen)
+    layer = AdaptedExperts(spec, config, Bank(), frozen)
     for name, p in layer.named_parameters():
         if name.endswith(".B"):
             p.data.normal_(std=0.5)
@@ -98,13 +98,13 @@ def test_output_and_gradients_are_those_of_merged_experts(family: str) -> None:
 
 
 @pytest.mark.parametrize("family", ("Mixtral", "GptOss"))
-def test_the_change_of_one_expert_is_what_the_forward_adds(family: str) -> None:
+def test_the_change_of_the_weights_is_what_the_forward_adds(family: str) -> None:
     frozen = experts_of(family)
     layer, (x_TD, index_TK, weights_TK) = adapted(frozen), inputs()
     want_TD = layer(frozen, x_TD, index_TK, weights_TK)
-    for part in parts(frozen):
-        for e in range(frozen.num_experts):
-            getattr(frozen, part).data[e] += layer.change(frozen, part, e)
+    for path, change in layer.low_rank("mlp.experts").items():
+        delta_EOD = change.B_PO.mT @ change.A_PD
+        getattr(frozen, path.rpartition(".")[2]).data += delta_EOD.mT if frozen.is_transposed else delta_EOD
     torch.testing.assert_close(frozen(x_TD, index_TK, weights_TK), want_TD, rtol=1e-12, atol=1e-12)
 
 

@@ -12,9 +12,9 @@ import transformers
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText
 
-from talklora_pl.adapter import reached
-from talklora_pl.adapter.reached import TrialFailed, unreached
-from talklora_pl.adapter.targets import is_linear
+from talklora_pl.sites import reached
+from talklora_pl.sites.reached import TrialFailed, unreached
+from talklora_pl.sites.targets import is_linear
 
 SIZES: dict[str, Any] = {
     "vocab_size": 64,

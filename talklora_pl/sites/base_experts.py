@@ -14,8 +14,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from talklora_pl.experts.lora import PrivateExperts
-from talklora_pl.spec import LayerSpec
+from talklora_pl.errors import UserError
+from talklora_pl.names import in_base
+from talklora_pl.sites import LowRank
+from talklora_pl.sites.mixture import Mixture
+from talklora_pl.spec import Bank, LayerSpec
 
 if TYPE_CHECKING:
     from talklora_pl.adapter.config import AdapterConfig
@@ -25,6 +28,11 @@ def is_mixture(module: nn.Module) -> bool:
     """Whether the module itself holds the weights of several experts of the base."""
     stacked = any(p.dim() >= 2 for p in module.parameters(recurse=False))
     return stacked and "Expert" in type(module).__name__ and not isinstance(module, nn.Linear)
+
+
+def base_mixtures(model: nn.Module) -> dict[str, nn.Module]:
+    """The modules of ``model`` for which :func:`is_mixture` holds, by name."""
+    return {n: m for n, m in model.named_modules() if in_base(n) and is_mixture(m)}
 
 
 def why_not(module: Any) -> str | None:
@@ -51,22 +59,32 @@ def part_widths(module: Any, part: str) -> tuple[int, int]:
     return (rows, columns) if module.is_transposed else (columns, rows)
 
 
-class AdaptedExperts(nn.Module):
+class AdaptedExperts(Mixture):
     """Each expert e of the base computes with W_e + s B_e A_e, in both of its projections.
 
     One expert after the other works on the tokens that the base's router sends to it; no matrix W_e + s B_e A_e is
     made. An expert that got no token has a zero gradient.
+
+    Raises:
+        UserError: the adapter's experts are more than plain LoRA.
     """
 
-    def __init__(self, layer: LayerSpec, config: AdapterConfig, frozen: Any) -> None:
-        super().__init__()
+    def __init__(self, layer: LayerSpec, config: AdapterConfig, bank: Bank, frozen: Any) -> None:
+        super().__init__(layer, config)
+        if config.experts.name != "lora" or config.num_experts > 1 or layer.num_experts > 1:
+            raise UserError(
+                f"targets: {layer.name!r} holds the experts of this base's own mixture, and they take plain LoRA only: "
+                f"what its router has sent to one of them is not routed again (experts {config.experts.name!r}, "
+                f"num_experts {config.num_experts}, router {config.router.name!r}). Give them plain LoRA beside this "
+                "method (plain: {targets: [experts], rank: 8}), or use --config method/lora."
+            )
         self.scale = config.scale()
         self.dropout_input = config.dropout_input
         self.dropout_output = config.dropout_output
         for part in parts(frozen):
             D, O = part_widths(frozen, part)
             spec = replace(layer, num_experts=frozen.num_experts, in_features=D, out_features=O)
-            self.add_module(part, PrivateExperts(spec))
+            self.add_module(part, config.experts.build(spec, bank))
 
     def forward(self, frozen: Any, x_TD: Tensor, index_TK: Tensor, weights_TK: Tensor) -> Tensor:
         """Output (T, D) of the base's experts for the tokens x, the chosen experts and their weights."""
@@ -109,9 +127,7 @@ class AdaptedExperts(nn.Module):
     def _drop(self, v: Tensor, p: float) -> Tensor:
         return F.dropout(v, p) if self.training and p > 0 else v
 
-    @torch.no_grad()
-    def change(self, frozen: Any, part: str, e: int) -> Tensor:
-        """s B_e A_e in the layout of ``frozen``'s parameter, in float64."""
-        lora: Any = self.get_submodule(part)
-        delta_OD = self.scale * lora.B[e].double().t() @ lora.A[e].double()
-        return delta_OD.t() if frozen.is_transposed else delta_OD
+    def low_rank(self, name: str) -> dict[str, LowRank]:
+        """What is added to the experts' parameters, by the parameters' names."""
+        loras: dict[str, Any] = dict(self.named_children())
+        return {f"{name}.{part}": LowRank(lora.A, self.scale * lora.B) for part, lora in loras.items()}

@@ -22,7 +22,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.initialization import no_init_weights
 from transformers.pytorch_utils import Conv1D
 
-from talklora_pl.adapter.targets import is_linear, widths
+from talklora_pl.sites.targets import is_linear, widths
 
 TOKENS = 2
 
