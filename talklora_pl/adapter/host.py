@@ -105,7 +105,7 @@ class Adapted:
 
     def frozen_forward(self, *args: Any, **kwargs: Any) -> Any:
         """The module's own forward, without any adapter."""
-        return self.frozen_class.forward(self, *args, **kwargs)  # type: ignore[arg-type]
+        return self.frozen_class.forward(self, *args, **kwargs)
 
 
 _classes: dict[type, type] = {}

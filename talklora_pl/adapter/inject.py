@@ -195,7 +195,7 @@ def _build_layers(
 ) -> Layers:
     """Adapter layers by module name, registered in ``adapter`` but not yet attached to the model."""
     site = config.experts.site
-    modules = site.find(model, config.targets, config.exclude, config.layers)
+    modules = site.find(model, config.targets, config.exclude, config.layers, keep=allocation or ())
     specs = _specs(model, modules, config, _experts_of(modules, config, allocation), device)
     blocks: dict[str, BlockMixture] = {}
     built: Layers = {}

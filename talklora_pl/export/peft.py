@@ -6,7 +6,6 @@ from collections import Counter
 from pathlib import Path
 
 import torch
-import transformers
 from safetensors.torch import save_file
 from torch import Tensor
 from transformers import PretrainedConfig
@@ -30,7 +29,7 @@ def write_peft(folder: Path, tensors: dict[str, Tensor], metadata: AdapterMetada
         return False
     head = HEADS[metadata.base.task or "causal_lm"]
     with torch.device("meta"):
-        model = getattr(transformers, head.auto_class).from_config(config)
+        model = head.auto(config).from_config(config)
     adapter, built = build(model, metadata.exact_config(options), experts, device="cpu")
     adapter.load_state_dict({k: tensors[k] for k in adapter.state_dict()}, assign=True)
     saved = {k.removeprefix("base."): v for k, v in tensors.items() if k.startswith("base.")}

@@ -5,7 +5,7 @@ T tokens, D input and output width, H hidden width.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Container
 from dataclasses import dataclass
 from typing import Any
 
@@ -74,7 +74,11 @@ def _computes_as_named(block: Any, parts: GatedFFN) -> bool:
 
 
 def find_gated(
-    model: nn.Module, targets: list[str] | str, exclude: list[str] | str, layers: list[int] | str | None
+    model: nn.Module,
+    targets: list[str] | str,
+    exclude: list[str] | str,
+    layers: list[int] | str | None,
+    keep: Container[str] = (),
 ) -> dict[str, nn.Module]:
     """The gated feed-forward blocks that the options of :func:`~talklora_pl.sites.targets.find_targets` choose.
 
@@ -82,7 +86,7 @@ def find_gated(
         UserError: the targets match nothing, or something else.
     """
     modules = {n: m for n, m in model.named_modules() if n and in_base(n)}
-    found = only_reached(model, select(modules, targets, exclude, layers), targets)
+    found = only_reached(model, select(modules, targets, exclude, layers), targets, keep)
     for name, module in found.items():
         try:
             parts = gated_ffn(module)

@@ -17,13 +17,18 @@ from talklora_pl.sites.reached import TrialFailed, unreached
 from talklora_pl.sites.targets import is_linear, matches, select
 
 
-def only_reached(model: nn.Module, found: Mapping[str, nn.Module], targets: list[str] | str) -> dict[str, nn.Module]:
-    """``found`` without Linears, or blocks of them, that a text does not reach. One whose whole name is given stays.
+def only_reached(
+    model: nn.Module, found: Mapping[str, nn.Module], targets: list[str] | str, keep: Container[str] = ()
+) -> dict[str, nn.Module]:
+    """``found`` without Linears, or blocks of them, that a text does not reach.
+
+    Those stay whose whole names are given in ``targets`` or are in ``keep``.
 
     Raises:
         UserError: nothing would be left.
     """
     given = set() if isinstance(targets, str) else set(targets)
+    given.update(name for name in found if name in keep)
     if given.issuperset(found):
         return dict(found)
     try:
@@ -37,14 +42,16 @@ def only_reached(model: nn.Module, found: Mapping[str, nn.Module], targets: list
     idle = [name for name, module in found.items() if name not in given and _is_dead(name, module, dead)]
     if not idle:
         return dict(found)
-    count = f"{len(idle)} of {len(found)} {'is' if len(idle) == 1 else 'are'}"
+    count = f"{len(idle)} of {len(found)} modules"
     remedy = "To adapt them all the same, in a training loop that feeds them, list their whole names."
     if len(idle) == len(found):
         raise UserError(
             f"targets: {targets!r} match only modules that the model does not run through on a text, and there is "
             f"nothing to learn there: {summary(idle)}. {remedy}"
         )
-    _say(f"targets: {count} left out, since the model does not run through them on a text: {summary(idle)}. {remedy}")
+    _say(
+        f"targets: {count} are left out, since the model does not run through them on a text: {summary(idle)}. {remedy}"
+    )
     return {name: module for name, module in found.items() if name not in idle}
 
 

@@ -5,6 +5,7 @@ T tokens, D input width, O output width, E experts, R rank per expert, F feature
 
 from __future__ import annotations
 
+from collections.abc import Container
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
@@ -77,9 +78,14 @@ class LinearSite(Site):
     in_blocks = True
 
     def find(
-        self, model: nn.Module, targets: list[str] | str, exclude: list[str] | str, layers: list[int] | str | None
+        self,
+        model: nn.Module,
+        targets: list[str] | str,
+        exclude: list[str] | str,
+        layers: list[int] | str | None,
+        keep: Container[str] = (),
     ) -> dict[str, nn.Module]:
-        return only_reached(model, find_targets(model, targets, exclude, layers), targets)
+        return only_reached(model, find_targets(model, targets, exclude, layers), targets, keep)
 
     def widths(self, module: nn.Module) -> tuple[int, ...]:
         if is_mixture(module):
