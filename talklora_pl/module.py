@@ -114,7 +114,9 @@ class FineTuner(L.LightningModule):
         def inject() -> None:
             nonlocal groups
             if model is not None:
-                config.experts.site.find(model, config.targets, config.exclude, config.layers)
+                config.experts.site.find(
+                    model, config.targets, config.exclude, config.layers, keep=self.allocation or ()
+                )
             if not problems:
                 # a rule that reads weights has none to read here
                 self._inject(model, config.before_allocation())

@@ -63,10 +63,9 @@ def load_base(base: BaseModel, device: str | torch.device | None = None, meta: b
         UserError: nothing is there, it cannot be read, or it does not do the task.
     """
     import torch
-    import transformers
 
     config = load_config(base)
-    auto = getattr(transformers, base.head.auto_class)
+    auto = base.head.auto(config)
     runs_on = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     options: dict[str, Any] = {"dtype": pick_dtype(base.dtype, runs_on), "trust_remote_code": base.trust_remote_code}
     attention = base.attn_implementation or ("eager" if runs_on.type == "cpu" else None)

@@ -6,7 +6,6 @@ import os
 from pathlib import Path
 from typing import Any
 
-import transformers
 from transformers import AutoConfig, PretrainedConfig, PreTrainedModel
 
 from talklora_pl.adapter.files import open_tensors, read_json, shapes_of, short
@@ -64,9 +63,10 @@ def from_pretrained(
         path, base_revision = _where(here, settings, base, base_revision)
         hub["revision"] = base_revision
         base_config = _base_config(here, path, config, hub)
-        if any(head.classifies for head in HEADS.values() if head.auto_class == auto_class):
+        head = next(head for head in HEADS.values() if head.auto_class == auto_class)
+        if head.classifies:
             _take_labels(here, base_config)
-        loaded = _load(getattr(transformers, auto_class), path, config=base_config, **hub, **options)
+        loaded = _load(head.auto(base_config), path, config=base_config, **hub, **options)
         model, info = loaded if options.get("output_loading_info") else (loaded, None)
     plugins = [plugins] if isinstance(plugins, str) else plugins
     load_adapter(model, here, check_base=check_base, plugins=plugins)

@@ -5,6 +5,7 @@ T tokens, t tokens of one expert, D input and output width, H hidden width, E ex
 
 from __future__ import annotations
 
+from collections.abc import Container
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
@@ -96,9 +97,14 @@ class FFNSite(Site):
     nonlinear = "whole feed-forward blocks"
 
     def find(
-        self, model: nn.Module, targets: list[str] | str, exclude: list[str] | str, layers: list[int] | str | None
+        self,
+        model: nn.Module,
+        targets: list[str] | str,
+        exclude: list[str] | str,
+        layers: list[int] | str | None,
+        keep: Container[str] = (),
     ) -> dict[str, nn.Module]:
-        return find_gated(model, targets, exclude, layers)
+        return find_gated(model, targets, exclude, layers, keep)
 
     def widths(self, module: nn.Module) -> tuple[int, ...]:
         outer, hidden = gated_ffn(module).width(module)
