@@ -1,4 +1,4 @@
-"""Training loops other than FineTuner: what needs the routing says so, once; the documented calls do what is missing."""
+"""Training loops other than FineTuner: what needs the routing says so, once; documented calls do what is missing."""
 
 from __future__ import annotations
 
