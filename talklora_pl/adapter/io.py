@@ -19,13 +19,12 @@ from talklora_pl.adapter.files import (
     open_tensors,
     shapes_of,
     short,
-    write_files,
 )
 from talklora_pl.adapter.fingerprint import agree, fingerprint
 from talklora_pl.adapter.host import adapter_set, base_alone, get_adapter
 from talklora_pl.adapter.hub import local_folder
 from talklora_pl.adapter.inject import Adapter, Layers, build, check_name, install, selected_parameters
-from talklora_pl.adapter.metadata import AdapterMetadata, BaseInfo, read_metadata
+from talklora_pl.adapter.metadata import AdapterMetadata, BaseInfo, read_metadata, write_files
 from talklora_pl.errors import UserError
 from talklora_pl.names import ADAPTERS, base_parameters, in_base
 from talklora_pl.registry import import_plugins
