@@ -2,8 +2,8 @@
 
 It is made of names, shapes and 1,024 numbers spread evenly over all frozen tensors, each rounded to bfloat16. So it
 costs milliseconds for any size of model, is the same for float64, float32 and bfloat16 loads of the same weights, and
-float16 loads compare equal within rounding. Of the token embedding and the output head only the first rows count: a base
-with a padded or larger vocabulary is the same base. It tells models apart; it is no protection against an attacker.
+float16 loads compare equal within rounding. Of the token embedding and the output head only the first rows count: a
+base with a padded or larger vocabulary is the same base. It tells models apart; it is no protection against an attacker.
 """
 
 from __future__ import annotations
@@ -31,8 +31,8 @@ VOCABULARY_ROWS = 16
 def fingerprint(model: nn.Module, without: Iterable[str] = (), like: str | None = None) -> str | None:
     """``2:<digest of names and shapes>:<samples, base64>``, or None where weights cannot be read as numbers.
 
-    That is so for quantised bases, tensors of classes other than torch's own, and on the meta device. Weights sharded as
-    DTensors take one all-reduce of the samples, so every process has to call this.
+    That is so for quantised bases, tensors of classes other than torch's own, and on the meta device. Weights sharded
+    as DTensors take one all-reduce of the samples, so every process has to call this.
 
     Args:
         without: names of parameters that are no part of the frozen base: those trained along.

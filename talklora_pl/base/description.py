@@ -19,8 +19,8 @@ class Description:
     """Facts of a base model.
 
     Attributes:
-        pad_id: fills short rows. A classifier pools at the last token that is not this one, so the model has to know the
-            same id. Any id that is not part of a text does (the attention mask says what is real).
+        pad_id: fills short rows. A classifier pools at the last token that is not this one, so the model has to know
+            the same id. Any id that is no part of a text does (the attention mask says what is real).
         vocab_size: rows of the token embedding; None: it has no such table.
         num_tokens: ids that the tokenizer can give, those of added tokens included.
         beyond: tokens for which the embedding has no row, by id. Placeholders of images, video and sound do not count:

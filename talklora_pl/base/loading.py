@@ -91,7 +91,7 @@ def vocabulary(model: Any) -> dict[int, Tensor]:
 
 @torch.no_grad()
 def grow_vocabulary(model: Any, num_tokens: int) -> None:
-    """Give embedding and head a row for each of ``num_tokens`` tokens, and unfreeze them; new rows are the mean of all."""
+    """Give embedding and head a row for each token, and unfreeze them; a new row is the mean of the old ones."""
     rows = model.get_input_embeddings().weight.shape[0]
     model.resize_token_embeddings(num_tokens, mean_resizing=False)
     for p in vocabulary(model).values():
