@@ -92,14 +92,19 @@ def adapter_metadata(model: nn.Module, name: str = "default", **base: Any) -> Ad
         **base,
     }
     if "fingerprint" not in known:
-        with base_alone(model):
-            known["fingerprint"] = fingerprint(model, base_tensors(model, name))
+        known["fingerprint"] = base_fingerprint(model, name)
     return AdapterMetadata(
         base=BaseInfo(**known),
         adapter=adapter.config.to_dict(),
         experts_per_layer={n: e for n, e in adapter.experts_per_layer.items() if n not in adapter.plain_layers},
         plain_layers=list(adapter.plain_layers),
     )
+
+
+def base_fingerprint(model: nn.Module, name: str = "default", like: str | None = None) -> str | None:
+    """:func:`~talklora_pl.adapter.fingerprint.fingerprint` of what an adapter does not train."""
+    with base_alone(model):
+        return fingerprint(model, base_tensors(model, name), like)
 
 
 def save_adapter(model: nn.Module, folder: str | os.PathLike[str], name: str = "default", **base: Any) -> Path:

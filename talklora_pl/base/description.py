@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -20,14 +21,15 @@ class Description:
 
     Attributes:
         pad_id: fills short rows. A classifier pools at the last token that is not this one, so the model has to know
-            the same id. Any id that is no part of a text does (the attention mask says what is real).
+            the same id, see :func:`pool_before`. Any id that is no part of a text does: the attention mask says what
+            is real.
         vocab_size: rows of the token embedding; None: it has no such table.
         num_tokens: ids that the tokenizer can give, those of added tokens included.
         beyond: tokens for which the embedding has no row, by id. Placeholders of images, video and sound do not count:
             multimodal families share a tokenizer with their models of text alone.
         context_length: tokens of the longest sequence that the model can read; None: no limit is known.
         default_length: tokens of a sequence where nobody says.
-        eos_ids: tokens that end a text, by the tokenizer first.
+        eos_ids: tokens that end a text, the tokenizer's first.
         generation: how the base generates by default.
     """
 
@@ -59,21 +61,24 @@ def describe(
     text = text_config(config)
     vocab_size = getattr(text, "vocab_size", None)
     tokens = {i: token for token, i in tokenizer.get_vocab().items()} if tokenizer is not None else {}
+    num_tokens = max(tokens, default=-1) + 1
+    rows = math.inf if vocab_size is None else max(vocab_size, num_tokens)  # it may grow
     media = _media_tokens(tokenizer)
-    beyond = {i: tokens[i] for i in sorted(tokens) if vocab_size is not None and i >= vocab_size}
-    eos_ids = _ids([tokenizer, generation, text, config], "eos_token_id")
-    # the tokenizer's own first: it alone says what never occurs in a text
-    pads = (*_ids([tokenizer], "pad_token_id", "eos_token_id"), *_ids([text, config], "pad_token_id"), *eos_ids)
     context = context_length(config)
-    default = context or getattr(tokenizer, "model_max_length", DEFAULT_LENGTH)
+    ends = _ids([tokenizer], "eos_token_id")
+    # only added tokens end a text: some configurations name an id that is a letter to the tokenizer
+    added = getattr(tokenizer, "added_tokens_decoder", None)
+    ends += tuple(i for i in _ids([generation, text, config], "eos_token_id") if added is None or i in added)
+    # the tokenizer's own first: it alone says what never occurs in a text
+    pads = (*_ids([tokenizer], "pad_token_id", "eos_token_id"), *_ids([text, config], "pad_token_id"), *ends)
     return Description(
-        pad_id=next((i for i in pads if vocab_size is None or i < vocab_size), 0),
+        pad_id=next((i for i in pads if i < rows), 0),
         vocab_size=vocab_size,
-        num_tokens=max(tokens, default=-1) + 1,
-        beyond={i: token for i, token in beyond.items() if token not in media},
+        num_tokens=num_tokens,
+        beyond={i: tokens[i] for i in sorted(tokens) if i >= (vocab_size or rows) and tokens[i] not in media},
         context_length=context,
-        default_length=min(DEFAULT_LENGTH, default),
-        eos_ids=eos_ids,
+        default_length=min(DEFAULT_LENGTH, context or getattr(tokenizer, "model_max_length", DEFAULT_LENGTH)),
+        eos_ids=tuple(dict.fromkeys(ends)),
         generation=generation,
     )
 
@@ -84,6 +89,21 @@ def text_config(config: PretrainedConfig) -> Any:
         return config.get_text_config()
     except ValueError:  # it has a text encoder and a decoder
         return config.get_text_config(decoder=True)
+
+
+def is_encoder(config: PretrainedConfig) -> bool:
+    """Whether the model reads a whole text, as BERT does, and cannot continue one."""
+    return _has_masked_lm(config) and not getattr(config, "is_decoder", False)
+
+
+def pool_before(config: PretrainedConfig, pad_id: int) -> None:
+    """Let a decoder that classifies pool at its last token that is not ``pad_id``.
+
+    Encoders pool elsewhere, and RoBERTa counts its positions from its own pad.
+    """
+    for part in (config, text_config(config)):
+        if not is_encoder(config) or getattr(part, "pad_token_id", None) is None:
+            part.pad_token_id = pad_id
 
 
 def context_length(config: PretrainedConfig) -> int | None:
@@ -105,9 +125,8 @@ def _unusable_positions(config: PretrainedConfig) -> int:
     ``padding_idx`` + 1, which only their code says."""
     import torch
     from transformers import AutoModel
-    from transformers.models.auto.modeling_auto import MODEL_FOR_MASKED_LM_MAPPING_NAMES as ENCODERS
 
-    if config.model_type not in ENCODERS:
+    if not _has_masked_lm(config):
         return 0
     small = copy.deepcopy(config)
     small.num_hidden_layers = 1
@@ -118,6 +137,12 @@ def _unusable_positions(config: PretrainedConfig) -> int:
         return 0
     tables = [m for n, m in model.named_modules() if n.endswith("position_embeddings")]
     return max((m.padding_idx + 1 for m in tables if getattr(m, "padding_idx", None) is not None), default=0)
+
+
+def _has_masked_lm(config: PretrainedConfig) -> bool:
+    from transformers.models.auto.modeling_auto import MODEL_FOR_MASKED_LM_MAPPING_NAMES as ENCODERS
+
+    return config.model_type in ENCODERS
 
 
 def _ids(sources: list[Any], *names: str) -> tuple[int, ...]:

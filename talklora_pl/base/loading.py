@@ -6,7 +6,7 @@ A parameter that is made up is left trainable; everything else of the base is fr
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -75,11 +75,6 @@ def new_modules(model: nn.Module) -> list[str]:
     return list(dict.fromkeys(n.rpartition(".")[0] for n, p in model.named_parameters() if p.requires_grad))
 
 
-def find_stored(name: str, prefix: str, stored: Iterable[str]) -> str | None:
-    """Under which name a checkpoint stores a parameter; it may be that of the model without its head, or with one."""
-    return next((key for key in (name, name.removeprefix(prefix), prefix + name) if key in stored), None)
-
-
 # --- the vocabulary
 
 
@@ -94,6 +89,7 @@ def grow_vocabulary(model: Any, num_tokens: int) -> None:
     """Give embedding and head a row for each token, and unfreeze them; a new row is the mean of the old ones."""
     rows = model.get_input_embeddings().weight.shape[0]
     model.resize_token_embeddings(num_tokens, mean_resizing=False)
+    rank_zero_info(f"The vocabulary grows from {rows} to {num_tokens} rows; it is trained and saved with the adapter.")
     for p in vocabulary(model).values():
         p[rows:] = p[:rows].float().mean(0).to(p.dtype)
         p.requires_grad_(True)

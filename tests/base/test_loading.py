@@ -85,7 +85,7 @@ def test_a_body_with_holes_is_refused(auto: Any, lost: str, tmp_path: Path) -> N
 
 def test_a_language_model_without_its_head_is_refused(tmp_path: Path) -> None:
     save(tmp_path, AutoModelForSequenceClassification, tiny("llama"))
-    with pytest.raises(UserError, match="lack lm_head.weight"):
+    with pytest.raises(UserError, match=r"lack lm_head\.weight"):
         load(tmp_path, AutoModelForCausalLM)
 
 
