@@ -3,7 +3,7 @@
 It is made of names, shapes and 1,024 numbers spread evenly over all frozen tensors, each rounded to bfloat16. So it
 costs milliseconds for any size of model, is the same for float64, float32 and bfloat16 loads of the same weights, and
 float16 loads compare equal within rounding. Of the token embedding and the output head only the first rows count: a
-base with a padded or larger vocabulary is the same base. It tells models apart; it is no protection against an attacker.
+base whose vocabulary is padded is the same base. It tells models apart; it is no protection against an attacker.
 """
 
 from __future__ import annotations

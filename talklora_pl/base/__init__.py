@@ -78,8 +78,8 @@ def load_base(base: BaseModel, device: str | torch.device | None = None, meta: b
     facts = describe_base(base, config)
     if facts.beyond and not base.resize_embeddings:
         raise UserError(
-            f"model.base.path: the tokenizer of {base.path!r} has {facts.num_tokens} tokens, the embedding of the model "
-            f"has {facts.vocab_size} rows: none for {_named(facts.beyond)}. Use the tokenizer that the model was trained "
+            f"model.base.path: the tokenizer of {base.path!r} has {facts.num_tokens} tokens, the model's embedding has "
+            f"{facts.vocab_size} rows: none for {_named(facts.beyond)}. Use the tokenizer that the model was trained "
             "with, or model.base.resize_embeddings: true, which adds rows and trains them."
         )
     auto = getattr(transformers, base.head.auto_class)

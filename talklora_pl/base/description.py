@@ -70,7 +70,8 @@ def describe(
     added = getattr(tokenizer, "added_tokens_decoder", None)
     ends += tuple(i for i in _ids([generation, text, config], "eos_token_id") if added is None or i in added)
     # the tokenizer's own first: it alone says what never occurs in a text
-    pads = (*_ids([tokenizer], "pad_token_id", "eos_token_id"), *_ids([text, config], "pad_token_id"), *ends)
+    pads = (*_ids([tokenizer], "pad_token_id", "eos_token_id"), *_ids([text, config], "pad_token_id"))
+    pads += _ids([text, config], "eos_token_id")
     return Description(
         pad_id=next((i for i in pads if i < rows), 0),
         vocab_size=vocab_size,

@@ -6,7 +6,7 @@ A parameter that is made up is left trainable; everything else of the base is fr
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
@@ -47,13 +47,14 @@ def settle(model: Any, path: str, report: Mapping[str, Any], new_head: bool) -> 
         )
     for name in made_up:
         parameters[name].requires_grad_(True)
-        if name in mismatched and name.endswith("weight"):
-            (had, *_), (wanted, *_) = mismatched[name]
-            rank_zero_info(f"{path}: {name} has {had} rows, this task needs {wanted}; it begins anew.")
-    if modules := new_modules(model):
+    along = "at random at first, trained and saved with the adapter."
+    if others := [n for n in made_up if n in mismatched and n.endswith("weight")]:
+        (had, *_), (wanted, *_) = mismatched[others[0]]
         rank_zero_info(
-            f"{path} has no {', '.join(modules)} for this task: random at first, trained and saved with the adapter."
+            f"The head of {path} ({others[0]}) has {had} classes, this run {wanted}. The head is new: {along}"
         )
+    if lacking := _modules(n for n in made_up if n not in mismatched):
+        rank_zero_info(f"{path} lacks {' and '.join(lacking)}: {along}")
     foreign = sorted(n for n in report["unexpected_keys"] if not new_head or _in_layer(n))
     if foreign:
         rank_zero_warn(
@@ -72,7 +73,7 @@ def after_layers(model: nn.Module) -> list[str]:
 
 def new_modules(model: nn.Module) -> list[str]:
     """Modules of a base, just loaded, that have trainable parameters: what the adapter has to train and save."""
-    return list(dict.fromkeys(n.rpartition(".")[0] for n, p in model.named_parameters() if p.requires_grad))
+    return _modules(n for n, p in model.named_parameters() if p.requires_grad)
 
 
 # --- the vocabulary
@@ -87,9 +88,11 @@ def vocabulary(model: Any) -> dict[int, Tensor]:
 @torch.no_grad()
 def grow_vocabulary(model: Any, num_tokens: int) -> None:
     """Give embedding and head a row for each token, and unfreeze them; a new row is the mean of the old ones."""
-    rows = model.get_input_embeddings().weight.shape[0]
+    weight = model.get_input_embeddings().weight
+    rows = len(weight)
+    if not weight.is_meta:
+        say_growth(rows, num_tokens)
     model.resize_token_embeddings(num_tokens, mean_resizing=False)
-    rank_zero_info(f"The vocabulary grows from {rows} to {num_tokens} rows; it is trained and saved with the adapter.")
     for p in vocabulary(model).values():
         p[rows:] = p[:rows].float().mean(0).to(p.dtype)
         p.requires_grad_(True)
@@ -99,6 +102,14 @@ def grown(stored: Tensor, rows: int) -> Tensor:
     """A stored matrix of the vocabulary as :func:`grow_vocabulary` makes it."""
     mean = stored.float().mean(0, keepdim=True).to(stored.dtype)
     return torch.cat([stored, mean.expand(rows - len(stored), *stored.shape[1:])])
+
+
+def say_growth(rows: int, num_tokens: int) -> None:
+    rank_zero_info(f"The vocabulary grows from {rows} to {num_tokens} rows; it is trained and saved with the adapter.")
+
+
+def _modules(parameters: Iterable[str]) -> list[str]:
+    return list(dict.fromkeys(n.rpartition(".")[0] for n in parameters))
 
 
 def _in_layer(name: str) -> bool:

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 from torch.distributed.tensor import DTensor
 
-from talklora_pl.base.loading import after_layers, grown, vocabulary
+from talklora_pl.base.loading import after_layers, grown, say_growth, vocabulary
 from talklora_pl.base.weights import SafetensorsWeights
 from talklora_pl.errors import UserError
 from talklora_pl.internals.torch import own_part
@@ -43,7 +43,8 @@ def fill_from_files(model: Any, shard_device: torch.device, device: torch.device
         key = _stored_name(model, name, files)
         if key is not None and id(tensor) not in content:
             stored = files.tensor(key)
-            if tensor.requires_grad and id(tensor) in of_tokens:
+            if tensor.requires_grad and id(tensor) in of_tokens and len(stored) < len(tensor):
+                say_growth(len(stored), len(tensor))
                 stored = grown(stored, len(tensor))
             if tensor.requires_grad and stored.shape != tensor.shape:
                 continue  # a new head in the place of another

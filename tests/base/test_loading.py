@@ -71,7 +71,7 @@ def test_another_number_of_classes_is_a_new_head(tmp_path: Path, notices: Notice
     assert new_modules(load(tmp_path, AutoModelForSequenceClassification)) == []
     model = load(tmp_path, AutoModelForSequenceClassification, num_labels=2)
     assert new_modules(model) == ["score"] and model.score.weight.shape[0] == 2
-    assert "score.weight has 3 rows, this task needs 2" in notices[0]
+    assert "BASE (score.weight) has 3 classes, this run 2. The head is new" in notices[0]
 
 
 @pytest.mark.parametrize("auto", [AutoModelForCausalLM, AutoModelForSequenceClassification])
