@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from talklora_pl.adapter import Adapter, AdapterConfig, disable_adapter, inject
 from talklora_pl.adapter.io import adapter_metadata, base_fingerprint, state_tensors
 from talklora_pl.adapter.metadata import AdapterMetadata
-from talklora_pl.base import BaseModel, describe_base, load_base, load_tokenizer, portable
+from talklora_pl.base import BaseModel, describe_base, load_base, load_generation, load_tokenizer, portable
 from talklora_pl.base.description import Description
 from talklora_pl.base.loading import new_modules, settle
 from talklora_pl.callbacks.allocation import ExpertAllocation, refuse_other_allocation
@@ -125,7 +125,17 @@ class FineTuner(L.LightningModule):
                 self._inject(model, config.before_allocation())
                 groups = grouped(trained_tensors(model), self.param_groups)
 
-        for part in (config.validate, load, inject, lambda: try_optimizer(self.optimizer, self.lr_scheduler, groups)):
+        def generation() -> None:
+            if self.evaluation.generation == "base":
+                load_generation(self.base)
+
+        for part in (
+            config.validate,
+            load,
+            generation,
+            inject,
+            lambda: try_optimizer(self.optimizer, self.lr_scheduler, groups),
+        ):
             try:
                 part()
             except UserError as e:

@@ -17,7 +17,7 @@ from talklora_pl.errors import UserError
 
 if TYPE_CHECKING:
     import torch
-    from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+    from transformers import GenerationConfig, PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 T = TypeVar("T")
 
@@ -92,7 +92,7 @@ def load_base(base: BaseModel, device: str | torch.device | None = None, meta: b
         with torch.device("meta"):
             model = _explain(base, lambda: auto.from_config(config, **options)).requires_grad_(False)
     else:
-        options |= {"config": config, "revision": base.revision}
+        options |= {"config": config, "revision": base.revision, "generation_config": facts.generation}
         options |= {"output_loading_info": True, "ignore_mismatched_sizes": True}  # settle() says what does not fit
         model, report = _explain(base, lambda: auto.from_pretrained(resolve(base.path), **options))
         settle(model.requires_grad_(False), base.path, report, base.head.classifies)
@@ -111,15 +111,32 @@ def describe_base(base: BaseModel, config: PretrainedConfig | None = None) -> De
     Raises:
         UserError: there is no configuration, or it cannot be read.
     """
-    from transformers import GenerationConfig
-
     config = config or load_config(base)
     tokenizer = generation = None
-    with suppress(UserError):  # whoever needs it says so
+    with suppress(UserError):  # whoever needs one of them says so
         tokenizer = load_tokenizer(base)
-    with suppress(OSError, ValueError, TypeError):  # few bases have one
-        generation = GenerationConfig.from_pretrained(resolve(base.path), revision=base.revision)
+    with suppress(UserError):
+        generation = load_generation(base)
     return describe(config, tokenizer, generation)
+
+
+def load_generation(base: BaseModel) -> GenerationConfig | None:
+    """How the base generates by default; None if it does not say.
+
+    Raises:
+        UserError: what it says cannot be used.
+    """
+    from transformers import GenerationConfig
+
+    try:
+        return GenerationConfig.from_pretrained(resolve(base.path), revision=base.revision)
+    except OSError:  # no such file
+        return None
+    except (ValueError, TypeError, AttributeError) as e:
+        raise UserError(
+            f"model.evaluation.generation: base: the generation_config.json of {base.path!r} cannot be used: "
+            f"{_first_line(e)} Use greedy."
+        ) from e
 
 
 def load_config(base: BaseModel) -> PretrainedConfig:
