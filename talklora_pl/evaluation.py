@@ -6,6 +6,7 @@ B rows, S tokens, Q questions, C choices, N positions whose token is scored, V v
 from __future__ import annotations
 
 import copy
+import functools
 import json
 import math
 import re
@@ -16,6 +17,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 import torch.nn.functional as F
+from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 from torchmetrics import Metric
 
@@ -143,10 +145,17 @@ class Generation:
         Returns:
             each text and the mean log-likelihood of its tokens, its end among them: what choices are ranked by.
         """
-        asked, device, pad = [ids.tolist() for ids in prompts], prompts[0].device, self.facts.pad_id
+        device, pad = prompts[0].device, self.facts.pad_id
+        new = self.options.max_new_tokens
+        if self.facts.positions is not None:
+            new = min(new, max(1, self.facts.positions - max(map(len, prompts))))
+            prompts = [ids[max(0, len(ids) + new - self.facts.positions) :] for ids in prompts]
+            if new < self.options.max_new_tokens:
+                _say_cut(self.facts.positions, self.options.max_new_tokens)
+        asked = [ids.tolist() for ids in prompts]
         left = to_device(masked(asked, pad, left=True), device)  # all end alike
         ends = {self.eos_id, *self.facts.eos_ids}
-        config = self._config(sorted(ends))
+        config = self._config(new, sorted(ends))
         before, self.model.generation_config = self.model.generation_config, config  # it fills what ours leaves open
         try:
             out = self.model.generate(
@@ -166,11 +175,11 @@ class Generation:
         texts = self.tokenizer.batch_decode(answers, skip_special_tokens=True)
         return list(zip(texts, (-nll_B / tokens_B).tolist()))
 
-    def _config(self, ends: list[int]) -> GenerationConfig:
+    def _config(self, new: int, ends: list[int]) -> GenerationConfig:
         from transformers import GenerationConfig
 
         fixed: dict[str, Any] = {
-            "max_new_tokens": self.options.max_new_tokens,
+            "max_new_tokens": new,
             "use_cache": True,
             "pad_token_id": self.facts.pad_id,
             "eos_token_id": ends,
@@ -182,6 +191,14 @@ class Generation:
             fixed["num_beams"] = self.options.num_beams
         config.update(**fixed, max_length=None, num_return_sequences=1, return_dict_in_generate=False)
         return config
+
+
+@functools.cache  # once
+def _say_cut(positions: int, asked: int) -> None:
+    rank_zero_warn(
+        f"Some prompts leave no room for model.evaluation.max_new_tokens: {asked} among the {positions} positions that "
+        "the model has. Their answers are shorter; a smaller data.max_length leaves more room."
+    )
 
 
 def _until(ends: set[int], ids: list[int]) -> list[int]:

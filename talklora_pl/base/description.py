@@ -28,6 +28,8 @@ class Description:
         beyond: tokens for which the embedding has no row, by id. Placeholders of images, video and sound do not count:
             multimodal families share a tokenizer with their models of text alone.
         context_length: tokens of the longest sequence that the model can read; None: no limit is known.
+        positions: the same where the model cannot take one step more (a table of positions, as GPT-2 has it); None
+            where it computes them (rotary ones), so that generating may go beyond.
         default_length: tokens of a sequence where nobody says.
         eos_ids: tokens that end a text, the tokenizer's first.
         generation: how the base generates by default.
@@ -38,6 +40,7 @@ class Description:
     num_tokens: int
     beyond: dict[int, str]
     context_length: int | None
+    positions: int | None
     default_length: int
     eos_ids: tuple[int, ...]
     generation: GenerationConfig
@@ -78,6 +81,7 @@ def describe(
         num_tokens=num_tokens,
         beyond={i: tokens[i] for i in sorted(tokens) if i >= (vocab_size or rows) and tokens[i] not in media},
         context_length=context,
+        positions=None if _rope(text) else context,
         default_length=min(DEFAULT_LENGTH, context or getattr(tokenizer, "model_max_length", DEFAULT_LENGTH)),
         eos_ids=tuple(dict.fromkeys(ends)),
         generation=generation,
@@ -114,11 +118,15 @@ def context_length(config: PretrainedConfig) -> int | None:
     length = getattr(text, "max_position_embeddings", None) or getattr(text, "max_seq_len", None)
     if not isinstance(length, int) or not 0 < length < LONGEST:
         return None
-    rope = getattr(text, "rope_parameters", None) or getattr(text, "rope_scaling", None) or {}
+    rope = _rope(text)
     factor, original = rope.get("factor"), rope.get("original_max_position_embeddings")
     if isinstance(factor, (int, float)):  # Qwen names the length before YaRN, Llama the one that it reaches
         length = max(length, int(factor * (original or length)))
     return length - _unusable_positions(config)
+
+
+def _rope(text: Any) -> dict[str, Any]:
+    return getattr(text, "rope_parameters", None) or getattr(text, "rope_scaling", None) or {}
 
 
 def _unusable_positions(config: PretrainedConfig) -> int:

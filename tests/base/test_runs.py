@@ -261,16 +261,17 @@ DEFAULTS = [
 ]
 
 
-def answers(base: BaseModel, **options: Any) -> list[str]:
+def answers(base: BaseModel, texts: tuple[str, ...] = ("one", "three", "eleven"), **options: Any) -> list[str]:
     torch.manual_seed(0)
     module = FineTuner(
         base, AdapterConfig(rank=8, targets="all-linear"), evaluation=Evaluation(max_new_tokens=12, **options)
     )
     module.configure_model()
     tok = tokenizer()
-    rows = [tok(text).input_ids for text in ("one", "three", "eleven")]
-    batch = masked(rows, 0) | {"labels": torch.full((3, 7), -100)}
-    batch |= {"prompt_length": torch.tensor([len(r) for r in rows]), "answer": torch.full((3,), -1)}
+    rows = [tok(text).input_ids for text in texts]
+    batch = masked(rows, 0)
+    batch |= {"labels": torch.full_like(batch["input_ids"], -100), "answer": torch.full((len(rows),), -1)}
+    batch |= {"prompt_length": torch.tensor([len(r) for r in rows])}
     return [text for text, _ in module.eval().score(batch, generate=True).texts]  # type: ignore[misc]
 
 
@@ -308,6 +309,15 @@ def test_the_defaults_of_the_base_can_be_asked_for(tmp_path: Path) -> None:
     assert got[1] == tok.decode(model.generate(ids, max_new_tokens=12)[0, ids.shape[1] :], skip_special_tokens=True)
 
 
+@pytest.mark.parametrize("defaults", DEFAULTS, ids=lambda d: next(iter(d)))
+def test_one_answer_of_the_asked_length_whatever_the_base_says(defaults: dict[str, Any], tmp_path: Path) -> None:
+    base, tok = save(tmp_path, "llama"), tokenizer()
+    file = tmp_path / "generation_config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | defaults))
+    got = answers(base, generation="base")
+    assert len(got) == 3 and all(0 < len(tok(text).input_ids) <= 1 + 3 * 12 for text in got)  # half a letter: 3 bytes
+
+
 def test_any_of_the_bases_ends_ends_an_answer(tmp_path: Path) -> None:
     base = save(tmp_path, "phi", tok=with_tools(), vocab_size=266)
     model = load_base(base)
@@ -320,6 +330,20 @@ def test_any_of_the_bases_ends_ends_an_answer(tmp_path: Path) -> None:
 
 
 # --- context
+
+
+@pytest.mark.parametrize("kind", ["gpt2", "opt", "llama"])
+@pytest.mark.parametrize(("length", "new"), [(40, 12), (60, 4), (63, 1), (64, 1)])
+def test_answers_end_where_the_positions_do(kind: str, length: int, new: int, tmp_path: Path) -> None:
+    base, tok = save(tmp_path, kind, **FAMILIES[kind] | {"eos_token_id": None}), tokenizer()
+    prompt = "w" * (length - 1)  # and BOS
+    ids = tok(prompt, return_tensors="pt").input_ids
+    if kind == "llama":
+        new = 12  # its positions are computed
+    else:
+        ids = ids[:, max(0, length + new - 64) :]
+    want = load_base(base).generate(ids, max_new_tokens=new)[0, ids.shape[1] :]
+    assert answers(base, (prompt,)) == [tok.decode(want, skip_special_tokens=True)]
 
 
 def test_rows_are_cut_to_the_positions_that_can_be_used(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
