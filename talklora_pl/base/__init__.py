@@ -129,7 +129,7 @@ def load_generation(base: BaseModel) -> GenerationConfig | None:
     from transformers import GenerationConfig
 
     try:
-        return GenerationConfig.from_pretrained(resolve(base.path), revision=base.revision)
+        return GenerationConfig.from_pretrained(resolve(base.path), revision=base.revision or "main")
     except OSError:  # no such file
         return None
     except (ValueError, TypeError, AttributeError) as e:

@@ -38,8 +38,10 @@ def settle(model: Any, path: str, report: Mapping[str, Any], new_head: bool) -> 
     head = set(after_layers(model)) if new_head else set()
     if body := [n for n in made_up if n not in head]:
         name = body[0]
-        stored, need = mismatched.get(name, (None, None))
-        what = f"hold {name} as {list(stored)}, its config.json asks for {list(need)}" if stored else f"lack {name}"
+        what = f"lack {name}"
+        if name in mismatched:
+            stored, need = mismatched[name]
+            what = f"hold {name} as {list(stored)}, its config.json asks for {list(need)}"
         more = f" (and {len(body) - 1} more)" if len(body) > 1 else ""
         raise UserError(
             f"model.base.path: the weights in {path!r} {what}{more}. They would begin at random and stay so. Is it "
