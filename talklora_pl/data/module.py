@@ -13,7 +13,8 @@ import numpy as np
 from lightning.pytorch.utilities import rank_zero_info
 from torch.utils.data import DataLoader
 
-from talklora_pl.base import BaseModel, default_length, load_config, load_tokenizer, pad_id
+from talklora_pl.base import BaseModel, load_config, load_tokenizer
+from talklora_pl.base.description import describe
 from talklora_pl.data.batches import Batches
 from talklora_pl.data.prepare import Prepared, prepare
 from talklora_pl.data.sampler import EvalBatches, Position, TrainBatches
@@ -143,8 +144,9 @@ class TextData(L.LightningDataModule):
         wrong = [n for n, value in given_numbers.items() if value is not None and value < least[n]]
         problems = [f"data.{n}: {given_numbers[n]} is less than {least[n]}." for n in wrong]
         config, tokenizer = load_config(base), load_tokenizer(base)
-        context = getattr(config, "max_position_embeddings", None)
-        max_length = default_length(config) if self.max_length is None or "max_length" in wrong else self.max_length
+        facts = describe(config, tokenizer)
+        context = facts.context_length
+        max_length = facts.default_length if self.max_length is None or "max_length" in wrong else self.max_length
         if context is not None and max_length > context:
             problems.append(f"data.max_length: {max_length} is more than the model's context of {context} tokens.")
             max_length = context
@@ -156,7 +158,7 @@ class TextData(L.LightningDataModule):
                 f"data.labels: {len(classes)} classes, but the model has {num_classes} (model.base.num_labels)."
             )
             num_classes = len(classes)
-        self.pad_id = pad_id(tokenizer)
+        self.pad_id = facts.pad_id
         tokenize = Tokenize(tokenizer, max_length, self.eos_token, ends=not base.head.classifies)
         self.eos_id = tokenize.eos
         given = self.sources
