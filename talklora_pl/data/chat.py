@@ -2,8 +2,8 @@
 
 The conversation is rendered once as a whole. Where an answer begins and ends in it comes from the template's
 `{% generation %}` marks; else from what the template writes for the turns before it, where that is the beginning of the
-whole; else from the place of the answer's own text. Templates treat turns by what follows them (Qwen3 writes thoughts in
-the newest turns only, Mistral moves the system text), so a turn rendered by itself says nothing.
+whole; else from the place of the answer's own text. Templates treat turns by what follows them (Qwen3 writes thoughts
+in the newest turns only, Mistral moves the system text), so a turn rendered by itself says nothing.
 """
 
 from __future__ import annotations
@@ -18,8 +18,8 @@ from typing import Any, Literal
 
 from talklora_pl.data.encode import END, Encoder, alternatives
 from talklora_pl.data.source import BadRow
+from talklora_pl.inputs import NO_LOSS
 
-NO_LOSS = -100
 Turn = dict[str, Any]
 
 REASONING = ("reasoning_content", "reasoning", "thinking")
@@ -50,7 +50,7 @@ class Written:
     """A conversation as tokens.
 
     Attributes:
-        ids: what the template writes; after it the end-of-sequence token, if the template ends the last answer in no way.
+        ids: what the template writes; then the end-of-sequence token, if the template ends the last answer in no way.
         labels: of the same length, -100 where there is no loss (not shifted).
         start: tokens before the last answer: what generation starts from.
         marker: how many of them, at their end, are the template's opening of an answer.
@@ -138,13 +138,15 @@ class ChatTemplate:
         for a, b in tokens:
             labels[a:b] = ids[a:b]
         if last == len(turns) - 1 and not found[last].closed:
+            name = self.tokenizer.convert_ids_to_tokens(self.eos)
+            notices.append(f"ends with {name!r}, since the chat template writes no token after a last answer")
             labels = [*labels, self.eos if last in learned else NO_LOSS]
             if last in learned:  # with what the template writes after it
                 labels[first[0] : len(ids)] = ids[first[0] :]
             ids = [*ids, self.eos]
         return Written(ids, labels, first[0], first[0] - min(marker[0], first[0]), notices)
 
-    # -- rendering ------------------------------------------------------------------------------------------------------
+    # - rendering ------------------------------------------------------------------------------------------------------
 
     def _write(self, conversation: Conversation, open: bool = False) -> tuple[Conversation, str]:
         """The conversation as the template takes it, and what it writes."""
@@ -155,15 +157,15 @@ class ChatTemplate:
         given = Conversation(turns, protect(conversation.tools), protect(conversation.variables))
         try:
             return given, self._render(given, open)
-        except BadRow:
-            # the arguments of a call are an object to some templates and its JSON to others
-            other = replace(given, turns=[_other_arguments(turn) for turn in turns])
-            if other.turns == turns:
-                raise
-            try:
-                return other, self._render(other, open)
-            except BadRow:
-                pass
+        except BadRow as e:
+            # the arguments of a call are an object to some templates and its JSON to others; some want a content
+            for change in (_other_arguments, _with_content, lambda turn: _with_content(_other_arguments(turn))):
+                other = replace(given, turns=[change(turn) for turn in turns])
+                if other.turns != turns and (text := self._try(other, other.turns, open)) is not None:
+                    return other, text
+            unread = {key for turn in turns for key in turn if key not in ("role", "content", *MINOR)} - self._words
+            if unread:
+                raise BadRow(_unread(min(unread))) from e
             raise
 
     def _turn(self, turn: Turn) -> Turn:
@@ -196,24 +198,21 @@ class ChatTemplate:
         except BadRow:
             return None
 
-    # -- what the template does with plain turns ------------------------------------------------------------------------
+    # - what the template does with plain turns ------------------------------------------------------------------------
 
     def _probe(self) -> None:
         """How it opens and closes an answer, seen in a conversation of two questions and two answers."""
         q, a = _MARK + "q", _MARK + "a"
         turns: list[Turn] = [{"role": role, "content": text} for role, text in (("user", q), ("assistant", a))] * 2
+        parts: list[Turn] = [{**turn, "content": [{"type": "text", "text": turn["content"]}]} for turn in turns]
         empty = Conversation([])
-        whole, short, prompt = self._try(empty, turns), self._try(empty, turns[:2]), self._try(empty, turns[:1])
-        opened = self._try(empty, turns[:1], open=True)
-        parts = self._try(
-            empty, [{**turn, "content": [{"type": "text", "text": turn["content"]}]} for turn in turns[:2]]
-        )
-        if short is not None and a in short:
-            self._takes_parts = parts == short
-        elif parts is not None and a in parts:
-            self._takes_text = False
-            return
-        if None in (whole, short, prompt, opened) or not all(text in short for text in (q, a)):
+        by_text, by_parts = self._try(empty, turns[:2]), self._try(empty, parts[:2])
+        if a not in (by_text or ""):
+            self._takes_text, turns = a not in (by_parts or ""), parts
+        self._takes_parts = by_parts is not None and (by_parts == by_text or not self._takes_text)
+        whole, short, prompt = (self._try(empty, turns[:n]) or "" for n in (4, 2, 1))
+        opened = self._try(empty, turns[:1], open=True) or ""
+        if not all(text in short for text in (q, a)):
             return
         added = alternatives(self.encoder.added)
         middle, tail = _between(short, q, a), short[short.index(a) + len(a) :]
@@ -249,7 +248,7 @@ class ChatTemplate:
             words |= {node.name for node in program.find_all(nodes.Name)}
         return words
 
-    # -- the places of the answers --------------------------------------------------------------------------------------
+    # - the places of the answers --------------------------------------------------------------------------------------
 
     def _find(self, given: Conversation, whole: str) -> dict[int, Place | None]:
         """Turn of an answer -> where it is in the whole; None where it cannot be found."""
@@ -275,14 +274,18 @@ class ChatTemplate:
             assert text_end is not None
             text = _text(turn)
             text_start = max(at, text_end - _common_suffix(whole[:text_end], text.rstrip() or text))
-            keys = ((whole.rfind(key, at, text_start), key) for key in self._before)
-            start = next((j + len(key) for j, key in keys if j >= 0), text_start)
+            # an opening may share its last characters with what the text has before them
+            keys = ((whole.rfind(key, at, text_start + len(key) - 1), key) for key in self._before)
+            blank = 0 if self._opening or self._header else len(whole[at:text_start]) - len(whole[at:text_start].rstrip())
+            start = next((j + len(key) for j, key in keys if j >= 0), text_start - blank)
         control = alternatives({*self.encoder.special, *self._closing})
         after = start if text_end is None else text_end
         if end is not None:
-            ends = [m.end() for m in control.finditer(whole, after, end)]
-            if ends and not whole[ends[-1] : end].strip():
-                return Place(start, after, ends[-1], True)
+            ends = [m.span() for m in control.finditer(whole, after, end)]
+            if ends and not turn.get("tool_calls") and not whole[after : ends[0][0]].strip():
+                return Place(start, after, ends[0][1], True)
+            if ends and not whole[ends[-1][1] : end].strip():
+                return Place(start, after, ends[-1][1], True)
             return Place(start, after, end, False)
         token = alternatives(self._closing).search(whole, after)
         if token and (turn.get("tool_calls") or not whole[after : token.start()].strip()):
@@ -325,7 +328,7 @@ class ChatTemplate:
             if not mine:
                 raise BadRow(f"the chat template does not mark the answer in turn {i + 1} with {{% generation %}}")
             a, b = mine[-1]
-            if b < place.end and place.closed and not whole[b : place.end].strip() == "":
+            if b < place.end and place.closed and whole[b : place.end].strip():
                 notices.append(
                     "the chat template's {% generation %} marks leave out the end of an answer, learned all the same"
                 )
@@ -345,7 +348,7 @@ class ChatTemplate:
         )
         return [(a, b) for a, b in marks[0] if b > a] if texts[0] == whole else []
 
-    # -- what the template does not write -------------------------------------------------------------------------------
+    # - what the template does not write -------------------------------------------------------------------------------
 
     def _spelled(self, whole: str) -> list[str]:
         names = self.encoder.spelled(whole)
@@ -366,7 +369,7 @@ class ChatTemplate:
             if self._try(given, without, open) != whole:
                 continue
             if key not in MINOR:
-                raise BadRow(f"has the key {key!r} in a turn, which the chat template does not read")
+                raise BadRow(_unread(key))
             notices.append(f"{key} of a turn is left out: the chat template does not write it")
         if given.tools and self._try(replace(given, tools=None), given.turns, open) == whole:
             notices.append("tools are left out: the chat template does not write them")
@@ -387,10 +390,10 @@ class ChatTemplate:
         """Notices of thoughts and parts of answers that the template cuts."""
         notices = []
         for i, place in found.items():
-            turn, written = given.turns[i], _squeeze(whole[place.start : place.end])
+            turn, written = given.turns[i], _squeeze(whole[max(0, place.start - len(self._opening)) : place.end])
             if _squeeze(_text(turn)) not in written:
                 notices.append(
-                    "a part of an answer is left out: the chat template does not write it (thoughts of earlier turns?)"
+                    "a part of an answer is left out: the chat template does not write it (most cut thoughts before </think>)"
                 )
             thoughts = next((turn[key] for key in REASONING if isinstance(turn.get(key), str)), "")
             if _squeeze(thoughts) not in written and self._words.intersection(REASONING):
@@ -430,10 +433,19 @@ def _part_text(part: Any) -> str:
 
 
 def _with_mark(turn: Turn) -> Iterator[Turn]:
-    """The turn with a mark after its last text: of its calls if it has any, and of its content."""
-    for key in ("tool_calls", "content"):
-        if turn.get(key):
-            yield {**turn, key: _mark_last(turn[key])[0]}
+    """The turn with a mark after a text that stands at its end: the last call's arguments or name, or the content."""
+    if calls := turn.get("tool_calls"):
+        function = calls[-1].get("function", calls[-1])
+        for key in ("arguments", "name"):
+            marked, done = _mark_last(function.get(key))
+            new = {**function, key: marked}
+            if done:
+                yield {
+                    **turn,
+                    "tool_calls": [*calls[:-1], {**calls[-1], "function": new} if "function" in calls[-1] else new],
+                }
+    if turn.get("content"):
+        yield {**turn, "content": _mark_last(turn["content"])[0]}
 
 
 def _mark_last(value: Any) -> tuple[Any, bool]:
@@ -448,6 +460,14 @@ def _mark_last(value: Any) -> tuple[Any, bool]:
             out[key] = new
             return out, True
     return value, False
+
+
+def _unread(key: str) -> str:
+    return f"has the key {key!r} in a turn, which the chat template does not read"
+
+
+def _with_content(turn: Turn) -> Turn:
+    return turn if "content" in turn else {**turn, "content": ""}
 
 
 def _other_arguments(turn: Turn) -> Turn:
