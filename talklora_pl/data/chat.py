@@ -101,11 +101,11 @@ class ChatTemplate:
         turns = conversation.turns
         if turns[-1]["role"] != "assistant" if open is None else open:
             given, whole = self._write(conversation, open=True)
-            notices = [*self._left_out(given, whole, open=True), *self._spelled(whole)]
+            notices = [*self._left_out(given, whole, open=True), *self.encoder.notices(whole)]
             (ids, (marker,)) = self.encoder.spans(whole, [(len(whole) - len(self._opening + self._header), len(whole))])
             return Written(ids, [NO_LOSS] * len(ids), len(ids), len(ids) - marker[0], notices)
         given, whole = self._write(conversation)
-        notices = [*self._left_out(given, whole), *self._spelled(whole)]
+        notices = [*self._left_out(given, whole), *self.encoder.notices(whole)]
         answers = self._find(given, whole)
         last = max(answers)
         if answers[last] is None:
@@ -276,7 +276,9 @@ class ChatTemplate:
             text_start = max(at, text_end - _common_suffix(whole[:text_end], text.rstrip() or text))
             # an opening may share its last characters with what the text has before them
             keys = ((whole.rfind(key, at, text_start + len(key) - 1), key) for key in self._before)
-            blank = 0 if self._opening or self._header else len(whole[at:text_start]) - len(whole[at:text_start].rstrip())
+            blank = (
+                0 if self._opening or self._header else len(whole[at:text_start]) - len(whole[at:text_start].rstrip())
+            )
             start = next((j + len(key) for j, key in keys if j >= 0), text_start - blank)
         control = alternatives({*self.encoder.special, *self._closing})
         after = start if text_end is None else text_end
@@ -350,14 +352,6 @@ class ChatTemplate:
 
     # - what the template does not write -------------------------------------------------------------------------------
 
-    def _spelled(self, whole: str) -> list[str]:
-        names = self.encoder.spelled(whole)
-        return [
-            f"spells the special token {name!r}, which is read as text (data.special_tokens_in_data: control reads it "
-            "as the token)"
-            for name in names
-        ]
-
     def _left_out(self, given: Conversation, whole: str, open: bool = False) -> list[str]:
         """Notices of keys, tools and turns that the template does not write. Raises BadRow: it cannot do without."""
         notices = []
@@ -393,7 +387,7 @@ class ChatTemplate:
             turn, written = given.turns[i], _squeeze(whole[max(0, place.start - len(self._opening)) : place.end])
             if _squeeze(_text(turn)) not in written:
                 notices.append(
-                    "a part of an answer is left out: the chat template does not write it (most cut thoughts before </think>)"
+                    "a part of an answer is left out: the chat template does not write it (many cut the thoughts)"
                 )
             thoughts = next((turn[key] for key in REASONING if isinstance(turn.get(key), str)), "")
             if _squeeze(thoughts) not in written and self._words.intersection(REASONING):

@@ -50,6 +50,10 @@ class Encoder:
         if isinstance(value, str):
             if _PRIVATE.search(value):
                 raise BadRow("holds characters from the end of Unicode's private use area, which are reserved here")
+            try:
+                value.encode()
+            except UnicodeEncodeError:  # "\ud800" is valid in JSON
+                raise BadRow("holds half a surrogate pair, which is no text") from None
             return self._special.sub(lambda match: self._char[match[0]], value) if self.as_text else value
         if isinstance(value, dict):
             return {key: self.protect(item) for key, item in value.items()}
@@ -58,6 +62,11 @@ class Encoder:
     def spelled(self, text: str) -> list[str]:
         """The special tokens that data have spelled in a protected text."""
         return sorted({self._name[char] for char in _PRIVATE.findall(text)})
+
+    def notices(self, text: str) -> list[str]:
+        """What is to be said of a protected text."""
+        remedy = "data.special_tokens_in_data: control reads it as the token"
+        return [f"spells the special token {name!r}, which is read as text ({remedy})" for name in self.spelled(text)]
 
     def readable(self, text: str) -> str:
         """A protected text as it was."""

@@ -1,5 +1,6 @@
 """Chat templates in the forms of public model families, each with the control tokens of its tokenizer."""
 
+# ruff: noqa: E501
 from __future__ import annotations
 
 from dataclasses import dataclass
@@ -381,7 +382,9 @@ MISTRAL3 = """{%- if messages[0]["role"] == "system" %}
 {%- endfor %}
 """
 # the system text stands in the newest user turn, also where an answer follows it
-MISTRAL_MOVED = MISTRAL3.replace("loop.last and system_message is defined", "message == user_messages[-1] and system_message is defined")
+MISTRAL_MOVED = MISTRAL3.replace(
+    "loop.last and system_message is defined", "message == user_messages[-1] and system_message is defined"
+)
 
 ZEPHYR = (
     "{% for message in messages %}\n{% if message['role'] == 'user' %}\n{{ '<|user|>\n' + message['content'] + eos_token }}\n"
@@ -520,10 +523,27 @@ PARTS_ONLY = (
 
 IM = ("<s>", "</s>", "<|im_start|>", "<|im_end|>")
 THINK = ("<think>", "</think>", "<tool_call>", "</tool_call>")
-INST = ("<s>", "</s>", "[INST]", "[/INST]", "[AVAILABLE_TOOLS]", "[/AVAILABLE_TOOLS]", "[TOOL_CALLS]", "[TOOL_RESULTS]", "[/TOOL_RESULTS]")
+INST = (
+    "<s>",
+    "</s>",
+    "[INST]",
+    "[/INST]",
+    "[AVAILABLE_TOOLS]",
+    "[/AVAILABLE_TOOLS]",
+    "[TOOL_CALLS]",
+    "[TOOL_RESULTS]",
+    "[/TOOL_RESULTS]",
+)
 HEADS = ("<|begin_of_text|>", "<|end_of_text|>", "<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>")
 ROLES = ("<|system|>", "<|user|>", "<|assistant|>")
-DEEP = ("<｜begin▁of▁sentence｜>", "<｜end▁of▁sentence｜>", "<｜User｜>", "<｜Assistant｜>", "<｜tool▁call▁begin｜>", "<｜tool▁call▁end｜>")
+DEEP = (
+    "<｜begin▁of▁sentence｜>",
+    "<｜end▁of▁sentence｜>",
+    "<｜User｜>",
+    "<｜Assistant｜>",
+    "<｜tool▁call▁begin｜>",
+    "<｜tool▁call▁end｜>",
+)
 
 FAMILIES = {
     "chatml": Family(chatml(), IM, "A<|im_end|>"),
@@ -555,7 +575,12 @@ FAMILIES = {
     "phi4": Family(PHI4, ("<|endoftext|>", "<|im_end|>", "<|im_start|>", "<|im_sep|>"), "A<|im_end|>"),
     "phi4_mini": Family(PHI4_MINI, ("<|startoftext|>", "<|endoftext|>", *ROLES, "<|end|>"), "A<|end|>"),
     "mistral0.1": Family(MISTRAL1, ("<s>", "</s>"), "A</s>", system=False),
-    "mixtral": Family(MISTRAL1.replace("{{ message['content']", "{{ ' ' + message['content']"), ("<s>", "</s>"), " A</s>", system=False),
+    "mixtral": Family(
+        MISTRAL1.replace("{{ message['content']", "{{ ' ' + message['content']"),
+        ("<s>", "</s>"),
+        " A</s>",
+        system=False,
+    ),
     "mistral0.3": Family(MISTRAL3, INST, " A</s>", system=False),
     "nemo": Family(MISTRAL_MOVED, INST, " A</s>"),
     "zephyr": Family(ZEPHYR, ("<s>", "</s>"), "A</s>"),

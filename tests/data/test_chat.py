@@ -1,4 +1,4 @@
-"""What is trained on is what the chat template writes: ids, the learned answers, and what is said where it drops a part."""
+"""What is trained on is what the chat template writes: ids, learned answers, and what is said where it drops a part."""
 
 from __future__ import annotations
 
@@ -12,12 +12,17 @@ from talklora_pl.data.encode import Encoder
 from talklora_pl.data.source import BadRow
 from tests.data.templates import FAMILIES, Family, tokenizer
 
-U, A, S = ((lambda text, role=role, **more: {"role": role, "content": text, **more}) for role in ("user", "assistant", "system"))
+U, A, S = (
+    (lambda text, role=role, **more: {"role": role, "content": text, **more})
+    for role in ("user", "assistant", "system")
+)
 ONE = [U("hi"), A("hello")]
 THREE = [U("hi"), A("hello"), U("1 and 2?"), A("3"), U("hi"), A(" e, hello\n3 ")]
 
 
-def chat(family: str | Family, train_on: Any = "all", mode: Any = "text") -> tuple[PreTrainedTokenizerFast, ChatTemplate]:
+def chat(
+    family: str | Family, train_on: Any = "all", mode: Any = "text"
+) -> tuple[PreTrainedTokenizerFast, ChatTemplate]:
     tok = tokenizer(FAMILIES[family] if isinstance(family, str) else family)
     return tok, ChatTemplate(Encoder(tok, mode), tok.eos_token_id, train_on)
 
@@ -45,11 +50,15 @@ def as_parts(turns: list[dict[str, Any]]) -> list[dict[str, Any]]:
 def expected(family: Family, answers: list[str]) -> list[str]:
     """What is learned of answers, with white space at the ends of a text aside: many templates strip it."""
     patterns = [family.earlier or family.learned] * (len(answers) - 1) + [family.learned]
-    return ["".join(p.replace("A", a, 1).split()) if "A" not in family.tokens else "" for p, a in zip(patterns, answers)]
+    return [
+        "".join(p.replace("A", a, 1).split()) if "A" not in family.tokens else "" for p, a in zip(patterns, answers)
+    ]
 
 
 @pytest.mark.parametrize("name", FAMILIES)
-@pytest.mark.parametrize("turns", [ONE, THREE, [S("Be brief."), *ONE], [S("Be brief."), *THREE]], ids=["1", "3", "s1", "s3"])
+@pytest.mark.parametrize(
+    "turns", [ONE, THREE, [S("Be brief."), *ONE], [S("Be brief."), *THREE]], ids=["1", "3", "s1", "s3"]
+)
 def test_families(name: str, turns: list[dict[str, Any]]) -> None:
     family = FAMILIES[name]
     tok, write = chat(family)

@@ -140,7 +140,7 @@ def test_kinds_of_rows() -> None:
     assert example("instruction", {"instruction": "i", "input": "x", "output": "o"}).input == "x"
     assert example("completion", {"prompt": "", "completion": "o"}) == Example("", "", [], ["o"], 0)
     messages = [{"role": "user", "content": "u"}, {"role": "assistant", "content": "a", "more": 1}]
-    assert example("chat", {"messages": messages}).messages[1] == {"role": "assistant", "content": "a"}
+    assert example("chat", {"messages": messages}).messages == messages  # every key
     row = {"question": "q", "choices": ["x", "y"], "label": 1}
     assert example("choice", row) == Example("q", "", [], ["x", "y"], 1)
     assert example("classification", {"text": "t", "label": 3}, num_classes=4) == Example("t", label=3)

@@ -41,7 +41,7 @@ def test_formats(bos: bool) -> None:
         "4</s>",
     )
     assert "### Input:\nmore\n\n### Response:\n" in one(tok, Example("x", input="more", answers=["y"]), "alpaca")[0]
-    assert one(tok, question, "chat")[:2] == (start + "[user]2+2?\n[assistant]4</s>", "4</s>")
+    assert one(tok, question, "chat")[:2] == (start + "[user]2+2?\n[assistant]4</s>\n", "4</s>")
     assert "None" not in one(tok, question, "chat")[0]
 
 
@@ -67,7 +67,7 @@ def test_chat_learns_every_assistant_turn_and_nothing_else() -> None:
         {"role": "assistant", "content": "second"},
     ]
     text, loss, tokens = one(tokenizer(), Example(messages=messages), "chat")
-    assert text == "<s>[system]S\n[user]u\n[assistant]first</s>\n[user]v\n[assistant]second</s>"
+    assert text == "<s>[system]S\n[user]u\n[assistant]first</s>\n[user]v\n[assistant]second</s>\n"
     assert loss == "first</s>second</s>"
     assert tokenizer().decode(tokens.input_ids[0][: tokens.prompt_length]).endswith("[user]v\n[assistant]")
     asked = Tokenize(tokenizer(), 500)(Example(messages=messages[:4]), "chat")
@@ -99,7 +99,7 @@ def test_truncation_keeps_bos_marker_and_answer(format: str) -> None:
     marker = {
         "alpaca": "end\n\n### Response:\nanswer</s>",
         "cloze": "end\nAnswer: answer</s>",
-        "chat": "end\n[assistant]answer</s>",
+        "chat": "end\n[assistant]answer</s>\n",
     }
     assert text.startswith("<s>") and text.endswith(marker[format])
     assert loss.strip() == "answer</s>"
