@@ -106,15 +106,16 @@ class ChatTemplate:
             return Written(ids, [NO_LOSS] * len(ids), len(ids), len(ids) - marker[0], notices)
         given, whole = self._write(conversation)
         notices = [*self._left_out(given, whole), *self.encoder.notices(whole)]
+        for key in LEARN:
+            if any(turn.get(key) and turn["role"] != "assistant" for turn in turns):
+                notices.append(f"{key} has no effect on turns of others: the assistant's alone are learned")
         answers = self._find(given, whole)
         last = max(answers)
         if answers[last] is None:
-            raise BadRow(
-                "the chat template rewrites the last answer, so it cannot be found in what the template writes"
-            )
+            raise BadRow("the last answer cannot be found in what the chat template writes")
         learned = [i for i in answers if _weight(turns[i]) and (self.train_on == "all" or i == last)]
         if lost := [i for i in learned if answers[i] is None]:
-            raise BadRow(f"the chat template rewrites the answer in turn {lost[0] + 1}, so it cannot be found there")
+            raise BadRow(f"the answer in turn {lost[0] + 1} cannot be found in what the chat template writes")
         if not learned:
             raise BadRow("no answer in it is to be learned (weight: 0 or train: false)")
         found = {i: place for i, place in answers.items() if place is not None}
@@ -122,13 +123,10 @@ class ChatTemplate:
         spans, more = self._marked(given, whole, found, learned)
         notices += more
         start = found[last].start
-        opening = next(
-            (text for text in (self._opening + self._header, *self._before) if text and whole[:start].endswith(text)),
-            "",
-        )
-        if self._opening and not whole[:start].endswith(self._opening):
+        opening, missing = self._opening_before(given, whole[:start], last)
+        if missing:
             notices.append(
-                f"asked for an answer, the chat template writes {self._opening!r}, which it does not write before the "
+                f"asked for an answer, the chat template writes {missing!r}, which it does not write before the "
                 "answers of these rows"
             )
         ids, (first, marker, *tokens) = self.encoder.spans(
@@ -145,6 +143,16 @@ class ChatTemplate:
                 labels[first[0] : len(ids)] = ids[first[0] :]
             ids = [*ids, self.eos]
         return Written(ids, labels, first[0], first[0] - min(marker[0], first[0]), notices)
+
+    def _opening_before(self, given: Conversation, before: str, i: int) -> tuple[str, str]:
+        """The opening of answer `i` that stands before it, and one that a server would write there but does not."""
+        usual = (self._opening + self._header, *self._before)
+        opening = next((text for text in usual if text and before.endswith(text)), "")
+        asked = self._try(given, given.turns[:i], open=True) if self._opening and opening != usual[0] else None
+        if asked is None or before == asked:
+            return opening, ""
+        shut = self._try(given, given.turns[:i]) or ""
+        return opening, asked[len(shut) :] if asked.startswith(shut) else self._opening
 
     # - rendering ------------------------------------------------------------------------------------------------------
 
@@ -281,6 +289,8 @@ class ChatTemplate:
             )
             start = next((j + len(key) for j, key in keys if j >= 0), text_start - blank)
         control = alternatives({*self.encoder.special, *self._closing})
+        if text_end is None and not control.sub("", whole[start:end]).strip():
+            return None
         after = start if text_end is None else text_end
         if end is not None:
             ends = [m.span() for m in control.finditer(whole, after, end)]
