@@ -280,14 +280,9 @@ class ChatTemplate:
             return None
         if start is None:
             assert text_end is not None
-            text = _text(turn)
-            text_start = max(at, text_end - _common_suffix(whole[:text_end], text.rstrip() or text))
-            # an opening may share its last characters with what the text has before them
-            keys = ((whole.rfind(key, at, text_start + len(key) - 1), key) for key in self._before)
-            blank = (
-                0 if self._opening or self._header else len(whole[at:text_start]) - len(whole[at:text_start].rstrip())
-            )
-            start = next((j + len(key) for j, key in keys if j >= 0), text_start - blank)
+            start = self._start(given, whole, i, at, text_end)
+            if start is None:
+                return None
         control = alternatives({*self.encoder.special, *self._closing})
         if text_end is None and not control.sub("", whole[start:end]).strip():
             return None
@@ -304,6 +299,25 @@ class ChatTemplate:
             return Place(start, after, token.end(), True)
         return Place(start, after, after, False)
 
+    def _start(self, given: Conversation, whole: str, i: int, at: int, text_end: int) -> int | None:
+        """Where an answer begins whose text ends there, if what comes before it is not what a server would write."""
+        if i:  # what a server would write after the turn before it, at least
+            for marked in _with_mark(given.turns[i - 1]):
+                asked = self._try(given, [*given.turns[: i - 1], marked], open=True) or ""
+                rest = asked.partition(_MARK)[2]
+                after = (self._try(given, [*given.turns[: i - 1], marked, *given.turns[i:]]) or "").partition(_MARK)[2]
+                start = len(whole) - len(after) + len(rest)
+                if rest and after.startswith(rest) and whole.endswith(after) and at <= start <= text_end:
+                    return start
+        text = _text(given.turns[i])
+        text_start = max(at, text_end - _common_suffix(whole[:text_end], text.rstrip() or text))
+        for key in self._before:  # it may share its last characters with what the text has before them
+            if (j := whole.rfind(key, at, text_start + len(key) - 1)) >= 0:
+                return j + len(key)
+        if text_start == text_end:
+            return None
+        return text_start if self._opening or self._header else at + len(whole[at:text_start].rstrip())
+
     def _text_end(
         self, given: Conversation, whole: str, i: int, start: int | None, end: int | None, at: int
     ) -> int | None:
@@ -318,10 +332,9 @@ class ChatTemplate:
             written = self._try(given, [*given.turns[:i], marked, *given.turns[i + 1 :]])
             if written is None or _MARK not in written:
                 continue
-            before, after = written.split(_MARK, 1)
-            if whole.endswith(after) and len(whole) - len(after) >= max(
-                at, start or 0, len(before) if whole.startswith(before) else 0
-            ):
+            before, _, after = written.partition(_MARK)
+            least = max(at, start or 0, len(before) if whole.startswith(before) else 0)
+            if whole.endswith(after) and len(whole) - len(after) >= least:
                 return len(whole) - len(after)
         j = whole.find(text.strip(), max(at, start or 0)) if text.strip() else -1
         return j + len(text.strip()) if j >= 0 else None

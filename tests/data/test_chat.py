@@ -217,7 +217,8 @@ CALLED = [
         "llama3.1": '{"name": "weather", "parameters": {"city": "Rome"}}<|eot_id|>',
         "mistral0.3": '[TOOL_CALLS] [{"name": "weather", "arguments": {"city": "Rome"}}, "id": "abcdefghi"}]</s>',
         "nemo": '[TOOL_CALLS] [{"name": "weather", "arguments": {"city": "Rome"}}, "id": "abcdefghi"}]</s>',
-        "deepseek3": '<｜tool▁call▁begin｜>weather\n```json\n{"city": "Rome"}\n```<｜tool▁call▁end｜><｜end▁of▁sentence｜>',
+        "deepseek3": "<｜tool▁call▁begin｜>weather\n"
+        '```json\n{"city": "Rome"}\n```<｜tool▁call▁end｜><｜end▁of▁sentence｜>',
     }.items(),
 )
 def test_calls_of_tools_are_learned(name: str, call: str) -> None:
@@ -225,6 +226,8 @@ def test_calls_of_tools_are_learned(name: str, call: str) -> None:
     row = write(Conversation(CALLED, tools=TOOLS))
     answers = runs(tok, row)
     assert answers[0].lstrip("\n") == call and len(answers) == 3
+    if name in ("mistral0.3", "nemo"):
+        assert answers[1:] == [" No rain.</s>", " Yes.</s>"]
     assert all(text in answer for text, answer in zip(["No rain.", "Yes."], answers[1:]))
     as_text = [
         {**CALLED[1], "tool_calls": [{**CALL, "function": {"name": "weather", "arguments": '{"city": "Rome"}'}}]}
@@ -328,7 +331,7 @@ def test_keys_of_a_turn() -> None:
 
 def test_turns_that_the_template_drops_are_said() -> None:
     dropped = Family(
-        "{% for m in messages if m.role != 'system' %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}",
+        "{% for m in messages if m.role != 'system' %}{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}",
         FAMILIES["chatml"].tokens,
         "",
     )
@@ -359,15 +362,9 @@ def test_an_answer_that_is_not_written_is_refused() -> None:
     silent = Family("{% for m in messages if m.role == 'user' %}{{ m.content }}{% endfor %}", ("<s>", "</s>"), "")
     with pytest.raises(BadRow, match="cannot be found"):
         chat(silent)[1](Conversation([U("a"), A("zebra")]))
-    shouting = Family(
-        "{% for m in messages %}{{ m.role }}:{{ m.content | upper }}{{ loop.length }}\n{% endfor %}",
-        ("<s>", "</s>"),
-        "",
-    )
-    tok, write = chat(shouting)  # neither its text nor a prefix, but what follows it tells
-    assert [
-        text.split(":")[-1][:5] for text in runs(tok, write(Conversation([U("a"), A("zebra"), U("b"), A("horse")])))
-    ] == ["ZEBRA", "HORSE"]
+    shouting = "{% for m in messages %}{{ m.role }}:{{ m.content | upper }}{{ loop.length }}\n{% endfor %}"
+    with pytest.raises(BadRow, match="turn 2 cannot be found"):  # neither its text nor a prefix
+        chat(Family(shouting, ("<s>", "</s>"), ""))[1](Conversation([U("a"), A("zebra"), U("b"), A("HORSE")]))
 
 
 def test_marks_of_the_template_decide() -> None:

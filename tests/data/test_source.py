@@ -271,3 +271,63 @@ def test_task_names(jsonl: Callable[..., str]) -> None:
     assert Source("a/b/my-set.train.jsonl").task_name == "my_set_train"
     assert Source("tau/commonsense_qa").task_name == "commonsense_qa"
     assert Source("x.csv", task="T").task_name == "T"
+
+
+# -- conversations in the shapes of others ---------------------------------------------------------------------------
+
+
+def test_sharegpt() -> None:
+    row = {
+        "conversations": [
+            {"from": "system", "value": "s"},
+            {"from": "human", "value": "rain?"},
+            {"from": "function_call", "value": '{"name": "weather", "arguments": {"city": "Rome"}}'},
+            {"from": "observation", "value": "no"},
+            {"from": "gpt", "value": "No.", "weight": 0},
+        ]
+    }
+    got = example("chat", row)
+    assert [turn["role"] for turn in got.messages] == ["system", "user", "assistant", "tool", "assistant"]
+    assert got.messages[2]["tool_calls"][0]["function"] == {"name": "weather", "arguments": {"city": "Rome"}}
+    assert got.messages[4] == {"role": "assistant", "content": "No.", "weight": 0} and got.answers == ["No."]
+    assert example("chat", {"talk": row["conversations"]}, columns={"messages": "talk"}).messages == got.messages
+    assert example("chat", {"messages": None, **row}).messages == got.messages
+    with pytest.raises(BadRow, match="JSON of a call"):
+        example("chat", {"conversations": [{"from": "function_call", "value": "rain"}]})
+
+
+def test_what_a_chat_row_says_beside_messages() -> None:
+    turns = [{"role": "user", "content": "u"}, {"role": "assistant", "content": "a"}]
+    tools = [{"type": "function", "function": {"name": "f"}}]
+    for given in (tools, json.dumps(tools), [json.dumps(tools[0])]):
+        assert example("chat", {"messages": turns, "tools": given}).tools == tools
+    assert example("chat", {"messages": turns, "tools": []}).tools is None
+    got = example("chat", {"messages": turns, "system": "s", "chat_template_kwargs": {"x": 1}, "documents": [{"a": 1}]})
+    assert got.messages[0] == {"role": "system", "content": "s"}
+    assert got.variables == {"x": 1, "documents": [{"a": 1}]}
+    with pytest.raises(BadRow, match="second system text"):
+        example("chat", {"messages": [{"role": "system", "content": "t"}, *turns], "system": "s"})
+    for wrong in ("weather", {"name": "f"}, ["f"]):
+        with pytest.raises(BadRow, match="must be a list of objects"):
+            example("chat", {"messages": turns, "tools": wrong})
+    parts = [{"type": "text", "text": "a"}, {"type": "text", "text": "b"}]
+    assert example("chat", {"messages": [turns[0], {"role": "assistant", "content": parts}]}).answers == ["a\nb"]
+    with pytest.raises(BadRow, match="type 'image'"):
+        example("chat", {"messages": [{"role": "user", "content": [{"type": "image", "url": "x"}]}, turns[1]]})
+    call = {"role": "assistant", "content": None, "tool_calls": [{"function": {"name": "f", "arguments": {}}}]}
+    assert example("chat", {"messages": [turns[0], call]}).answers == [""]
+
+
+@pytest.mark.parametrize(
+    "rows, template, place",
+    [
+        ("instruction", "{context}\n{prompt}", "context"),
+        ("completion", "{prompt}\n{input}:", "input"),
+        ("choice", "{question}{prompt}", "question"),
+    ],
+)
+def test_a_place_that_no_column_fills(rows: str, template: str, place: str) -> None:
+    with pytest.raises(UserError, match=f"no column fills {{{place}}}"):
+        resolve_source(Source("f", rows=rows, format=template), SFT())
+    resolve_source(Source("f", rows=rows, format=template.replace(f"{{{place}}}", f"{{{{{place}}}}}")), SFT())
+    resolve_source(Source("f", rows="instruction", format="{input}{prompt}"), SFT())
