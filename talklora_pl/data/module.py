@@ -116,7 +116,7 @@ class TextData(L.LightningDataModule):
             UserError: all problems of all files in one message.
         """
         stage = self.trainer.state.fn if self.trainer is not None else None
-        self._report(self._prepare(str(stage.value) if stage else "fit"))
+        self._report(self.prepared(str(stage.value) if stage else "fit"))
 
     def check(self, stage: str) -> None:
         """Read everything that a stage needs.
@@ -124,7 +124,7 @@ class TextData(L.LightningDataModule):
         Raises:
             UserError: all problems of all files in one message.
         """
-        self._prepare(stage)
+        self.prepared(stage)
 
     def setup(self, stage: str) -> None:
         """Open what :meth:`prepare_data` has left in the cache.
@@ -134,7 +134,7 @@ class TextData(L.LightningDataModule):
         """
         import datasets
 
-        done = self._prepare(stage)
+        done = self.prepared(stage)
         tables = {
             name: datasets.concatenate_datasets([p.table for p in parts]) for name, parts in done.items() if parts
         }
@@ -142,7 +142,7 @@ class TextData(L.LightningDataModule):
             tables["train"], tables["val"] = self._split(tables["train"])
         self.tables |= tables
 
-    def _prepare(self, stage: str) -> dict[str, list[Prepared]]:
+    def prepared(self, stage: str) -> dict[str, list[Prepared]]:
         base, self._chosen = self._base_and_objective()
         least = {"batch_size": 1, "eval_batch_size": 1, "max_length": 1, "num_workers": 0, "val_size": 0}
         given_numbers = {name: getattr(self, name) for name in least}
