@@ -38,8 +38,8 @@ class Preview(CLI):
 def pieces(tokenizer: Any, ids: list[int], labels: list[int]) -> Iterator[tuple[str, bool]]:
     """The text of each run of tokens that are learned or not, in order."""
     done, text = 0, ""
-    for learned, run in groupby(labels or [NO_LOSS] * len(ids), lambda label: label != NO_LOSS):
-        done += len(list(run))
+    for learned, group in groupby(labels or [NO_LOSS] * len(ids), lambda label: label != NO_LOSS):
+        done += len(list(group))
         whole = tokenizer.decode(ids[:done], clean_up_tokenization_spaces=False)
         # a run decoded by itself would lose the space before its first word
         yield whole[len(text) :], learned

@@ -34,7 +34,7 @@ def test_preview_marks_what_is_learned(folder: Path, capsys: pytest.CaptureFixtu
     assert preview("--data.train", "chat.jsonl", "--data.rows", "chat", "--data.val_size", "0", "--limit", "2") == 0
     said = capsys.readouterr().out
     assert said.count("<s>[user]u\n[assistant][[ä a</s>]]\n[user]v\n[assistant][[b</s>]]\n") == 2
-    assert "data.train: chat-0: 44 tokens, 6 learned" in said and "3 rows, 18 of 132 tokens learned" in said
+    assert "data.train: chat-0: 47 tokens, 6 learned" in said and "3 rows, 18 of 141 tokens learned" in said
     assert sorted(path.name for path in folder.iterdir()) == ["base", "cache", "chat.jsonl", "choice.jsonl"]
 
 
