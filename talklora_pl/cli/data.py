@@ -102,10 +102,10 @@ def main(verb: str, argv: list[str]) -> None:
     if action != "preview":
         raise UserError(f"data: there is only data preview, not {action!r}.")
     limit, others = "3", []
-    rest = iter(rest)
-    for arg in rest:
+    args = iter(rest)
+    for arg in args:
         if arg == "--limit":
-            limit = next(rest, "")
+            limit = next(args, "")
         elif arg.startswith("--limit="):
             limit = arg.removeprefix("--limit=")
         else:

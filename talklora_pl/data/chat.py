@@ -225,7 +225,7 @@ class ChatTemplate:
         added = alternatives(self.encoder.added)
         middle, tail = _between(short, q, a), short[short.index(a) + len(a) :]
         if end := added.search(tail):
-            self.ends = [self.tokenizer.convert_tokens_to_ids(end[0])]
+            self.ends = [int(self.tokenizer.convert_tokens_to_ids(end[0]))]  # type: ignore[arg-type]
         self._tails, next_question = {tail}, _between(whole, a, q)
         if next_question and not next_question.startswith(tail):
             header = _common_suffix(next_question, short[: short.index(q)])
@@ -368,9 +368,10 @@ class ChatTemplate:
         from transformers.utils.chat_template_utils import render_jinja_template
 
         names = {**self.tokenizer.special_tokens_map, **given.variables}
-        texts, marks = render_jinja_template(
+        rendered: Any = render_jinja_template(
             [given.turns], tools=given.tools, chat_template=template, return_assistant_tokens_mask=True, **names
         )
+        texts, marks = rendered
         return [(a, b) for a, b in marks[0] if b > a] if texts[0] == whole else []
 
     # - what the template does not write -------------------------------------------------------------------------------

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from bisect import bisect_left, bisect_right
 from functools import cached_property
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -33,7 +34,7 @@ class Encoder:
     ) -> None:
         self.tokenizer, self.as_text = tokenizer, special_tokens_in_data == "text"
         added = tokenizer.added_tokens_decoder
-        special = {token.content: i for i, token in added.items() if token.special}
+        special: dict[str, Any] = {token.content: i for i, token in added.items() if token.special}
         special |= {name: tokenizer.convert_tokens_to_ids(name) for name in tokenizer.all_special_tokens}
         self.special: dict[str, int] = special  # content -> id
         self.added = {token.content for token in added.values()} | set(special)
@@ -91,7 +92,8 @@ class Encoder:
             ids, offsets = self._as_text(text)
             if _PRIVATE.search(text) or ids == self.ids(text):
                 where = [(len(self._swap(text[:a])), len(self._swap(text[:b]))) for a, b in spans]
-                return ids, [_overlap(offsets, a, b) for a, b in where]
+                starts, ends = [a for a, _ in offsets], [b for _, b in offsets]
+                return ids, [(first := bisect_right(ends, a), max(first, bisect_left(starts, b))) for a, b in where]
         ids = self.ids(text)
         # a tokenizer in Python tells no places: compare with what it makes of the text so far
         return ids, [(self._common(ids, text[:a]), self._common(ids, text[:b])) for a, b in spans]
@@ -147,9 +149,3 @@ class Encoder:
 def alternatives(texts: Any) -> re.Pattern[str]:
     """A pattern for any of the texts, the longest first; it never matches where there are none."""
     return re.compile("|".join(map(re.escape, sorted(texts, key=len, reverse=True))) or "(?!)")
-
-
-def _overlap(offsets: list[tuple[int, int]], start: int, end: int) -> tuple[int, int]:
-    """Tokens that hold anything of the characters from `start` to `end`."""
-    inside = [i for i, (a, b) in enumerate(offsets) if (a < end and b > start) or (a == b and start <= a < end)]
-    return (inside[0], inside[-1] + 1) if inside else (sum(b <= start for _, b in offsets),) * 2

@@ -87,7 +87,7 @@ def test_what_is_left_out_is_said_once_for_each_source(
 
 def test_an_input_that_no_row_fills(base: BaseModel, jsonl: Jsonl) -> None:
     rows = [{"instruction": "i", "output": "o"}]
-    with pytest.raises(UserError, match="no column fills {input}"):
+    with pytest.raises(UserError, match=r"no column fills \{input\}"):
         data(base, train=jsonl(rows), rows="instruction", format="{input}: {prompt}", val_size=0)
     data(
         base,

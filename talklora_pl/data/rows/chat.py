@@ -10,8 +10,8 @@ from talklora_pl.data.rows import ABSENT, Example, Row, RowKind, check_text, fin
 from talklora_pl.data.source import BadRow
 from talklora_pl.registry import register
 
-ROLES = ("system", "developer", "user", "assistant", "tool", "function", "ipython", "observation", "environment")
-ROLES = (*ROLES, "tool_results", "document", "documents")
+ROLES = ["system", "developer", "user", "assistant", "tool", "function", "ipython", "observation", "environment"]
+ROLES += ["tool_results", "document", "documents"]
 # ShareGPT's names
 FROM = {"human": "user", "gpt": "assistant", "chatgpt": "assistant", "model": "assistant", "bot": "assistant"}
 FROM |= dict.fromkeys(("observation", "function", "function_response", "tool_response"), "tool")
