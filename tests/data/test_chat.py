@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 from typing import Any
 
 import pytest
@@ -405,3 +406,59 @@ def test_nothing_is_learned_of_a_text_that_repeats() -> None:
         turns = [U("e"), A("e"), U("end"), A("n"), U("user"), A("model")]
         row = write(Conversation(turns))
         assert ["".join(t.split()) for t in runs(tok, row)] == expected(FAMILIES[name], ["e", "n", "model"])
+
+
+@pytest.mark.parametrize("name", ["chatml", "llama3", "qwen3", "r1", "vicuna", "harmony", "smollm3"])
+@pytest.mark.parametrize("roles", ["aua", "uaa", "a", "uauua"])
+def test_turns_in_any_order(name: str, roles: str) -> None:
+    tok, write = chat(name)
+    turns = [{"u": U, "a": A}[role](f"text {i}") for i, role in enumerate(roles)]
+    row = write(Conversation(turns))
+    assert row.ids == of_template(tok, turns)
+    answers = [turn["content"] for turn in turns if turn["role"] == "assistant"]
+    got = runs(tok, row)
+    assert len(got) == len(answers) and all(a in g and g.count("text") == 1 for a, g in zip(answers, got))
+
+
+def test_another_template_for_tools() -> None:
+    tok = tokenizer(FAMILIES["llama3"])
+    plain: Any = tok.chat_template
+    tok.chat_template = {
+        "default": plain,
+        "tool_use": plain.replace("{% set loop", "{{ tools | tojson }}{% set loop", 1),
+    }
+    row = ChatTemplate(Encoder(tok), tok.eos_token_id)(Conversation(ONE, tools=TOOLS))
+    assert "weather" in tok.decode(row.ids) and runs(tok, row) == ["hello<|eot_id|>"] and not row.notices
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_a_tokenizer_that_tells_no_places(name: str) -> None:
+    write, slow = chat(name)[1], chat(name)[1]
+    slow.encoder.__dict__["_backend"] = None
+    assert slow(Conversation(THREE)) == write(Conversation(THREE))
+    with pytest.raises(BadRow, match="slow tokenizer"):
+        slow(Conversation([U(FAMILIES[name].tokens[1]), A("a")]))
+
+
+PARTS = ["a", "e", "assistant", "Assistant:", "USER: ", "ASSISTANT:", "User: ", "\n\n", " ", "end", "[INST]", "[/INST]"]
+PARTS += ["model\n", "é漢", "12", ":", ">", "\nFalcon:", "|>", "<|", "{'type': 'text'}", "</think", "<s>", "</s>"]
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_any_text(name: str) -> None:
+    """Texts made of what templates write around them."""
+    family, draw = FAMILIES[name], random.Random(0)
+    tok, write = chat(family)
+
+    def text() -> str:
+        return "".join(draw.choices(PARTS, k=draw.randint(1, 5))) + draw.choice("xyz")
+
+    for _ in range(20):
+        answers = [text() for _ in range(draw.randint(1, 3))]
+        turns = [turn for answer in answers for turn in (U(text()), A(answer))]
+        turns = [S(text()), *turns] if family.system else turns
+        row = write(Conversation(turns))
+        assert ["".join(got.split()) for got in runs(tok, row)] == expected(family, answers)
+        if not any("spells" in notice for notice in row.notices) and name != "parts_only":
+            ids = of_template(tok, turns)
+            assert row.ids[: len(ids)] == ids

@@ -318,6 +318,16 @@ def test_what_a_chat_row_says_beside_messages() -> None:
     assert example("chat", {"messages": [turns[0], call]}).answers == [""]
 
 
+def test_prompt_and_completion_as_turns() -> None:
+    old = [{"role": role, "content": role} for role in ("user", "assistant", "user")]
+    new = [{"role": "assistant", "content": "a"}]
+    got = example("chat", {"prompt": old, "completion": new})
+    assert [turn.get("train") for turn in got.messages] == [None, False, None, None] and got.answers == ["a"]
+    assert example("chat", {"prompt": old}, require_answers=False).messages[-1]["role"] == "user"
+    with pytest.raises(BadRow, match="rows: chat"):
+        example("completion", {"prompt": old, "completion": new})
+
+
 @pytest.mark.parametrize(
     "rows, template, place",
     [

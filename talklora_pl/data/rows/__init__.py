@@ -239,7 +239,9 @@ def _listed(columns: str | list[str]) -> list[str]:
 def check_text(value: Any, column: str, empty: bool = False) -> str:
     """The value, if it is text. Raises BadRow."""
     if not isinstance(value, str):
-        raise BadRow(f"must be text, got {type(value).__name__}", column)
+        turns = isinstance(value, list) and value and isinstance(value[0], dict)
+        hint = " (turns of a conversation are rows: chat)" if turns else ""
+        raise BadRow(f"must be text, got {type(value).__name__}{hint}", column)
     if not value.strip() and not empty:
         raise BadRow("is empty", column)
     try:

@@ -24,16 +24,22 @@ class Chat(RowKind):
     """A conversation of system, user, assistant and tools."""
 
     question = ("messages",)
-    optional = ("conversations", "system", "tools", "documents", "chat_template_kwargs")
+    optional = ("conversations", "prompt", "completion", "system", "tools", "documents", "chat_template_kwargs")
     format = "chat"
     by_template = False
 
     def read(self, row: Row) -> Example:
-        name = "messages"
-        if name not in row.columns and find(row.values, name) in (ABSENT, None) and row.get("conversations", False):
-            name = "conversations"
-        column = row.column(name)
-        messages = [_turn(message, f"{column}[{i}]") for i, message in enumerate(row.items(name))]
+        names = ["messages"]
+        if "messages" not in row.columns and find(row.values, "messages") in (ABSENT, None):
+            others = (["conversations"], ["prompt", "completion"], ["prompt"])  # of ShareGPT, of TRL
+            names = next((there for there in others if all(row.get(name, False) for name in there)), names)
+        column = row.column(names[-1])
+        messages = []
+        for name in names:
+            turns = [_turn(turn, f"{row.column(name)}[{i}]") for i, turn in enumerate(row.items(name))]
+            if name == "prompt":  # what is in it is not learned
+                turns = [turn | {"train": False} if turn["role"] == "assistant" else turn for turn in turns]
+            messages += turns
         if system := row.text("system", required=False):
             if messages[0]["role"] == "system":
                 raise BadRow("is a second system text: the messages have one", row.column("system"))
