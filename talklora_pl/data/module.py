@@ -50,6 +50,9 @@ class TextData(L.LightningDataModule):
             None: 512, or the model's context if that is shorter.
         length_grouped: batches of similar lengths.
         eos_token: for a tokenizer without one.
+        train_on: of a conversation, learn `all` answers, or the `last` alone.
+        special_tokens_in_data: what is read where the data spell a special token (`</s>`): its letters as `text`, or
+            the token (`control`), for data that a chat template has already been applied to.
         on_bad_row: stop at rows that are wrong, or leave them out and list them in `bad_row_report`.
         bad_row_report: JSON Lines file for them.
         num_workers: processes that make batches.
@@ -75,6 +78,8 @@ class TextData(L.LightningDataModule):
         max_length: int | None = None,
         length_grouped: bool = True,
         eos_token: str | None = None,
+        train_on: Literal["all", "last"] = "all",
+        special_tokens_in_data: Literal["text", "control"] = "text",
         on_bad_row: Literal["error", "skip"] = "error",
         bad_row_report: str = "bad_rows.jsonl",
         num_workers: int = 0,
@@ -95,6 +100,7 @@ class TextData(L.LightningDataModule):
         self.length_grouped, self.eos_token, self.on_bad_row = length_grouped, eos_token, on_bad_row
         self.bad_row_report, self.num_workers, self.cache_dir = bad_row_report, num_workers, cache_dir
         self.base, self.objective = base, objective
+        self.train_on, self.special_tokens_in_data = train_on, special_tokens_in_data
         self.tables: dict[str, datasets.Dataset] = {}
 
     @property
@@ -111,7 +117,7 @@ class TextData(L.LightningDataModule):
             UserError: all problems of all files in one message.
         """
         stage = self.trainer.state.fn if self.trainer is not None else None
-        self._report(self._prepare(str(stage.value) if stage else "fit"))
+        self._report(self.prepared(str(stage.value) if stage else "fit"))
 
     def check(self, stage: str) -> None:
         """Read everything that a stage needs.
@@ -119,7 +125,7 @@ class TextData(L.LightningDataModule):
         Raises:
             UserError: all problems of all files in one message.
         """
-        self._prepare(stage)
+        self.prepared(stage)
 
     def setup(self, stage: str) -> None:
         """Open what :meth:`prepare_data` has left in the cache.
@@ -129,7 +135,7 @@ class TextData(L.LightningDataModule):
         """
         import datasets
 
-        done = self._prepare(stage)
+        done = self.prepared(stage)
         tables = {
             name: datasets.concatenate_datasets([p.table for p in parts]) for name, parts in done.items() if parts
         }
@@ -137,7 +143,7 @@ class TextData(L.LightningDataModule):
             tables["train"], tables["val"] = self._split(tables["train"])
         self.tables |= tables
 
-    def _prepare(self, stage: str) -> dict[str, list[Prepared]]:
+    def prepared(self, stage: str) -> dict[str, list[Prepared]]:
         base, self._chosen = self._base_and_objective()
         least = {"batch_size": 1, "eval_batch_size": 1, "max_length": 1, "num_workers": 0, "val_size": 0}
         given_numbers = {name: getattr(self, name) for name in least}
@@ -159,8 +165,14 @@ class TextData(L.LightningDataModule):
             )
             num_classes = len(classes)
         self.pad_id = facts.pad_id
-        tokenize = Tokenize(tokenizer, max_length, self.eos_token, ends=not base.head.classifies)
-        self.eos_id = tokenize.eos
+        tokenize = Tokenize(
+            tokenizer,
+            max_length,
+            self.eos_token,
+            ends=not base.head.classifies,
+            train_on=self.train_on,
+            special_tokens_in_data=self.special_tokens_in_data,
+        )
         given = self.sources
         wanted = {
             "fit": {"train": given["train"], "val": given["val"]},
@@ -189,6 +201,8 @@ class TextData(L.LightningDataModule):
             problems.append(str(e))
         if problems:
             raise UserError("\n".join(problems))
+        formats = {part.source.format or "" for part in done}
+        self.eos_id = tokenize.end("chat" if "chat" in formats else "plain")
         return {name: [p for (n, _), p in zip(entries, done) if n == name] for name in wanted}
 
     def _base_and_objective(self) -> tuple[BaseModel, Objective]:
@@ -229,6 +243,8 @@ class TextData(L.LightningDataModule):
                 tasks = sorted(set(part.table["task"]))
                 cut = f", {part.cut_rows} prompts cut by {part.cut_tokens} tokens in all" if part.cut_rows else ""
                 rank_zero_info(f"data.{name}: {', '.join(tasks)}: {len(part.table)} rows{cut}")
+                for notice, count in part.notices.items():
+                    rank_zero_info(f"Warning: {part.source.path}: {notice} ({count} row{'s' if count > 1 else ''})")
         if done.get("train") and not done.get("val"):
             rows = sum(len(part.table) for part in done["train"])
             held_out = self._held_out(rows)
