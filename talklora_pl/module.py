@@ -12,6 +12,7 @@ import lightning as L
 import rich
 import torch
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
+from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor, nn
 
 from talklora_pl.adapter import Adapter, AdapterConfig, disable_adapter, inject
@@ -29,6 +30,7 @@ from talklora_pl.internals.lightning import step_ends, trainer_of
 from talklora_pl.objectives import Objective, choose
 from talklora_pl.optim import ParamGroup, grouped, try_optimizer
 from talklora_pl.routing import RoutingCollector, RoutingRecord
+from talklora_pl.sites.left_out import summary
 
 
 class FineTuner(L.LightningModule):
@@ -69,6 +71,7 @@ class FineTuner(L.LightningModule):
         self.evaluation = evaluation
         # experts by module name, decided by the callback before the adapter is built; None: as the adapter's rule says
         self.allocation: dict[str, int] | None = None
+        self._told_of_idle = False
         self.model: Any = None
         # routing of the newest training micro-step, for callbacks
         self.routing: list[RoutingRecord] = []
@@ -197,6 +200,18 @@ class FineTuner(L.LightningModule):
             self.log("train_loss", self._step_loss, prog_bar=True, sync_dist=True, batch_size=1)
             self._step_loss = 0.0
         return task + self.balance_loss() * (accumulate / batch.get("micro_steps", accumulate))
+
+    def on_after_backward(self) -> None:
+        """Tell once, after the first batch, of trained tensors that its loss does not reach."""
+        if self._told_of_idle:
+            return
+        self._told_of_idle = True
+        if idle := [n for n, p in self.trained().items() if p.grad is None]:
+            rank_zero_warn(
+                f"The first batch gave no gradient to {len(idle)} trained tensors: {summary(idle)}. Their modules did "
+                "not run, or the model (a kernel that is installed for it) reads their weight itself; what does not "
+                "learn is better left out: model.adapter.exclude."
+            )
 
     def optimizer_step(self, *args: Any, **kwargs: Any) -> None:
         """The step, then routers that balance themselves; a checkpoint of this step is written after both."""
