@@ -49,6 +49,10 @@ def check_format(name: str, kind: RowKind, has_template: bool = True) -> None:
         raise UserError(
             f"unknown format {name!r}.{did_you_mean(name, NAMES)} A template of your own must contain {{prompt}}."
         )
+    if not kind.by_template and not kind.by_chat:
+        if name != "plain":
+            raise UserError(f"{kind.name} rows are read as they are; leave the format out or say plain, not {name!r}")
+        return
     if not kind.by_template and name != "chat":
         raise UserError(f"{kind.name} rows need format: chat, not {name!r}")
     if not kind.by_chat and name == "chat":

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import warnings
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -17,7 +18,7 @@ from talklora_pl.base import BaseModel, default_length, load_config, load_tokeni
 from talklora_pl.data.batches import Batches
 from talklora_pl.data.prepare import Prepared, prepare
 from talklora_pl.data.sampler import EvalBatches, Position, TrainBatches
-from talklora_pl.data.source import BadRow, Source
+from talklora_pl.data.source import BadRow, Source, Sources
 from talklora_pl.data.tokens import Tokenize
 from talklora_pl.errors import UserError
 from talklora_pl.objectives import Objective, choose
@@ -30,8 +31,7 @@ class TextData(L.LightningDataModule):
     """Text to fine-tune on: files or hub data sets, each a task, tokenised once and cached.
 
     Args:
-        train: one path, or a list of paths and sources. (The type begins with the list, whose sources jsonargparse
-            would else write as text, and names `Path`, or it would read the file as a part of the config.)
+        train: one path, or a list of paths and sources; in Python also rows, see :class:`Source`.
         val: validation data; None: split off from `train`.
         test: data to score at the end.
         predict: data to answer (it needs no answers of its own); None: `test`.
@@ -49,6 +49,8 @@ class TextData(L.LightningDataModule):
             None: 512, or the model's context if that is shorter.
         length_grouped: batches of similar lengths.
         eos_token: for a tokenizer without one.
+        documents: texts alone are `split` where they are longer than a sequence; `packed`: short ones of a task are
+            also joined, each with its end. (Attention then crosses from one text into the next.)
         on_bad_row: stop at rows that are wrong, or leave them out and list them in `bad_row_report`.
         bad_row_report: JSON Lines file for them.
         num_workers: processes that make batches.
@@ -59,10 +61,10 @@ class TextData(L.LightningDataModule):
 
     def __init__(
         self,
-        train: list[str | Source] | str | Path | None = None,
-        val: list[str | Source] | str | Path | None = None,
-        test: list[str | Source] | str | Path | None = None,
-        predict: list[str | Source] | str | Path | None = None,
+        train: Sources = None,
+        val: Sources = None,
+        test: Sources = None,
+        predict: Sources = None,
         rows: str | None = None,
         format: str | None = None,
         columns: dict[str, str | list[str]] | None = None,
@@ -74,6 +76,7 @@ class TextData(L.LightningDataModule):
         max_length: int | None = None,
         length_grouped: bool = True,
         eos_token: str | None = None,
+        documents: Literal["split", "packed"] = "split",
         on_bad_row: Literal["error", "skip"] = "error",
         bad_row_report: str = "bad_rows.jsonl",
         num_workers: int = 0,
@@ -84,16 +87,14 @@ class TextData(L.LightningDataModule):
         super().__init__()
         defaults = Source("", rows=rows, format=format, columns=columns or {})
         self.sources = {
-            name: [
-                _source(entry, defaults) for entry in (given if isinstance(given, list) else [given] if given else [])
-            ]
+            name: [_source(entry, defaults) for entry in _entries(given)]
             for name, given in {"train": train, "val": val, "test": test, "predict": predict}.items()
         }
         self.labels, self.val_size, self.seed = labels, val_size, seed
         self.batch_size, self.eval_batch_size, self.max_length = batch_size, eval_batch_size, max_length
         self.length_grouped, self.eos_token, self.on_bad_row = length_grouped, eos_token, on_bad_row
         self.bad_row_report, self.num_workers, self.cache_dir = bad_row_report, num_workers, cache_dir
-        self.base, self.objective = base, objective
+        self.base, self.objective, self.documents = base, objective, documents
         self.tables: dict[str, datasets.Dataset] = {}
 
     @property
@@ -180,11 +181,14 @@ class TextData(L.LightningDataModule):
                 classes=classes,
                 num_classes=num_classes,
                 on_bad_row=self.on_bad_row,
+                pack=self.documents == "packed",
                 cache=Path(self.cache_dir) if self.cache_dir else None,
                 later=[*given["test"], *given["predict"]] if stage == "fit" else (),
             )
         except UserError as e:
             problems.append(str(e))
+        if done and stage == "fit" and self.documents == "packed" and not any(part.documents for part in done):
+            problems.append("data.documents: packed is for texts alone (rows: text), and there are none.")
         if problems:
             raise UserError("\n".join(problems))
         return {name: [p for (n, _), p in zip(entries, done) if n == name] for name in wanted}
@@ -226,7 +230,8 @@ class TextData(L.LightningDataModule):
             for part in parts:
                 tasks = sorted(set(part.table["task"]))
                 cut = f", {part.cut_rows} prompts cut by {part.cut_tokens} tokens in all" if part.cut_rows else ""
-                rank_zero_info(f"data.{name}: {', '.join(tasks)}: {len(part.table)} rows{cut}")
+                texts = f" from {part.documents} texts" if part.documents else ""
+                rank_zero_info(f"data.{name}: {', '.join(tasks)}: {len(part.table)} rows{texts}{cut}")
         if done.get("train") and not done.get("val"):
             rows = sum(len(part.table) for part in done["train"])
             held_out = self._held_out(rows)
@@ -310,8 +315,15 @@ class TextData(L.LightningDataModule):
         return Position(epoch.processed + over, 0 if over else done, accumulate, length)
 
 
-def _source(entry: str | Path | Source, defaults: Source) -> Source:
-    source = entry if isinstance(entry, Source) else Source(str(entry))
+def _entries(given: Any) -> list[Any]:
+    """The sources of what was given; a list with a row in it is one."""
+    if isinstance(given, list | tuple) and not any(isinstance(entry, Mapping) for entry in given):
+        return list(given)
+    return [] if given is None or (isinstance(given, str) and not given) else [given]
+
+
+def _source(entry: Any, defaults: Source) -> Source:
+    source = entry if isinstance(entry, Source) else Source(entry)
     return replace(
         source,
         rows=source.rows or defaults.rows,

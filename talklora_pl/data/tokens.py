@@ -24,7 +24,8 @@ class Tokens:
     Attributes:
         input_ids: one sequence, or one per choice.
         labels: of the same shapes, -100 where there is no loss (not shifted); empty for classification.
-        prompt_length: how many tokens of the first sequence come before the (last) answer: what generation starts from.
+        prompt_length: how many tokens of the first sequence come before the (last) answer: what generation starts from;
+            0 where nothing is asked.
         cut: prompt tokens that did not fit.
     """
 
@@ -91,6 +92,10 @@ class Tokenize:
         if cut:
             ids = list(self.tokenizer(text, truncation=True, max_length=self.max_length).input_ids)
         return Tokens([ids], cut=cut)
+
+    def ids(self, text: str) -> list[int]:
+        """Token ids of a text of the data, without the special tokens around it."""
+        return self._ids(text)
 
     def _ids(self, text: str) -> list[int]:
         return list(self.tokenizer(text, add_special_tokens=False, verbose=False).input_ids) if text else []

@@ -17,6 +17,8 @@ from talklora_pl.data.source import BadRow, Source
 from talklora_pl.errors import UserError
 
 if TYPE_CHECKING:
+    from collections.abc import Iterable
+
     from talklora_pl.data.tokens import Tokenize, Tokens
 
 
@@ -67,6 +69,12 @@ class RowKind(registry.Component):
     def tokens(self, example: Example, format: str, tokenize: Tokenize) -> Tokens:
         """The tokens of an example, one sequence per answer. Raises BadRow: it has none, or too many."""
         return tokenize(example, format)
+
+    def sequences(self, example: Example, format: str, tokenize: Tokenize) -> Iterable[Tokens]:
+        """What becomes of an example: one row of sequences, or several rows, the pieces of a long text.
+
+        Raises BadRow: as :meth:`tokens`."""
+        return [self.tokens(example, format, tokenize)]
 
 
 def row_kind(name: str) -> RowKind:
