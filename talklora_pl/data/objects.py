@@ -60,7 +60,7 @@ class RowsInPython(str):
             if hasattr(rows, "to_dict") and hasattr(rows, "notna"):  # pandas
                 rows = rows.astype(object).where(rows.notna(), None).to_dict("records")
             elif not hasattr(rows, "__iter__"):  # of PyTorch
-                rows = (rows[i] for i in range(len(rows)))
+                rows = map(rows.__getitem__, range(len(rows)))
             rows = [_plain(row) for row in islice(rows, limit)]
             digest = hashlib.sha256(json.dumps(rows, default=repr).encode()).hexdigest()
             self._read = rows, digest

@@ -182,7 +182,10 @@ class Reader:
         elif self.texts or self.file.is_file():
             self.identity = self._digest(self.texts or [self.file])
             if self.file.is_dir() and (others := [f.name for f in _files(self.file) if f not in self.texts]):
-                rank_zero_warn(f"{self.file}: {len(others)} files are no text and are not read, such as {others[0]}.")
+                many = "1 file is no text and is not read:"
+                if len(others) > 1:
+                    many = f"{len(others)} files are no text and are not read, such as"
+                rank_zero_warn(f"{self.file}: {many} {others[0]}")
         else:
             self.dataset = self._load()
             self.identity, features = content_digest(self.dataset), self.dataset.features
