@@ -16,10 +16,13 @@ from torch.utils.data import DataLoader
 
 from talklora_pl.base import BaseModel, default_length, load_config, load_tokenizer, pad_id
 from talklora_pl.data.batches import Batches
+from talklora_pl.data.classes import collect
 from talklora_pl.data.prepare import Prepared, prepare
+from talklora_pl.data.rows import listing
 from talklora_pl.data.sampler import EvalBatches, Position, TrainBatches
 from talklora_pl.data.source import BadRow, Source, Sources
 from talklora_pl.data.tokens import Tokenize
+from talklora_pl.distributed.checkpoint import read_checkpoint
 from talklora_pl.errors import UserError
 from talklora_pl.objectives import Objective, choose
 
@@ -40,7 +43,7 @@ class TextData(L.LightningDataModule):
         format: how it is written, where a source does not say: `plain`, `cloze`, `alpaca`, `chat`, or a template with
             `{prompt}`. None: by rows.
         columns: field -> column, where a source does not say.
-        labels: names of the classes, or a JSON file with a list of them, if labels are names.
+        labels: names of the classes, or a JSON file with a list of them; None: those of the training data.
         val_size: what is split off from `train`: a share (below 1) or a number of rows; 0: nothing.
         seed: of the split and of the order of the rows.
         batch_size: rows of a micro-batch of one process.
@@ -96,6 +99,8 @@ class TextData(L.LightningDataModule):
         self.bad_row_report, self.num_workers, self.cache_dir = bad_row_report, num_workers, cache_dir
         self.base, self.objective, self.documents = base, objective, documents
         self.tables: dict[str, datasets.Dataset] = {}
+        self.num_classes: int | None = None
+        self.class_names: list[str] = []
 
     @property
     def tasks(self) -> list[str]:
@@ -149,14 +154,15 @@ class TextData(L.LightningDataModule):
         if context is not None and max_length > context:
             problems.append(f"data.max_length: {max_length} is more than the model's context of {context} tokens.")
             max_length = context
-        classes = self._classes()
-        num_classes = config.num_labels if base.head.classifies else None
-        self._class_names = classes if classes and base.head.classifies else []
-        if classes and num_classes is not None and len(classes) != num_classes:
-            problems.append(
-                f"data.labels: {len(classes)} classes, but the model has {num_classes} (model.base.num_labels)."
-            )
-            num_classes = len(classes)
+        classes, trained = self._classes(), False
+        if base.head.classifies:
+            try:
+                self.num_classes, self.class_names, trained = self._decide_classes(
+                    stage, classes, base.num_labels, config
+                )
+            except UserError as e:
+                problems.append(str(e))
+            classes = self.class_names or classes
         self.pad_id = pad_id(tokenizer)
         tokenize = Tokenize(tokenizer, max_length, self.eos_token, ends=not base.head.classifies)
         self.eos_id = tokenize.eos
@@ -179,7 +185,8 @@ class TextData(L.LightningDataModule):
                 self._chosen,
                 require_answers=stage != "predict",
                 classes=classes,
-                num_classes=num_classes,
+                num_classes=self.num_classes,
+                trained=trained,
                 on_bad_row=self.on_bad_row,
                 pack=self.documents == "packed",
                 cache=Path(self.cache_dir) if self.cache_dir else None,
@@ -213,6 +220,28 @@ class TextData(L.LightningDataModule):
             raise UserError(f"data.labels: {self.labels!r} must hold a list of names.")
         return names
 
+    def _decide_classes(
+        self, stage: str, listed: list[str] | None, num_labels: int | None, config: Any
+    ) -> tuple[int, list[str], bool]:
+        """Number and names of the classes, and whether they are those of training data."""
+        if listed:
+            if num_labels not in (None, len(listed)):
+                raise UserError(f"data.labels: {len(listed)} classes, but model.base.num_labels is {num_labels}.")
+            return len(listed), listed, False
+        checkpoint = getattr(self.trainer, "ckpt_path", None) if stage != "fit" else None
+        if checkpoint and "://" not in str(checkpoint):
+            saved = read_checkpoint(checkpoint).get(type(self).__qualname__, {})
+            if "num_classes" in saved:
+                return saved["num_classes"], saved["class_names"], bool(saved["class_names"])
+        own = list(config.id2label.values())
+        if found := collect(self.sources["train"], self._chosen, num_labels, own):
+            return found.count, found.names, bool(found.names)
+        return config.num_labels, [], False
+
+    def state_dict(self) -> dict[str, Any]:
+        """What a checkpoint tells later stages of the classes."""
+        return {} if self.num_classes is None else {"num_classes": self.num_classes, "class_names": self.class_names}
+
     def _held_out(self, rows: int) -> int:
         """How many of the training rows are for validation."""
         count = round(self.val_size * rows) if self.val_size < 1 else int(self.val_size)
@@ -236,6 +265,8 @@ class TextData(L.LightningDataModule):
             rows = sum(len(part.table) for part in done["train"])
             held_out = self._held_out(rows)
             rank_zero_info(f"data.val_size: {held_out} of these {rows} rows validate, {rows - held_out} train")
+        if self.class_names and not self.labels:
+            rank_zero_info(f"data.labels: {len(self.class_names)} classes: {listing(self.class_names)}")
         if bad := [row for parts in done.values() for part in parts for row in part.bad]:
             self._report_bad(bad)
 
@@ -287,7 +318,7 @@ class TextData(L.LightningDataModule):
     ) -> DataLoader[dict[str, Any]]:
         # batch_size=None: a batch is one item; so Lightning keeps this sampler in every stage
         return DataLoader(
-            Batches(table, self._chosen, self.pad_id, training, self._class_names),
+            Batches(table, self._chosen, self.pad_id, training, self.class_names),
             batch_size=None,
             sampler=batches,
             num_workers=self.num_workers,

@@ -59,6 +59,7 @@ def prepare(
     require_answers: bool = True,
     classes: list[str] | None = None,
     num_classes: int | None = None,
+    trained: bool = False,
     on_bad_row: str = "error",
     pack: bool = False,
     cache: Path | None = None,
@@ -73,6 +74,7 @@ def prepare(
         require_answers: every row must have its answer.
         classes: names of the classes.
         num_classes: number of classes.
+        trained: the classes are those of the training data.
         on_bad_row: `error` raises if any row is bad, `skip` leaves bad rows out.
         pack: join short texts to sequences where nothing is asked.
         cache: where to keep the result; None: the user's cache folder.
@@ -87,7 +89,7 @@ def prepare(
     for source in sources:
         try:
             source = resolve_source(source, objective, bool(tokenize.tokenizer.chat_template))
-            read = RowReader(source, require_answers, classes, num_classes)
+            read = RowReader(source, require_answers, classes, num_classes, trained)
             out.append(_prepare(source, tokenize, objective, read, pack, cache))
         except UserError as e:
             problems.append(str(e))
@@ -165,7 +167,10 @@ def _remedy(kind: RowKind) -> str:
     fitting = [objective.name for objective in objectives if objective.takes == kind.gives]
     for task, head in HEADS.items():
         if head.objective in fitting:
-            return f"set model.base.task: {task}" + (" and model.base.num_labels" if head.classifies else "")
+            classes = (
+                " (the classes are those of the training data, unless model.base.num_labels or data.labels say them)"
+            )
+            return f"set model.base.task: {task}" + (classes if head.classifies else "")
     return f"set model.objective: {fitting[0]}" if fitting else "no objective takes them"
 
 
@@ -174,9 +179,18 @@ def _prepare(
 ) -> Prepared:
     import datasets
 
-    rows = Reader(source)
+    label = read.columns.get("label", "label") if read.kind.gives == "class" else None
+    rows = Reader(source, label if isinstance(label, str) else None)
     recipe = [VERSION, asdict(source), rows.identity, tokenize.identity, tokenize.max_length, tokenize.eos]
-    recipe += [objective.loss_per, _code(read.kind), read.require_answers, read.classes, read.num_classes, pack]
+    recipe += [
+        objective.loss_per,
+        _code(read.kind),
+        read.require_answers,
+        read.classes,
+        read.num_classes,
+        read.trained,
+        pack,
+    ]
     key = hashlib.sha256(json.dumps(recipe).encode()).hexdigest()[:32]
 
     def write(folder: Path) -> None:

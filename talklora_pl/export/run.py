@@ -34,13 +34,12 @@ def facts_of(trainer: L.Trainer) -> Facts:
     numbers = {k: v for k, v in numbers.items() if math.isfinite(v)}
     data: Any = getattr(trainer, "datamodule", None)
     sources = getattr(data, "sources", {})
-    labels = getattr(data, "labels", None)
     return Facts(
         data=[f"{split}: {_data_name(s)}" for split in ("train", "val") for s in sources.get(split, [])],
         metrics={k: v for k, v in sorted(numbers.items()) if not k.startswith(("load/", "val_load/", "alerts/"))},
         routing={k: v for k, v in sorted(numbers.items()) if k.startswith("load/") and k.count("/") == 1},
         steps=trainer.global_step,
-        labels=list(labels) if isinstance(labels, (list, tuple)) else [],
+        labels=list(getattr(data, "class_names", [])),
     )
 
 

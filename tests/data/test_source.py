@@ -245,7 +245,7 @@ def test_kind_and_format_are_decided_together() -> None:
         ({"rows": "chat", "format": "cloze"}, "chat rows need format: chat"),
         (
             {"rows": "classification"},
-            "causal_lm; set model.base.task: sequence_classification and model.base.num_labels",
+            r"causal_lm; set model.base.task: sequence_classification \(.*model.base.num_labels or data.labels",
         ),
         ({"columns": {"promt": "x"}}, "Did you mean 'prompt'"),
     ],

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -46,7 +47,7 @@ def test_every_token_is_learned_once_and_after_the_one_before_it(bos: bool, leng
     assert all(len(row) <= 10 and len(row) == len(labels) for row, labels in rows)
     assert all(row[:1] == [256] and row[1:].count(256) == 0 for row, _ in rows) if bos else True
     assert [t for row, _ in rows for t in row].count(EOS) == 1 and rows[-1][0][-1] == EOS
-    for (before, _), (row, labels) in zip(rows, rows[1:]):
+    for (before, _), (row, labels) in pairwise(rows):
         assert row[bos] == before[-1] and labels[bos] == NO_LOSS
     assert all(label in (token, NO_LOSS) for row, labels in rows for token, label in zip(row, labels))
     assert all(len(row) == 10 for row, _ in rows[:-1])
@@ -64,7 +65,7 @@ def test_a_text_that_says_its_own_bos_has_one() -> None:
 
 
 def test_no_room() -> None:
-    with pytest.raises(BadRow, match="a sequence of 2 tokens .* no room"):
+    with pytest.raises(BadRow, match=r"a sequence of 2 tokens .* no room"):
         list(pieces("text", Tokenize(tokenizer(), 2)))
 
 
@@ -131,7 +132,7 @@ def test_packed_texts_are_joined_within_a_task(base: BaseModel, monkeypatch: pyt
 
 def test_packing_is_for_texts_and_leaves_questions_alone(base: BaseModel) -> None:
     asked = [{"prompt": "p", "completion": "c"}] * 3
-    with pytest.raises(UserError, match="data.documents: packed is for texts alone"):
+    with pytest.raises(UserError, match=r"data.documents: packed is for texts alone"):
         data(base, train=asked, documents="packed")
     mixed = data(base, train=[Source(asked), Source([{"text": "a"}] * 3, rows="text")], documents="packed")
     assert list(mixed.tables["train"]["length"]) == [4, 4, 4, 9]
