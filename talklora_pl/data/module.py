@@ -22,7 +22,6 @@ from talklora_pl.data.rows import listing
 from talklora_pl.data.sampler import EvalBatches, Position, TrainBatches
 from talklora_pl.data.source import BadRow, Source, Sources
 from talklora_pl.data.tokens import Tokenize
-from talklora_pl.distributed.checkpoint import read_checkpoint
 from talklora_pl.errors import UserError
 from talklora_pl.objectives import Objective, choose
 
@@ -101,6 +100,7 @@ class TextData(L.LightningDataModule):
         self.tables: dict[str, datasets.Dataset] = {}
         self.num_classes: int | None = None
         self.class_names: list[str] = []
+        self._kept: dict[str, Any] = {}  # of a checkpoint
 
     @property
     def tasks(self) -> list[str]:
@@ -228,11 +228,8 @@ class TextData(L.LightningDataModule):
             if num_labels not in (None, len(listed)):
                 raise UserError(f"data.labels: {len(listed)} classes, but model.base.num_labels is {num_labels}.")
             return len(listed), listed, False
-        checkpoint = getattr(self.trainer, "ckpt_path", None) if stage != "fit" else None
-        if checkpoint and "://" not in str(checkpoint):
-            saved = read_checkpoint(checkpoint).get(type(self).__qualname__, {})
-            if "num_classes" in saved:
-                return saved["num_classes"], saved["class_names"], bool(saved["class_names"])
+        if stage != "fit" and self._kept:
+            return self._kept["num_classes"], self._kept["class_names"], bool(self._kept["class_names"])
         own = list(config.id2label.values())
         if found := collect(self.sources["train"], self._chosen, num_labels, own):
             return found.count, found.names, bool(found.names)
@@ -241,6 +238,20 @@ class TextData(L.LightningDataModule):
     def state_dict(self) -> dict[str, Any]:
         """What a checkpoint tells later stages of the classes."""
         return {} if self.num_classes is None else {"num_classes": self.num_classes, "class_names": self.class_names}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Take the classes of a checkpoint over.
+
+        Raises:
+            UserError: this run has others.
+        """
+        self._kept, names = state, state["class_names"]
+        if self.class_names and names and not self.labels and self.class_names != names:
+            raise UserError(
+                f"data.labels: the checkpoint's classes are {listing(names)}; those of this run's training data are "
+                f"{listing(self.class_names)}. Only a new run, without --ckpt_path, may have others."
+            )
+        self.class_names = self.class_names or names
 
     def _held_out(self, rows: int) -> int:
         """How many of the training rows are for validation."""

@@ -102,7 +102,8 @@ def export_checkpoint(
     )
     if (kind := load_config(model).model_type) != info.model_type:
         raise UserError(f"The adapter of {path} belongs to a {info.model_type} model, and {model.path} is a {kind}.")
-    facts = Facts(**data[RUN]) if RUN in data else Facts(steps=data["global_step"])
+    labels = data.get("TextData", {}).get("class_names", [])
+    facts = Facts(**data[RUN]) if RUN in data else Facts(steps=data["global_step"], labels=labels)
     return export_tensors(folder, tensors_of(data), metadata, model, replace(facts, license=license or facts.license))
 
 
