@@ -128,7 +128,8 @@ class ExactResume(L.Callback):
         self._saved = saved
         path = trainer.ckpt_path or ""
         written = AdapterMetadata.from_dict(checkpoint[METADATA], path)
-        refuse_differences(*_methods(written, pl_module.adapter_metadata()), path)  # type: ignore[operator]
+        then, now = _methods(written, pl_module.adapter_metadata(like=written.base.fingerprint))
+        refuse_differences(then, now, path)
         self._refuse_other_parts(trainer)
         total, current, is_last = training_batches(checkpoint["loops"]["fit_loop"])
         done = current["processed"]

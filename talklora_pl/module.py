@@ -15,11 +15,14 @@ from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 from torch import Tensor, nn
 
 from talklora_pl.adapter import Adapter, AdapterConfig, disable_adapter, inject
-from talklora_pl.adapter.io import adapter_metadata, state_tensors
+from talklora_pl.adapter.io import adapter_metadata, base_fingerprint, state_tensors
 from talklora_pl.adapter.metadata import AdapterMetadata
-from talklora_pl.base import BaseModel, load_base, load_tokenizer, portable
+from talklora_pl.base import BaseModel, describe_base, load_base, load_generation, load_tokenizer, portable
+from talklora_pl.base.description import Description
+from talklora_pl.base.loading import new_modules, settle
 from talklora_pl.callbacks.allocation import ExpertAllocation, refuse_other_allocation
 from talklora_pl.distributed.checkpoint import refuse_differences
+from talklora_pl.distributed.shards import compare_with_files
 from talklora_pl.errors import UserError
 from talklora_pl.evaluation import BatchScores, Evaluation, Generation, TaskScores, predictions, table, write_json
 from talklora_pl.internals.lightning import step_ends, trainer_of
@@ -95,6 +98,8 @@ class FineTuner(L.LightningModule):
         # a strategy that shards the base also reads it, each process its own part
         meta = getattr(getattr(trainer_of(self), "strategy", None), "loads_base", False)
         self.model = load_base(self.base, self.device, meta)
+        if meta and self.base.head.classifies:
+            settle(self.model, self.base.path, compare_with_files(self.model, self.base.revision), new_head=True)
         self._inject(self.model, self.adapter_config, self.device)
         if self.gradient_checkpointing:
             self.model.activation_checkpointing_enable()
@@ -120,13 +125,25 @@ class FineTuner(L.LightningModule):
         def inject() -> None:
             nonlocal groups
             if model is not None:
-                config.experts.site.find(model, config.targets, config.exclude, config.layers)
+                config.experts.site.find(
+                    model, config.targets, config.exclude, config.layers, keep=self.allocation or ()
+                )
             if not problems:
                 # a rule that reads weights has none to read here
                 self._inject(model, config.before_allocation())
                 groups = grouped(trained_tensors(model), self.param_groups)
 
-        for part in (config.validate, load, inject, lambda: try_optimizer(self.optimizer, self.lr_scheduler, groups)):
+        def generation() -> None:
+            if self.evaluation.generation == "base":
+                load_generation(self.base)
+
+        for part in (
+            config.validate,
+            load,
+            generation,
+            inject,
+            lambda: try_optimizer(self.optimizer, self.lr_scheduler, groups),
+        ):
             try:
                 part()
             except UserError as e:
@@ -135,8 +152,10 @@ class FineTuner(L.LightningModule):
             raise UserError("\n".join(problems))
 
     def _inject(self, model: Any, config: AdapterConfig, device: torch.device | None = None) -> None:
-        if along := self.objective.modules_to_save(model):
-            config = replace(config, modules_to_save=sorted({*config.modules_to_save, *along}))
+        along = {*config.modules_to_save, *self.objective.modules_to_save(model)}
+        new = {n for n in new_modules(model) if not any(f"{n}.".startswith(f"{module}.") for module in along)}
+        if along | new:
+            config = replace(config, modules_to_save=sorted(along | new))
         inject(model, config, allocation=self.allocation, device=device)
 
     @property
@@ -195,7 +214,7 @@ class FineTuner(L.LightningModule):
         total = torch.zeros((), device=self.device)
         with torch.autocast(self.device.type, enabled=False):  # sums over tokens need more than bf16's 8 bits
             for options in self.adapter.config.balance:
-                loss = self.adapter.balance[options.name]
+                loss: Any = self.adapter.balance[options.name]
                 value = loss([r for r in self.routing if r.layer in loss.group])
                 self.log(f"balance/{options.name}", value.detach(), batch_size=1)
                 total = total + options.weight * value
@@ -216,6 +235,11 @@ class FineTuner(L.LightningModule):
     def tokenizer(self) -> Any:
         """The base model's tokenizer."""
         return load_tokenizer(self.base)
+
+    @functools.cached_property
+    def description(self) -> Description:
+        """Facts of the base."""
+        return describe_base(self.base)
 
     @property
     def _datamodule(self) -> Any:
@@ -239,7 +263,7 @@ class FineTuner(L.LightningModule):
         if generate and self.evaluation.max_new_tokens:
             shared = self.device_mesh is not None  # the model, by the ranks
             any_rank = (lambda here: self.trainer.strategy.reduce_boolean_decision(here, all=False)) if shared else None
-            answer = Generation(self.model, self.tokenizer, self.eos_id, self.evaluation, any_rank)
+            answer = Generation(self.model, self.tokenizer, self.description, self.eos_id, self.evaluation, any_rank)
         return self.objective.score(self.model, batch, answer)
 
     def on_validation_epoch_start(self) -> None:
@@ -318,8 +342,12 @@ class FineTuner(L.LightningModule):
 
     # --- checkpoints
 
-    def adapter_metadata(self) -> AdapterMetadata:
-        """What a checkpoint and an exported folder hold of the run's method."""
+    def adapter_metadata(self, like: str | None = None) -> AdapterMetadata:
+        """What a checkpoint and an exported folder hold of the run's method.
+
+        Args:
+            like: a fingerprint that the base's will be compared with, maybe of an earlier version.
+        """
         base: dict[str, Any] = {
             "name_or_path": portable(self.base.path),
             "task": self.base.task,
@@ -327,7 +355,9 @@ class FineTuner(L.LightningModule):
         }
         if self.base.revision is not None:
             base["revision"] = self.base.revision
-        if self._fingerprint is not None:
+        if like is not None:
+            base["fingerprint"] = base_fingerprint(self.model, like=like)
+        elif self._fingerprint is not None:
             base["fingerprint"] = self._fingerprint
         return adapter_metadata(self.model, **base)
 

@@ -184,7 +184,7 @@ class CLI(LightningCLI):
         return UserError("\n  ".join(["The configuration cannot be used:", *map(str, self.check.problems), *more]))
 
 
-def run(verb: str, argv: list[str]) -> CLI:
+def run(verb: str, argv: list[str], cli: type[CLI] = CLI) -> CLI:
     """Parse ``argv`` and run one of Lightning's verbs; the result has ``trainer``, ``model`` and ``datamodule``."""
     # of Lightning's own making, and nothing a user could act upon
     warnings.filterwarnings("ignore", ".*LeafSpec.*")
@@ -192,7 +192,7 @@ def run(verb: str, argv: list[str]) -> CLI:
     warnings.formatwarning = _one_line
     logging.getLogger("lightning.pytorch.utilities.rank_zero").addFilter(lambda r: "litlogger" not in r.getMessage())
     try:
-        return CLI(verb, argv)
+        return cli(verb, argv)
     except (MisconfigurationException, ValueError) as e:
         if raised_by_lightning(e):
             raise UserError(f"trainer: {' '.join(str(e).split())}") from e

@@ -14,7 +14,8 @@ import numpy as np
 from lightning.pytorch.utilities import rank_zero_info
 from torch.utils.data import DataLoader
 
-from talklora_pl.base import BaseModel, default_length, load_config, load_tokenizer, pad_id
+from talklora_pl.base import BaseModel, load_config, load_tokenizer
+from talklora_pl.base.description import describe
 from talklora_pl.data.batches import Batches
 from talklora_pl.data.classes import collect
 from talklora_pl.data.prepare import Prepared, prepare
@@ -53,6 +54,9 @@ class TextData(L.LightningDataModule):
         eos_token: for a tokenizer without one.
         documents: texts alone are `split` where they are longer than a sequence; `packed`: short ones of a task are
             also joined, each with its end. (Attention then crosses from one text into the next.)
+        train_on: of a conversation, learn `all` answers, or the `last` alone.
+        special_tokens_in_data: what is read where the data spell a special token (`</s>`): its letters as `text`, or
+            the token (`control`), for data that a chat template has already been applied to.
         on_bad_row: stop at rows that are wrong, or leave them out and list them in `bad_row_report`.
         bad_row_report: JSON Lines file for them.
         num_workers: processes that make batches.
@@ -79,6 +83,8 @@ class TextData(L.LightningDataModule):
         length_grouped: bool = True,
         eos_token: str | None = None,
         documents: Literal["split", "packed"] = "split",
+        train_on: Literal["all", "last"] = "all",
+        special_tokens_in_data: Literal["text", "control"] = "text",
         on_bad_row: Literal["error", "skip"] = "error",
         bad_row_report: str = "bad_rows.jsonl",
         num_workers: int = 0,
@@ -97,6 +103,7 @@ class TextData(L.LightningDataModule):
         self.length_grouped, self.eos_token, self.on_bad_row = length_grouped, eos_token, on_bad_row
         self.bad_row_report, self.num_workers, self.cache_dir = bad_row_report, num_workers, cache_dir
         self.base, self.objective, self.documents = base, objective, documents
+        self.train_on, self.special_tokens_in_data = train_on, special_tokens_in_data
         self.tables: dict[str, datasets.Dataset] = {}
         self.num_classes: int | None = None
         self.class_names: list[str] = []
@@ -116,7 +123,7 @@ class TextData(L.LightningDataModule):
             UserError: all problems of all files in one message.
         """
         stage = self.trainer.state.fn if self.trainer is not None else None
-        self._report(self._prepare(str(stage.value) if stage else "fit"))
+        self._report(self.prepared(str(stage.value) if stage else "fit"))
 
     def check(self, stage: str) -> None:
         """Read everything that a stage needs.
@@ -124,7 +131,7 @@ class TextData(L.LightningDataModule):
         Raises:
             UserError: all problems of all files in one message.
         """
-        self._prepare(stage)
+        self.prepared(stage)
 
     def setup(self, stage: str) -> None:
         """Open what :meth:`prepare_data` has left in the cache.
@@ -134,7 +141,7 @@ class TextData(L.LightningDataModule):
         """
         import datasets
 
-        done = self._prepare(stage)
+        done = self.prepared(stage)
         tables = {
             name: datasets.concatenate_datasets([p.table for p in parts]) for name, parts in done.items() if parts
         }
@@ -142,15 +149,16 @@ class TextData(L.LightningDataModule):
             tables["train"], tables["val"] = self._split(tables["train"])
         self.tables |= tables
 
-    def _prepare(self, stage: str) -> dict[str, list[Prepared]]:
+    def prepared(self, stage: str) -> dict[str, list[Prepared]]:
         base, self._chosen = self._base_and_objective()
         least = {"batch_size": 1, "eval_batch_size": 1, "max_length": 1, "num_workers": 0, "val_size": 0}
         given_numbers = {name: getattr(self, name) for name in least}
         wrong = [n for n, value in given_numbers.items() if value is not None and value < least[n]]
         problems = [f"data.{n}: {given_numbers[n]} is less than {least[n]}." for n in wrong]
         config, tokenizer = load_config(base), load_tokenizer(base)
-        context = getattr(config, "max_position_embeddings", None)
-        max_length = default_length(config) if self.max_length is None or "max_length" in wrong else self.max_length
+        facts = describe(config, tokenizer)
+        context = facts.context_length
+        max_length = facts.default_length if self.max_length is None or "max_length" in wrong else self.max_length
         if context is not None and max_length > context:
             problems.append(f"data.max_length: {max_length} is more than the model's context of {context} tokens.")
             max_length = context
@@ -163,9 +171,15 @@ class TextData(L.LightningDataModule):
             except UserError as e:
                 problems.append(str(e))
             classes = self.class_names or classes
-        self.pad_id = pad_id(tokenizer)
-        tokenize = Tokenize(tokenizer, max_length, self.eos_token, ends=not base.head.classifies)
-        self.eos_id = tokenize.eos
+        self.pad_id = facts.pad_id
+        tokenize = Tokenize(
+            tokenizer,
+            max_length,
+            self.eos_token,
+            ends=not base.head.classifies,
+            train_on=self.train_on,
+            special_tokens_in_data=self.special_tokens_in_data,
+        )
         given = self.sources
         wanted = {
             "fit": {"train": given["train"], "val": given["val"]},
@@ -198,6 +212,8 @@ class TextData(L.LightningDataModule):
             problems.append("data.documents: packed is for texts alone (rows: text), and there are none.")
         if problems:
             raise UserError("\n".join(problems))
+        formats = {part.source.format or "" for part in done}
+        self.eos_id = tokenize.end("chat" if "chat" in formats else "plain")
         return {name: [p for (n, _), p in zip(entries, done) if n == name] for name in wanted}
 
     def _base_and_objective(self) -> tuple[BaseModel, Objective]:
@@ -272,6 +288,8 @@ class TextData(L.LightningDataModule):
                 cut = f", {part.cut_rows} prompts cut by {part.cut_tokens} tokens in all" if part.cut_rows else ""
                 texts = f" from {part.documents} texts" if part.documents else ""
                 rank_zero_info(f"data.{name}: {', '.join(tasks)}: {len(part.table)} rows{texts}{cut}")
+                for notice, count in part.notices.items():
+                    rank_zero_info(f"Warning: {part.source.path}: {notice} ({count} row{'s' if count > 1 else ''})")
         if done.get("train") and not done.get("val"):
             rows = sum(len(part.table) for part in done["train"])
             held_out = self._held_out(rows)

@@ -6,6 +6,7 @@ import hashlib
 import inspect
 import json
 import sys
+from collections import Counter
 from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass, field, replace
 from itertools import islice
@@ -28,7 +29,7 @@ from talklora_pl.registry import did_you_mean
 if TYPE_CHECKING:
     import datasets
 
-VERSION = 2  # of the prepared form: raise it when the same rows would give other tokens
+VERSION = 3  # of the prepared form: raise it when the same rows would give other tokens
 SHOWN = 20  # different problems of rows that are spelled out in one message
 
 
@@ -42,6 +43,8 @@ class Prepared:
         bad: rows that were left out.
         cut_rows, cut_tokens: how many prompts were too long, and by how many tokens in all.
         documents: how many texts the rows are made of where nothing is asked.
+        notices: what was left out or replaced -> in how many rows.
+        source: where they are from, with the kind of rows and format that were decided.
     """
 
     table: datasets.Dataset
@@ -49,6 +52,8 @@ class Prepared:
     cut_rows: int = 0
     cut_tokens: int = 0
     documents: int = 0
+    notices: dict[str, int] = field(default_factory=dict)
+    source: Source = field(default_factory=lambda: Source(""))
 
 
 def prepare(
@@ -194,7 +199,7 @@ def _prepare(
     key = hashlib.sha256(json.dumps(recipe).encode()).hexdigest()[:32]
 
     def write(folder: Path) -> None:
-        report = {"bad": [], "cut_rows": 0, "cut_tokens": 0, "documents": 0}
+        report: dict[str, Any] = {"bad": [], "cut_rows": 0, "cut_tokens": 0, "documents": 0, "notices": Counter()}
         with row_writer(str(folder / "rows.arrow"), _features()) as writer:
             table = _rows(rows, source, tokenize, objective, read, report)
             for row in _packed(table, tokenize.max_length, objective) if pack else table:
@@ -209,9 +214,8 @@ def _prepare(
         raise UserError(f"data.cache_dir: the prepared rows cannot be kept in {place}: {e.strerror or e}.") from e
     report = json.loads((folder / "report.json").read_text())
     table = datasets.Dataset.from_file(str(folder / "rows.arrow"))
-    return Prepared(
-        table, [BadRow(**bad) for bad in report["bad"]], report["cut_rows"], report["cut_tokens"], report["documents"]
-    )
+    report["bad"] = [BadRow(**bad) for bad in report["bad"]]
+    return Prepared(table, **report, source=source)
 
 
 def _code(kind: RowKind) -> str:
@@ -227,9 +231,11 @@ def _rows(
 ) -> Iterator[dict[str, Any]]:
     """Rows of the table; what is bad or cut goes into the report."""
     absent, there = read.mapped(), dict[str, None]()
+    used, unused, with_input = read.used(), Counter[str](), False
     for number, (where, row) in enumerate(islice(rows, source.limit)):
-        if absent and isinstance(row, dict):
+        if isinstance(row, dict):
             there |= dict.fromkeys(_columns(row))
+        if absent and isinstance(row, dict):
             absent = {column: name for column, name in absent.items() if find(row, column) is ABSENT}
         try:
             if isinstance(row, BadRow):
@@ -240,9 +246,12 @@ def _rows(
         except BadRow as e:
             report["bad"].append({"problem": e.problem, "column": e.column, "where": where, "file": source.path})
             continue
+        with_input = with_input or bool(example.input)
+        unused.update(column for column, value in row.items() if column not in used and value not in (None, "", [], {}))
         label = -1 if example.label is None else example.label
         name = f"{source.task_name}-{number}" if name is None else str(name)
         report["documents"] += not parts[0].prompt_length and bool(parts[0].labels)
+        report["notices"].update({notice for tokens in parts for notice in tokens.notices})
         for i, tokens in enumerate(parts):
             if tokens.cut:
                 report["cut_rows"] += 1
@@ -258,6 +267,9 @@ def _rows(
                 "length": max(map(len, tokens.input_ids)),
                 "loss_tokens": _counted(tokens.labels, label, objective),
             }
+    report["notices"].update({f"the column {column!r} is not used": count for column, count in unused.items()})
+    if "{input}" in (source.format or "") and there and not with_input:
+        raise UserError(f"{source.path}: format: no column fills {{input}}: no row has an 'input' that is not empty.")
     if absent and there:
         lines = (
             f"{source.path}: columns: {{{name}: {column}}}: no row has {column!r}.{did_you_mean(column, there)}"

@@ -141,7 +141,7 @@ def test_kinds_of_rows() -> None:
     assert example("instruction", {"instruction": "i", "input": "x", "output": "o"}).input == "x"
     assert example("completion", {"prompt": "", "completion": "o"}) == Example("", "", [], ["o"], 0)
     messages = [{"role": "user", "content": "u"}, {"role": "assistant", "content": "a", "more": 1}]
-    assert example("chat", {"messages": messages}).messages[1] == {"role": "assistant", "content": "a"}
+    assert example("chat", {"messages": messages}).messages == messages  # every key
     row = {"question": "q", "choices": ["x", "y"], "label": 1}
     assert example("choice", row) == Example("q", "", [], ["x", "y"], 1)
     assert example("classification", {"text": "t", "label": 3}, num_classes=4) == Example("t", label=3)
@@ -427,3 +427,73 @@ def test_a_folder_of_texts(tmp_path: Path) -> None:
     (tmp_path / "a.txt").write_text("other")
     with pytest.warns(UserWarning):
         assert Reader(Source(str(tmp_path))).identity != reader.identity
+
+
+# -- conversations in the shapes of others ---------------------------------------------------------------------------
+
+
+def test_sharegpt() -> None:
+    row = {
+        "conversations": [
+            {"from": "system", "value": "s"},
+            {"from": "human", "value": "rain?"},
+            {"from": "function_call", "value": '{"name": "weather", "arguments": {"city": "Rome"}}'},
+            {"from": "observation", "value": "no"},
+            {"from": "gpt", "value": "No.", "weight": 0},
+        ]
+    }
+    got = example("chat", row)
+    assert [turn["role"] for turn in got.messages] == ["system", "user", "assistant", "tool", "assistant"]
+    assert got.messages[2]["tool_calls"][0]["function"] == {"name": "weather", "arguments": {"city": "Rome"}}
+    assert got.messages[4] == {"role": "assistant", "content": "No.", "weight": 0} and got.answers == ["No."]
+    assert example("chat", {"talk": row["conversations"]}, columns={"messages": "talk"}).messages == got.messages
+    assert example("chat", {"messages": None, **row}).messages == got.messages
+    with pytest.raises(BadRow, match="JSON of a call"):
+        example("chat", {"conversations": [{"from": "function_call", "value": "rain"}]})
+
+
+def test_what_a_chat_row_says_beside_messages() -> None:
+    turns = [{"role": "user", "content": "u"}, {"role": "assistant", "content": "a"}]
+    tools = [{"type": "function", "function": {"name": "f"}}]
+    for given in (tools, json.dumps(tools), [json.dumps(tools[0])]):
+        assert example("chat", {"messages": turns, "tools": given}).tools == tools
+    assert example("chat", {"messages": turns, "tools": []}).tools is None
+    got = example("chat", {"messages": turns, "system": "s", "chat_template_kwargs": {"x": 1}, "documents": [{"a": 1}]})
+    assert got.messages[0] == {"role": "system", "content": "s"}
+    assert got.variables == {"x": 1, "documents": [{"a": 1}]}
+    with pytest.raises(BadRow, match="second system text"):
+        example("chat", {"messages": [{"role": "system", "content": "t"}, *turns], "system": "s"})
+    for wrong in ("weather", {"name": "f"}, ["f"]):
+        with pytest.raises(BadRow, match="must be a list of objects"):
+            example("chat", {"messages": turns, "tools": wrong})
+    parts = [{"type": "text", "text": "a"}, {"type": "text", "text": "b"}]
+    assert example("chat", {"messages": [turns[0], {"role": "assistant", "content": parts}]}).answers == ["a\nb"]
+    with pytest.raises(BadRow, match="type 'image'"):
+        example("chat", {"messages": [{"role": "user", "content": [{"type": "image", "url": "x"}]}, turns[1]]})
+    call = {"role": "assistant", "content": None, "tool_calls": [{"function": {"name": "f", "arguments": {}}}]}
+    assert example("chat", {"messages": [turns[0], call]}).answers == [""]
+
+
+def test_prompt_and_completion_as_turns() -> None:
+    old = [{"role": role, "content": role} for role in ("user", "assistant", "user")]
+    new = [{"role": "assistant", "content": "a"}]
+    got = example("chat", {"prompt": old, "completion": new})
+    assert [turn.get("train") for turn in got.messages] == [None, False, None, None] and got.answers == ["a"]
+    assert example("chat", {"prompt": old}, require_answers=False).messages[-1]["role"] == "user"
+    with pytest.raises(BadRow, match="rows: chat"):
+        example("completion", {"prompt": old, "completion": new})
+
+
+@pytest.mark.parametrize(
+    "rows, template, place",
+    [
+        ("instruction", "{context}\n{prompt}", "context"),
+        ("completion", "{prompt}\n{input}:", "input"),
+        ("choice", "{question}{prompt}", "question"),
+    ],
+)
+def test_a_place_that_no_column_fills(rows: str, template: str, place: str) -> None:
+    with pytest.raises(UserError, match=f"no column fills {{{place}}}"):
+        resolve_source(Source("f", rows=rows, format=template), SFT())
+    resolve_source(Source("f", rows=rows, format=template.replace(f"{{{place}}}", f"{{{{{place}}}}}")), SFT())
+    resolve_source(Source("f", rows="instruction", format="{input}{prompt}"), SFT())

@@ -54,14 +54,12 @@ def test_every_token_is_learned_once_and_after_the_one_before_it(bos: bool, leng
 
 
 def test_a_text_that_says_its_own_bos_has_one() -> None:
-    class Fixed:
-        bos, eos, max_length = [256], EOS, 10
-
-        def ids(self, text: str) -> list[int]:
-            return [256, 5, EOS]
-
-    (tokens,) = pieces("", Fixed())  # type: ignore[arg-type]
-    assert (tokens.input_ids, tokens.labels) == ([[256, 5, EOS]], [[NO_LOSS, 5, EOS]])
+    (tokens,) = pieces("<s>a</s>", Tokenize(tokenizer(), 10, special_tokens_in_data="control"))
+    a = tokenizer(bos=False)("a").input_ids
+    assert (tokens.input_ids, tokens.labels) == ([[256, *a, EOS]], [[NO_LOSS, *a, EOS]])
+    (tokens,) = pieces("<s>a</s>", Tokenize(tokenizer(), 20))
+    assert len(tokens.input_ids[0]) == 10  # BOS, the eight letters, EOS
+    assert "<s>" in "".join(tokens.notices)
 
 
 def test_no_room() -> None:

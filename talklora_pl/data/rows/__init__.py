@@ -33,13 +33,17 @@ class Example:
         messages: a conversation instead of a prompt; its last message is the answer, if by the assistant.
         answers: one completion, or all choices; empty where there is none.
         label: index of the right answer, or the class; None where unknown.
+        tools: functions that the assistant of a conversation may call.
+        variables: what else the chat template is told.
     """
 
     prompt: str = ""
     input: str = ""
-    messages: list[dict[str, str]] = field(default_factory=list)
+    messages: list[dict[str, Any]] = field(default_factory=list)
     answers: list[str] = field(default_factory=list)
     label: int | None = None
+    tools: list[Any] | None = None
+    variables: dict[str, Any] = field(default_factory=dict)
 
 
 class RowKind(registry.Component):
@@ -131,10 +135,16 @@ class RowReader:
         """Raises BadRow: a field is missing, empty or of a wrong type, a label out of range."""
         return self.kind.read(Row(values, self))
 
+    def used(self) -> set[str]:
+        """Columns that rows are read from, whether they are there or not."""
+        names = (*self.kind.question, *self.kind.answer, *self.kind.optional, "id", "task")
+        columns = [column for name in names for column in _listed(self.columns.get(name, name))]
+        return {*columns, *(column.split(".")[0] for column in columns)}
+
     def mapped(self) -> dict[str, str]:
         """Columns that the user names and that must be somewhere in the data -> their fields."""
         optional = () if self.require_answers else self.kind.answer
-        lists = {f: [c] if isinstance(c, str) else c for f, c in self.columns.items() if f not in optional}
+        lists = {f: _listed(c) for f, c in self.columns.items() if f not in optional}
         return {column: name for name, columns in lists.items() for column in columns}
 
 
@@ -237,10 +247,16 @@ class Row:
         return value
 
 
+def _listed(columns: str | list[str]) -> list[str]:
+    return [columns] if isinstance(columns, str) else columns
+
+
 def check_text(value: Any, column: str, empty: bool = False) -> str:
     """The value, if it is text. Raises BadRow."""
     if not isinstance(value, str):
-        raise BadRow(f"must be text, got {type(value).__name__}", column)
+        turns = isinstance(value, list) and value and isinstance(value[0], dict)
+        hint = " (turns of a conversation are rows: chat)" if turns else ""
+        raise BadRow(f"must be text, got {type(value).__name__}{hint}", column)
     if not value.strip() and not empty:
         raise BadRow("is empty", column)
     try:

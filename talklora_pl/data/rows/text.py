@@ -43,7 +43,8 @@ def pieces(text: str, tokenize: Tokenize) -> Iterator[Tokens]:
     Raises:
         BadRow: there is nothing to learn, or no room for two tokens.
     """
-    bos, ids = tokenize.bos, tokenize.ids(text)
+    protected = tokenize.encoder.protect(text)
+    bos, ids = tokenize.bos, tokenize.encoder.ids(protected)
     ids = ids[len(bos) :] if ids[: len(bos)] == bos else ids
     ids = ids if ids[-1:] == [tokenize.eos] else [*ids, tokenize.eos]
     room = tokenize.max_length - len(bos)
@@ -55,4 +56,4 @@ def pieces(text: str, tokenize: Tokenize) -> Iterator[Tokens]:
         piece = ids[start : start + room]
         seen = 1 if start else 0
         labels = [NO_LOSS] * (len(bos) + seen) + piece[seen:]
-        yield Tokens([bos + piece], [labels])
+        yield Tokens([bos + piece], [labels], notices=tokenize.encoder.notices(protected))
