@@ -87,6 +87,12 @@ class FineTuner(L.LightningModule):
 
     # --- building
 
+    def setup(self, stage: str) -> None:
+        """A classifier whose number of classes nobody says has those of its data."""
+        classes = getattr(self._datamodule, "num_classes", None)
+        if self.base.head.classifies and self.base.num_labels is None and classes is not None:
+            self.base = replace(self.base, num_labels=classes)
+
     def configure_model(self) -> None:
         """Load the base, freeze it and inject the adapter. Called again, it does nothing."""
         if self.model is not None:

@@ -21,7 +21,7 @@ from talklora_pl.callbacks.progress import EpochProgress
 from talklora_pl.cli.check import Check
 from talklora_pl.cli.options import plugins, right, split
 from talklora_pl.data import TextData
-from talklora_pl.distributed.launch import allocation_of, resume_from, trainer_arguments, version_of
+from talklora_pl.distributed.launch import allocation_of, classes_of, resume_from, trainer_arguments, version_of
 from talklora_pl.errors import UserError
 from talklora_pl.internals.lightning import raised_by_lightning
 from talklora_pl.module import FineTuner
@@ -154,7 +154,10 @@ class CLI(LightningCLI):
         except UserError:
             # what is wrong with the data would come next: say it now (good data only get cached by this)
             raise UserError("\n".join(self._check(self.model, self.datamodule))) from None
-        self.model.allocation = allocation_of(self.config_init[self.verb].ckpt_path)
+        checkpoint = self.config_init[self.verb].ckpt_path
+        self.model.allocation = allocation_of(checkpoint)
+        if classes := classes_of(checkpoint):
+            self.datamodule.load_state_dict(classes)
         if (root := self.config[self.verb].trainer.default_root_dir) is not None:
             try:
                 Path(root).mkdir(parents=True, exist_ok=True)

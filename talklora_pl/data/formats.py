@@ -50,6 +50,10 @@ def check_format(name: str, kind: RowKind, has_template: bool = True) -> None:
         raise UserError(
             f"unknown format {name!r}.{did_you_mean(name, NAMES)} A template of your own must contain {{prompt}}."
         )
+    if not kind.by_template and not kind.by_chat:
+        if name != "plain":
+            raise UserError(f"{kind.name} rows are read as they are; leave the format out or say plain, not {name!r}")
+        return
     fields = (*kind.question, *kind.answer, *kind.optional)
     places = re.findall(r"(?<!\{)\{(\w+)\}", name) if name not in NAMES else []
     if wrong := [p for p in places if p not in ("prompt", "input") or (p == "input" and "input" not in fields)]:

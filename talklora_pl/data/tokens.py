@@ -27,7 +27,8 @@ class Tokens:
     Attributes:
         input_ids: one sequence, or one per choice.
         labels: of the same shapes, -100 where there is no loss (not shifted); empty for classification.
-        prompt_length: how many tokens of the first sequence come before the (last) answer: what generation starts from.
+        prompt_length: how many tokens of the first sequence come before the (last) answer: what generation starts from;
+            0 where nothing is asked.
         cut: prompt tokens that did not fit.
         notices: what was left out or replaced, one sentence each.
     """

@@ -314,7 +314,7 @@ def test_classification(base: BaseModel, jsonl: Jsonl, tmp_path: Path) -> None:
     assert batch["step_tokens"] == 5
     (batch,) = module.val_dataloader()
     assert torch.equal(batch["labels"], batch["answer"])
-    with pytest.raises(UserError, match="2 classes, but the model has 3"):
+    with pytest.raises(UserError, match=r"data.labels: 2 classes, but model.base.num_labels is 3"):
         data(classifier, train=jsonl(rows), labels=["a", "b"])
     with pytest.raises(UserError, match="completion rows do not fit"):
         data(classifier, train=jsonl(QA), rows="completion")
