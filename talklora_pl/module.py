@@ -26,6 +26,7 @@ from talklora_pl.internals.lightning import step_ends, trainer_of
 from talklora_pl.objectives import Objective, choose
 from talklora_pl.optim import ParamGroup, grouped, try_optimizer
 from talklora_pl.routing import RoutingCollector, RoutingRecord
+from talklora_pl.warm_start import SavedAdapter
 
 
 class FineTuner(L.LightningModule):
@@ -33,7 +34,7 @@ class FineTuner(L.LightningModule):
 
     Args:
         base: which pretrained model.
-        adapter: which mixture of experts.
+        adapter: which mixture of experts; not needed with `adapter_path`, whose options it then has.
         objective: what is learned from the data; None: what the task of the base says.
         optimizer: of the trained tensors.
         lr_scheduler: stepped every optimiser step.
@@ -41,12 +42,15 @@ class FineTuner(L.LightningModule):
         gradient_checkpointing: recompute decoder layers in the backward pass (never reentrant).
         compile: compile the model with ``torch.compile``.
         evaluation: how answers are scored.
+        adapter_path: an adapter to begin from, with a new optimiser and counters: an adapter folder, a checkpoint, a
+            repository on the hub, or a LoRA folder of PEFT. Options of `adapter` that are given must be those it has
+            (dropouts may differ).
     """
 
     def __init__(
         self,
         base: BaseModel,
-        adapter: AdapterConfig,
+        adapter: AdapterConfig = AdapterConfig(),  # noqa: B008 (never changed)
         optimizer: OptimizerCallable = lambda p: torch.optim.AdamW(p, lr=3e-4, weight_decay=0.01),
         lr_scheduler: LRSchedulerCallable | None = None,
         param_groups: list[ParamGroup] | None = None,
@@ -54,10 +58,12 @@ class FineTuner(L.LightningModule):
         compile: bool = False,
         evaluation: Evaluation = Evaluation(),  # noqa: B008 (frozen)
         objective: Objective | None = None,
+        adapter_path: str | None = None,
     ) -> None:
         super().__init__()
         self.base, self.objective = choose(base, objective)
-        self.adapter_config = adapter
+        self.start = None if adapter_path is None else SavedAdapter.read(adapter_path)
+        self.adapter_config = self.start.config() if self.start and adapter == AdapterConfig() else adapter
         self.optimizer = optimizer
         self.lr_scheduler = lr_scheduler
         self.param_groups = param_groups or []
@@ -65,7 +71,7 @@ class FineTuner(L.LightningModule):
         self.compile_model = compile
         self.evaluation = evaluation
         # experts by module name, decided by the callback before the adapter is built; None: as the adapter's rule says
-        self.allocation: dict[str, int] | None = None
+        self.allocation: dict[str, int] | None = self.start.metadata.experts_per_layer if self.start else None
         self.model: Any = None
         # routing of the newest training micro-step, for callbacks
         self.routing: list[RoutingRecord] = []
@@ -90,6 +96,9 @@ class FineTuner(L.LightningModule):
         meta = getattr(getattr(trainer_of(self), "strategy", None), "loads_base", False)
         self.model = load_base(self.base, self.device, meta)
         self._inject(self.model, self.adapter_config, self.device)
+        if self.start:
+            self.start.load(self.model, self.device)
+            self.start.check_base(self.adapter_metadata().base.fingerprint)
         if self.gradient_checkpointing:
             self.model.activation_checkpointing_enable()
         if self.compile_model:
@@ -117,7 +126,7 @@ class FineTuner(L.LightningModule):
                 config.experts.site.find(model, config.targets, config.exclude, config.layers)
             if not problems:
                 # a rule that reads weights has none to read here
-                self._inject(model, config.before_allocation())
+                self._inject(model, config if self.start else config.before_allocation())
                 groups = grouped(trained_tensors(model), self.param_groups)
 
         for part in (config.validate, load, inject, lambda: try_optimizer(self.optimizer, self.lr_scheduler, groups)):
@@ -131,7 +140,11 @@ class FineTuner(L.LightningModule):
     def _inject(self, model: Any, config: AdapterConfig, device: torch.device | None = None) -> None:
         if along := self.objective.modules_to_save(model):
             config = replace(config, modules_to_save=sorted({*config.modules_to_save, *along}))
+        if self.start:
+            self.start.check(model, config, self.base)
         inject(model, config, allocation=self.allocation, device=device)
+        if self.start:
+            self.start.check_tensors(model)
 
     @property
     def adapter(self) -> Adapter:
@@ -156,6 +169,9 @@ class FineTuner(L.LightningModule):
     def on_fit_start(self) -> None:
         # while all processes are alive: the weights may be sharded
         self._fingerprint = self.adapter_metadata().base.fingerprint
+        if self.start:
+            self.start.check_base(self._fingerprint)  # weights that a strategy has only now read
+            self.start = None
 
     def forward(self, **inputs: Any) -> Any:
         return self.model(**inputs)

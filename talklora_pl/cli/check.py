@@ -165,7 +165,7 @@ class Check:
         if not isinstance(given, Mapping):
             raise Wrong(f"{given} is not a mapping of options.")
         out: dict[str, Any] = {}
-        for name, value in map(_undotted, given.items()):
+        for name, value in map(undotted, given.items()):
             bare = name.removesuffix("+")
             full = f"{key}.{bare}".removeprefix(".")
             where = key if item else full
@@ -177,7 +177,7 @@ class Check:
                         self._report(where, f"{bare}: {e}" if item else str(e))
                     continue
                 chosen.options[bare], chosen.places[bare] = right, (self.file, where)
-                _merge(out, {name: right})
+                merge(out, {name: right})
             elif not chosen.complete:
                 out[name] = value
             elif chosen is self.top or (self._is_record(chosen.cls) and not chosen.listed):
@@ -196,7 +196,7 @@ class Check:
             chosen = Chosen.of(cls, listed=listed)
             self.chosen.setdefault(key, []).append(chosen)
             for name, p in chosen.takes.items() if not listed else ():
-                if p.default is p.empty and self._is_record(p.annotation):
+                if self._is_record(p.annotation):
                     self._record({}, p.annotation, f"{key}.{name}")
                 elif isinstance(default := _default(cls, name, p), Component):
                     self.chosen[f"{key}.{name}"] = [Chosen.of(type(default), default=default)]
@@ -208,7 +208,7 @@ class Check:
         self, given: Mapping[str, Any], classes: tuple[type, ...], skip: int, key: str, listed: bool
     ) -> dict[str, Any]:
         """A class with options (`class_path`, `init_args`), or options of the one that was chosen before."""
-        given = dict(map(_undotted, given.items()))
+        given = dict(map(undotted, given.items()))
         out = dict(given)
         if "class_path" in given:
             before = self.chosen.get(key, [])
@@ -340,16 +340,16 @@ def _default(cls: type, name: str, parameter: Parameter) -> Any:
     return parameter.default if factory is MISSING else factory()  # type: ignore[operator]
 
 
-def _undotted(item: tuple[Any, Any]) -> tuple[str, Any]:
+def undotted(item: tuple[Any, Any]) -> tuple[str, Any]:
     """``a.b: c`` is ``a: {b: c}``."""
     name, _, rest = str(item[0]).partition(".")
     return name, {rest: item[1]} if rest else item[1]
 
 
-def _merge(into: dict[str, Any], new: Mapping[str, Any]) -> None:
+def merge(into: dict[str, Any], new: Mapping[str, Any]) -> None:
     for key, value in new.items():
         if isinstance(value, dict) and isinstance(into.get(key), dict):
-            _merge(into[key], value)
+            merge(into[key], value)
         else:
             into[key] = value
 

@@ -19,7 +19,7 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from talklora_pl import callbacks, registry
 from talklora_pl.callbacks.progress import EpochProgress
 from talklora_pl.cli.check import Check
-from talklora_pl.cli.options import plugins, right, split
+from talklora_pl.cli.options import plugins, right, split, start_options
 from talklora_pl.data import TextData
 from talklora_pl.distributed.launch import allocation_of, resume_from, trainer_arguments, version_of
 from talklora_pl.errors import UserError
@@ -67,7 +67,7 @@ class CLI(LightningCLI):
             {"seed_everything": bool | int, "plugins": list[str], **self._arguments_of_verb()},
             linked=("data.base", "data.objective"),
         )
-        args = right(options, self.check)
+        args = right([*start_options(options), *options], self.check)
         if not any(self._checks(part) for part in BESIDE):
             raise self._refusal()
         super().__init__(
@@ -120,7 +120,8 @@ class CLI(LightningCLI):
                 raise self._refusal() from None
             raise self._refusal(*self._check(built.model, built.data))
         root = config.trainer.default_root_dir or RUNS
-        config.ckpt_path = resume_from(self.ckpt_path, root, config.checkpoint.dirpath, self.verb)
+        trained = config.model.adapter_path is not None
+        config.ckpt_path = resume_from(self.ckpt_path, root, config.checkpoint.dirpath, self.verb, trained)
 
     def instantiate_classes(self) -> None:
         try:
@@ -154,7 +155,7 @@ class CLI(LightningCLI):
         except UserError:
             # what is wrong with the data would come next: say it now (good data only get cached by this)
             raise UserError("\n".join(self._check(self.model, self.datamodule))) from None
-        self.model.allocation = allocation_of(self.config_init[self.verb].ckpt_path)
+        self.model.allocation = allocation_of(self.config_init[self.verb].ckpt_path) or self.model.allocation
         if (root := self.config[self.verb].trainer.default_root_dir) is not None:
             try:
                 Path(root).mkdir(parents=True, exist_ok=True)

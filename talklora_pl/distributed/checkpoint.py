@@ -104,7 +104,7 @@ def refuse_differences(saved: Mapping[str, Any], now: Mapping[str, Any], path: s
         now: the same as this run would write it.
         path: where `saved` came from, for the message.
     """
-    before, after = dict(_flatten(saved)), dict(_flatten(now))
+    before, after = dict(flatten(saved)), dict(flatten(now))
     lines = [
         f"  {key}: {before.get(key, 'absent')!r} in the checkpoint, {after.get(key, 'absent')!r} in this run"
         for key in sorted(before.keys() | after.keys())
@@ -124,10 +124,10 @@ def _save(checkpoint: dict[str, Any], path: Path) -> None:
         torch.save(checkpoint, file)
 
 
-def _flatten(value: Any, key: str = "") -> Iterator[tuple[str, Any]]:
+def flatten(value: Any, key: str = "") -> Iterator[tuple[str, Any]]:
     if isinstance(value, Mapping):
         for name, inner in value.items():
-            yield from _flatten(inner, f"{key}.{name}" if key else str(name))
+            yield from flatten(inner, f"{key}.{name}" if key else str(name))
     else:
         yield key, list(value) if isinstance(value, tuple) else value
 
