@@ -12,6 +12,7 @@ import lightning as L
 import rich
 import torch
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
+from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor, nn
 
 from talklora_pl.adapter import Adapter, AdapterConfig, disable_adapter, inject
@@ -171,6 +172,8 @@ class FineTuner(L.LightningModule):
         self._fingerprint = self.adapter_metadata().base.fingerprint
         if self.start:
             self.start.check_base(self._fingerprint)  # weights that a strategy has only now read
+            if self.trainer.ckpt_path is None:
+                rank_zero_info(f"Begins from the adapter in {self.start.path}, with a new optimiser at step 0.")
             self.start = None
 
     def forward(self, **inputs: Any) -> Any:

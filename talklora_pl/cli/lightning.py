@@ -47,6 +47,16 @@ BESIDE = {
 """Options that do not matter to the check of the model and of the data."""
 
 
+class SaveConfig(SaveConfigCallback):
+    """Writes ``config.yaml`` when training begins: a run that is refused, or over, leaves the one that is there."""
+
+    def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
+        pass
+
+    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        super().setup(trainer, pl_module, "fit")
+
+
 class CLI(LightningCLI):
     """fit, validate, test and predict for :class:`FineTuner` and :class:`TextData`.
 
@@ -78,7 +88,7 @@ class CLI(LightningCLI):
             parser_kwargs={"prog": "python -m talklora_pl", "exit_on_error": False, verb: {"exit_on_error": False}},
             seed_everything_default=42,
             # an evaluation writes into the folder of the run whose checkpoint it reads: the config there is the fit's
-            save_config_callback=SaveConfigCallback if verb == "fit" else None,
+            save_config_callback=SaveConfig if verb == "fit" else None,
             save_config_kwargs={"overwrite": True},
             auto_configure_optimizers=False,
             load_from_checkpoint_support=False,

@@ -96,13 +96,16 @@ def read_checkpoint(path: str | os.PathLike[str]) -> dict[str, Any]:
     return checkpoint
 
 
-def refuse_differences(saved: Mapping[str, Any], now: Mapping[str, Any], path: str | os.PathLike[str]) -> None:
+def refuse_differences(
+    saved: Mapping[str, Any], now: Mapping[str, Any], path: str | os.PathLike[str], other_data: bool = False
+) -> None:
     """Raise a `UserError` that lists every entry in which the run that wrote `path` differs from this one.
 
     Args:
         saved: plain data of the checkpoint.
         now: the same as this run would write it.
         path: where `saved` came from, for the message.
+        other_data: the entries are about the data, on which a new run can begin from the adapter.
     """
     before, after = dict(flatten(saved)), dict(flatten(now))
     lines = [
@@ -112,10 +115,11 @@ def refuse_differences(saved: Mapping[str, Any], now: Mapping[str, Any], path: s
     ]
     if lines:
         raise UserError(
-            f"The checkpoint {path} was written by a different run:\n"
+            f"The checkpoint {path} was written by a {'run on other data' if other_data else 'different run'}:\n"
             + "\n".join(lines)
             + "\nGive the settings it was made with (the config.yaml of its run has them); only a new run, "
             "without --ckpt_path, may have others."
+            + (f" It can begin from this adapter, with a new optimiser: --model.adapter_path {path}" if other_data else "")
         )
 
 
