@@ -12,6 +12,8 @@ from lightning.pytorch.utilities import rank_zero_info
 
 from talklora_pl.adapter.fingerprint import agree
 from talklora_pl.adapter.metadata import AdapterMetadata
+from talklora_pl.callbacks.others import FINDERS
+from talklora_pl.data.sampler import accumulation
 from talklora_pl.distributed.checkpoint import KEY as METADATA
 from talklora_pl.distributed.checkpoint import refuse_differences
 from talklora_pl.distributed.seeding import seed_step
@@ -63,8 +65,9 @@ class ExactResume(L.Callback):
             limits = {name: getattr(trainer, name) for name in ("max_steps", "max_epochs")}
             said = ", ".join(f"trainer.{name} {limit}" for name, limit in limits.items() if limit not in (None, -1))
             rank_zero_info(
-                f"Nothing is left to do: {trainer.ckpt_path} is already at step {trainer.global_step} of {said}. Nothing "
-                "was written. Raise the limit to go on, or begin a new run from this adapter with --model.adapter_path."
+                f"Nothing is left to do: {trainer.ckpt_path} is already at step {trainer.global_step}, with {said}. "
+                "Nothing was written. Raise the limit to go on, or begin a new run from this adapter with "
+                "--model.adapter_path."
             )
 
     # ------------------------------------------------------------------ 1, 5
@@ -147,12 +150,20 @@ class ExactResume(L.Callback):
                 "but a fit cannot go on from it."
             )
         saved = checkpoint.get(KEY)
-        if saved is None:
+        # without parts: written before the fit began, by one of Lightning's finders, which goes back to it
+        if saved is None or not saved["parts"]:
             return
-        self._saved = saved
         path = trainer.ckpt_path or ""
+        if found := [type(c).__name__ for c in trainer.callbacks if type(c) in FINDERS]:  # type: ignore[attr-defined]
+            raise UserError(
+                f"trainer.callbacks: {found[0]} looks for its value at the beginning of a run, and {path} is amid one. "
+                "Leave it out, and give the value that it found."
+            )
+        self._saved = saved
+        trainer.accumulate_grad_batches = accumulation(trainer, checkpoint["epoch"])
         written = AdapterMetadata.from_dict(checkpoint[METADATA], path)
-        refuse_differences(*_methods(written, pl_module.adapter_metadata()), path)  # type: ignore[operator]
+        then, now = _methods(written, pl_module.adapter_metadata(like=written.base.fingerprint))
+        refuse_differences(then, now, path)
         self._refuse_other_parts(trainer)
         if saved.get("rows") and self._rows:  # absent in version 0.1
             refuse_differences(saved["rows"], self._rows, path, other_data=True)
@@ -210,7 +221,11 @@ def _content(table: datasets.Dataset) -> dict[str, Any]:
                     values = values.flatten()
                 digest.update(values.to_numpy(zero_copy_only=False))
         tokens += len(part["input_ids"].combine_chunks().flatten().flatten())
-    return {"training rows": len(table), "tokens of training rows": tokens, "digest of training rows": digest.hexdigest()}
+    return {
+        "training rows": len(table),
+        "tokens of training rows": tokens,
+        "digest of training rows": digest.hexdigest(),
+    }
 
 
 def _options(state: dict[str, Any]) -> dict[str, Any]:

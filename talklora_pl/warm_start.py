@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -119,14 +119,13 @@ class SavedAdapter:
             ("model.adapter.plain.targets", plain, set(self.metadata.plain_layers)),
         ):
             try:
-                here = set(part.experts.site.find(model, part.targets, part.exclude, part.layers)) if part else set()
+                here = set(_found(model, part, names)) if part else set()
             except UserError as e:
                 yield str(e)
                 continue
-            for these, where in ((names - here, "adapter"), (here - names, "run")):
+            for these, where in ((names - here, "the adapter"), (here - names, "this run")):
                 if these:
-                    first = ", ".join(map(short, sorted(these)[:2]))
-                    yield f"{what}: {len(these)} modules only in {'the' if where == 'adapter' else 'this'} {where}: {first}"
+                    yield f"{what}: {len(these)} modules only in {where}: {', '.join(map(short, sorted(these)[:2]))}"
 
     def check_base(self, fingerprint: str | None) -> None:
         """Raises: UserError if the base has other weights than the adapter was trained on."""
@@ -170,6 +169,10 @@ class SavedAdapter:
             assert old is not None
             new = self.tensors[key].to(device, old.dtype)
             model.get_submodule(path)._parameters[leaf] = nn.Parameter(new, old.requires_grad)
+
+
+def _found(model: nn.Module, config: AdapterConfig, keep: set[str]) -> Iterable[str]:
+    return config.experts.site.find(model, config.targets, config.exclude, config.layers, keep=keep)
 
 
 def _comparable(config: AdapterConfig) -> dict[str, Any]:

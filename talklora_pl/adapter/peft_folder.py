@@ -67,7 +67,11 @@ def read_peft(folder: Path) -> tuple[AdapterMetadata, dict[str, Tensor]]:
             raise UserError(f"{where} has a tensor that plain LoRA on linear layers does not have: {short(key)}.")
         out[f"base.{name}"] = tensor
     for name, pair in parts.items():
-        if pair.keys() != {"A", "B"} or any(t.dim() != 2 for t in pair.values()) or len(pair["A"]) != pair["B"].shape[1]:
+        if (
+            pair.keys() != {"A", "B"}
+            or any(t.dim() != 2 for t in pair.values())
+            or len(pair["A"]) != pair["B"].shape[1]
+        ):
             raise UserError(f"{where}: lora_A and lora_B of {short(name)} do not belong together.")
         out[f"layers.{name}.experts.A"] = pair["A"].to(torch.float32)[None]
         out[f"layers.{name}.experts.B"] = pair["B"].to(torch.float32).t().contiguous()[None]
@@ -97,9 +101,7 @@ def _not_plain(options: dict[str, Any]) -> list[str]:
     kind = options.get("peft_type")
     if kind != "LORA":
         return [f"its peft_type is {short(kind)}"]
-    out = [
-        f"{key}: {short(value)}" for key, value in options.items() if value and key not in READ | WITHOUT_EFFECT
-    ]
+    out = [f"{key}: {short(value)}" for key, value in options.items() if value and key not in READ | WITHOUT_EFFECT]
     if options.get("bias", "none") != "none":
         out.append(f"bias: {short(options['bias'])}")
     if (start := options.get("init_lora_weights")) not in KEEP_BASE:

@@ -10,11 +10,15 @@ from pathlib import Path
 from typing import Any
 
 import lightning as L
+import torch
+import yaml
 from jsonargparse import ArgumentError
+from jsonargparse.typing import register_type
 from lightning.pytorch.callbacks import ProgressBar
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
 from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
+from lightning_utilities.core.enums import StrEnum
 
 from talklora_pl import callbacks, registry
 from talklora_pl.callbacks.progress import EpochProgress
@@ -25,6 +29,10 @@ from talklora_pl.distributed.launch import allocation_of, resume_from, trainer_a
 from talklora_pl.errors import UserError
 from talklora_pl.internals.lightning import raised_by_lightning
 from talklora_pl.module import FineTuner
+
+# so that options with such values can be kept in a config.yaml
+register_type(torch.device)
+yaml.SafeDumper.add_multi_representer(StrEnum, lambda dumper, value: dumper.represent_str(value.value))
 
 RUNS = "runs"
 """Where runs are kept unless ``--trainer.default_root_dir`` says otherwise."""
@@ -197,6 +205,9 @@ def run(verb: str, argv: list[str]) -> CLI:
     # of Lightning's own making, and nothing a user could act upon
     warnings.filterwarnings("ignore", ".*LeafSpec.*")
     warnings.filterwarnings("ignore", "Total length of `list` across ranks is zero")  # no validation data
+    warnings.filterwarnings(
+        "ignore", "When using `Trainer\\(accumulate_grad_batches"
+    )  # the hooks are per step on purpose
     warnings.formatwarning = _one_line
     logging.getLogger("lightning.pytorch.utilities.rank_zero").addFilter(lambda r: "litlogger" not in r.getMessage())
     try:

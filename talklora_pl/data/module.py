@@ -13,10 +13,11 @@ import numpy as np
 from lightning.pytorch.utilities import rank_zero_info
 from torch.utils.data import DataLoader
 
-from talklora_pl.base import BaseModel, default_length, load_config, load_tokenizer, pad_id
+from talklora_pl.base import BaseModel, load_config, load_tokenizer
+from talklora_pl.base.description import describe
 from talklora_pl.data.batches import Batches
 from talklora_pl.data.prepare import Prepared, prepare
-from talklora_pl.data.sampler import EvalBatches, Position, TrainBatches
+from talklora_pl.data.sampler import EvalBatches, Position, TrainBatches, accumulation
 from talklora_pl.data.source import BadRow, Source
 from talklora_pl.data.tokens import Tokenize
 from talklora_pl.errors import UserError
@@ -143,8 +144,9 @@ class TextData(L.LightningDataModule):
         wrong = [n for n, value in given_numbers.items() if value is not None and value < least[n]]
         problems = [f"data.{n}: {given_numbers[n]} is less than {least[n]}." for n in wrong]
         config, tokenizer = load_config(base), load_tokenizer(base)
-        context = getattr(config, "max_position_embeddings", None)
-        max_length = default_length(config) if self.max_length is None or "max_length" in wrong else self.max_length
+        facts = describe(config, tokenizer)
+        context = facts.context_length
+        max_length = facts.default_length if self.max_length is None or "max_length" in wrong else self.max_length
         if context is not None and max_length > context:
             problems.append(f"data.max_length: {max_length} is more than the model's context of {context} tokens.")
             max_length = context
@@ -156,7 +158,7 @@ class TextData(L.LightningDataModule):
                 f"data.labels: {len(classes)} classes, but the model has {num_classes} (model.base.num_labels)."
             )
             num_classes = len(classes)
-        self.pad_id = pad_id(tokenizer)
+        self.pad_id = facts.pad_id
         tokenize = Tokenize(tokenizer, max_length, self.eos_token, ends=not base.head.classifies)
         self.eos_id = tokenize.eos
         given = self.sources
@@ -260,7 +262,19 @@ class TextData(L.LightningDataModule):
         batches = TrainBatches(
             lengths, loss_tokens, self.batch_size, self.seed, self.length_grouped, *self._rank(), self._position
         )
+        self._validate_across_epochs()
         return self._loader(table, True, batches)
+
+    def _validate_across_epochs(self) -> None:
+        """An interval in batches that is longer than an epoch counts over all of them; Lightning would refuse it."""
+        trainer: Any = self.trainer
+        interval, batches = getattr(trainer, "val_check_interval", None), self._position().limit
+        if type(interval) is int and interval > batches and trainer.check_val_every_n_epoch is not None:
+            trainer.check_val_every_n_epoch = None
+            rank_zero_info(
+                f"trainer.val_check_interval: {interval} batches are more than the {batches:g} of an epoch, so they "
+                "are counted across epochs (as with trainer.check_val_every_n_epoch: null)."
+            )
 
     def val_dataloader(self) -> DataLoader[dict[str, Any]] | list[Any]:
         return self._eval_loader("val") if len(self.tables["val"]) else []
@@ -306,7 +320,7 @@ class TextData(L.LightningDataModule):
         # between two epochs the batch counter still holds the old epoch's
         done = batch.processed if epoch.started > epoch.processed else 0
         over = done >= length  # saved after the last batch, before the epoch was counted
-        accumulate = self.trainer.accumulate_grad_batches
+        accumulate = accumulation(self.trainer, epoch.processed + over)
         return Position(epoch.processed + over, 0 if over else done, accumulate, length)
 
 

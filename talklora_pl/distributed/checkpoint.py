@@ -119,7 +119,11 @@ def refuse_differences(
             + "\n".join(lines)
             + "\nGive the settings it was made with (the config.yaml of its run has them); only a new run, "
             "without --ckpt_path, may have others."
-            + (f" It can begin from this adapter, with a new optimiser: --model.adapter_path {path}" if other_data else "")
+            + (
+                f" It can begin from this adapter, with a new optimiser: --model.adapter_path {path}"
+                if other_data
+                else ""
+            )
         )
 
 

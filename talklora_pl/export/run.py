@@ -15,7 +15,8 @@ from torch import Tensor
 from transformers import AutoTokenizer
 
 from talklora_pl.adapter.metadata import AdapterMetadata
-from talklora_pl.base import BaseModel, load_config, load_tokenizer, pad_id
+from talklora_pl.base import BaseModel, load_config, load_tokenizer
+from talklora_pl.base.description import describe, pool_before
 from talklora_pl.base.heads import HEADS
 from talklora_pl.distributed.checkpoint import read_checkpoint
 from talklora_pl.errors import UserError
@@ -60,8 +61,7 @@ def export_tensors(
     except UserError:
         tokenizer = None  # a base without one has been trained, so it can be exported
     if base.head.classifies:
-        if config.pad_token_id is None and tokenizer is not None:
-            config.pad_token_id = pad_id(tokenizer)
+        pool_before(config, describe(config, tokenizer).pad_id)
         if len(facts.labels) == config.num_labels:
             config.id2label = dict(enumerate(facts.labels))
             config.label2id = {name: i for i, name in enumerate(facts.labels)}
