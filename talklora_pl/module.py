@@ -79,8 +79,8 @@ class FineTuner(L.LightningModule):
         self.gradient_checkpointing = gradient_checkpointing
         self.compile_model = compile
         self.evaluation = evaluation
-        # experts by module name, decided by the callback before the adapter is built; None: as the adapter's rule says
         self._told_of_idle = False
+        # experts by module name, decided by the callback before the adapter is built; None: as the adapter's rule says
         self.allocation: dict[str, int] | None = self.start.metadata.experts_per_layer if self.start else None
         self.model: Any = None
         # routing of the newest training micro-step, for callbacks
