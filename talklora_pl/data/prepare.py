@@ -239,7 +239,7 @@ def _rows(
             "labels": tokens.labels,
             "label": label,
             "prompt_length": tokens.prompt_length,
-            "answers": example.answers,
+            "answers": example.answers if tokens.answer is None else [tokens.answer],
             "length": max(map(len, tokens.input_ids)),
             "loss_tokens": 1 if objective.loss_per == "row" else loss_tokens[max(label, 0)],
         }

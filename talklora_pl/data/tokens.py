@@ -30,6 +30,8 @@ class Tokens:
         prompt_length: how many tokens of the first sequence come before the (last) answer: what generation starts from.
         cut: prompt tokens that did not fit.
         notices: what was left out or replaced, one sentence each.
+        answer: what generation has to write, where that is not the answer of the row as it stands: a chat template may
+            put thoughts before it, or write a call of a tool.
     """
 
     input_ids: list[list[int]] = field(default_factory=list)
@@ -37,6 +39,7 @@ class Tokens:
     prompt_length: int = 0
     cut: int = 0
     notices: list[str] = field(default_factory=list)
+    answer: str | None = None
 
 
 class Tokenize:
@@ -93,6 +96,12 @@ class Tokenize:
     def text(self, example: Example, format: str) -> Tokens:
         """A prompt alone, with the tokenizer's own special tokens."""
         (text, _, _), notices = self._written(example, format)
+        if not notices:
+            ids = list(self.tokenizer(text, verbose=False).input_ids)
+            cut = max(0, len(ids) - self.max_length)
+            if cut:
+                ids = list(self.tokenizer(text, truncation=True, max_length=self.max_length).input_ids)
+            return Tokens([ids], cut=cut)
         ids = self.encoder.ids(text)
         cut = max(0, len(self.bos) + len(ids) + len(self._after) - self.max_length)
         kept = ids[cut:] if self.tokenizer.truncation_side == "left" else ids[: len(ids) - cut]
@@ -155,7 +164,11 @@ class Tokenize:
             raise BadRow(
                 f"the last answer leaves no room for those to learn in {self.max_length} tokens (data.max_length)"
             )
-        return Tokens(ids, labels, start - cut, cut, [notice for row in rows for notice in row.notices])
+        notices = [notice for row in rows for notice in row.notices]
+        tokens = Tokens(ids, labels, start - cut, cut, notices)
+        if len(rows) == 1 and start < len(rows[0].ids):
+            tokens.answer = self.tokenizer.decode(rows[0].ids[start:], skip_special_tokens=True).strip()
+        return tokens
 
 
 def _identity(tokenizer: PreTrainedTokenizerBase, *options: str) -> str:
