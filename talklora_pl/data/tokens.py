@@ -144,7 +144,7 @@ class Tokenize:
         notices = [notice for row in rows for notice in row.notices]
         tokens = Tokens(ids, labels, start - cut, cut, notices)
         if len(rows) == 1 and start < len(rows[0].ids):
-            tokens.answer = self.tokenizer.decode(rows[0].ids[start:], skip_special_tokens=True).strip()
+            tokens.answer = str(self.tokenizer.decode(rows[0].ids[start:], skip_special_tokens=True)).strip()
         return tokens
 
 
