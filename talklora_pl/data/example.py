@@ -13,6 +13,7 @@ class Example:
     Attributes:
         prompt: what the model is asked; the text to classify.
         input: second part of the prompt (of `instruction` rows).
+        pair: second text to classify the first with.
         messages: a conversation instead of a prompt; its last message is the answer, if by the assistant.
         answers: one completion, or all choices; empty where there is none.
         label: index of the right answer, or the class; None where unknown.
@@ -22,6 +23,7 @@ class Example:
 
     prompt: str = ""
     input: str = ""
+    pair: str = ""
     messages: list[dict[str, Any]] = field(default_factory=list)
     answers: list[str] = field(default_factory=list)
     label: int | None = None
@@ -42,6 +44,7 @@ class Tokens:
         notices: what was left out or replaced, one sentence each.
         answer: what generation has to write, where that is not the answer of the row as it stands: a chat template may
             put thoughts before it, or write a call of a tool.
+        token_type_ids: of the only sequence, where it is of two texts and the model tells them apart; else empty.
     """
 
     input_ids: list[list[int]] = field(default_factory=list)
@@ -50,3 +53,4 @@ class Tokens:
     cut: int = 0
     notices: list[str] = field(default_factory=list)
     answer: str | None = None
+    token_type_ids: list[int] = field(default_factory=list)

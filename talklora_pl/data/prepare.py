@@ -38,8 +38,8 @@ class Prepared:
     """The rows of one source.
 
     Attributes:
-        table: columns `id`, `task`, `input_ids`, `labels`, `label`, `prompt_length`, `answers`, `length` (tokens of the
-            longest sequence) and `loss_tokens` (what the objective averages over).
+        table: columns `id`, `task`, `input_ids`, `labels`, `token_type_ids`, `label`, `prompt_length`, `answers`,
+            `length` (tokens of the longest sequence) and `loss_tokens` (what the objective averages over).
         bad: rows that were left out.
         cut_rows, cut_tokens: how many prompts were too long, and by how many tokens in all.
         documents: how many texts the rows are made of where nothing is asked.
@@ -261,6 +261,7 @@ def _rows(
                 "task": source.task or (source.task_name if task in (None, "") else str(task)),
                 "input_ids": tokens.input_ids,
                 "labels": tokens.labels,
+                "token_type_ids": tokens.token_type_ids,
                 "label": label,
                 "prompt_length": tokens.prompt_length,
                 "answers": _answers(example, tokens),
@@ -326,6 +327,7 @@ def _features() -> datasets.Features:
             "task": Value("string"),
             "input_ids": ids,
             "labels": ids,
+            "token_type_ids": [Value("int32")],
             "label": Value("int32"),
             "prompt_length": Value("int32"),
             "answers": [Value("string")],

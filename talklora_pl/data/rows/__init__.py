@@ -10,7 +10,6 @@ import json
 import re
 from abc import abstractmethod
 from collections.abc import Sequence
-from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from talklora_pl import registry
@@ -65,7 +64,8 @@ def check_format(name: str, kind: RowKind, has_template: bool = True) -> None:
     """Raise UserError unless `name` is a format (or a template) that can write such rows with this tokenizer."""
     if name not in formats.NAMES and "{prompt}" not in name:
         raise UserError(
-            f"unknown format {name!r}.{registry.did_you_mean(name, formats.NAMES)} A template of your own must contain {{prompt}}."
+            f"unknown format {name!r}.{registry.did_you_mean(name, formats.NAMES)} A template of your own must contain "
+            "{prompt}."
         )
     if not kind.by_template and not kind.by_chat:
         if name != "plain":
