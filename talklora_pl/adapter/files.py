@@ -69,15 +69,15 @@ def _no_constant(name: str) -> float:
 
 
 @contextmanager
-def open_tensors(folder: Path) -> Iterator[Any]:
+def open_tensors(folder: Path, name: str = TENSORS) -> Iterator[Any]:
     """The opened safetensors file, after its header was checked; its tensors are read after :func:`check_digest`.
 
     Raises:
         UserError: there is none, or it is damaged; also for what goes wrong while it is read.
     """
-    path = folder / TENSORS
+    path = folder / name
     if not path.is_file():
-        raise UserError(f"{folder} is no adapter folder: there is no {TENSORS} in it.")
+        raise UserError(f"{folder} is no adapter folder: there is no {name} in it.")
     try:
         file = safe_open(path, "pt")
     except (SafetensorError, OSError, RuntimeError, MemoryError) as e:  # it may say that it is larger than the memory

@@ -20,7 +20,7 @@ from talklora_pl.data.batches import Batches
 from talklora_pl.data.classes import collect
 from talklora_pl.data.prepare import Prepared, prepare
 from talklora_pl.data.rows import listing
-from talklora_pl.data.sampler import EvalBatches, Position, TrainBatches
+from talklora_pl.data.sampler import EvalBatches, Position, TrainBatches, accumulation
 from talklora_pl.data.source import BadRow, Source, Sources
 from talklora_pl.data.tokens import Tokenize
 from talklora_pl.errors import UserError
@@ -326,7 +326,19 @@ class TextData(L.LightningDataModule):
         batches = TrainBatches(
             lengths, loss_tokens, self.batch_size, self.seed, self.length_grouped, *self._rank(), self._position
         )
+        self._validate_across_epochs()
         return self._loader(table, True, batches)
+
+    def _validate_across_epochs(self) -> None:
+        """An interval in batches that is longer than an epoch counts over all of them; Lightning would refuse it."""
+        trainer: Any = self.trainer
+        interval, batches = getattr(trainer, "val_check_interval", None), self._position().limit
+        if type(interval) is int and interval > batches and trainer.check_val_every_n_epoch is not None:
+            trainer.check_val_every_n_epoch = None
+            rank_zero_info(
+                f"trainer.val_check_interval: {interval} batches are more than the {batches:g} of an epoch, so they "
+                "are counted across epochs (as with trainer.check_val_every_n_epoch: null)."
+            )
 
     def val_dataloader(self) -> DataLoader[dict[str, Any]] | list[Any]:
         return self._eval_loader("val") if len(self.tables["val"]) else []
@@ -372,7 +384,7 @@ class TextData(L.LightningDataModule):
         # between two epochs the batch counter still holds the old epoch's
         done = batch.processed if epoch.started > epoch.processed else 0
         over = done >= length  # saved after the last batch, before the epoch was counted
-        accumulate = self.trainer.accumulate_grad_batches
+        accumulate = accumulation(self.trainer, epoch.processed + over)
         return Position(epoch.processed + over, 0 if over else done, accumulate, length)
 
 

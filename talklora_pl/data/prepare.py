@@ -16,8 +16,8 @@ from typing import TYPE_CHECKING, Any
 from talklora_pl import registry
 from talklora_pl.base.heads import HEADS
 from talklora_pl.cache import cache_root, cached_folder
-from talklora_pl.data.formats import check_format
-from talklora_pl.data.rows import ABSENT, Row, RowKind, RowReader, find, row_kind
+from talklora_pl.data.example import Example, Tokens
+from talklora_pl.data.rows import ABSENT, Row, RowKind, RowReader, check_format, find, row_kind
 from talklora_pl.data.source import BadRow, Reader, Source, check_path, text_files
 from talklora_pl.data.tokens import Tokenize
 from talklora_pl.errors import UserError
@@ -264,7 +264,7 @@ def _rows(
                 "token_type_ids": tokens.token_type_ids,
                 "label": label,
                 "prompt_length": tokens.prompt_length,
-                "answers": example.answers if tokens.prompt_length else [],
+                "answers": _answers(example, tokens),
                 "length": max(map(len, tokens.input_ids)),
                 "loss_tokens": _counted(tokens.labels, label, objective),
             }
@@ -300,6 +300,13 @@ def _packed(rows: Iterable[dict[str, Any]], max_length: int, objective: Objectiv
             yield row
     if held:
         yield held
+
+
+def _answers(example: Example, tokens: Tokens) -> list[str]:
+    """Texts to compare a generated answer with, or of the choices; none where there is no prompt to answer."""
+    if not tokens.prompt_length:
+        return []
+    return example.answers if tokens.answer is None else [tokens.answer]
 
 
 def _columns(row: dict[str, Any]) -> Iterator[str]:

@@ -3,43 +3,20 @@
 from __future__ import annotations
 
 import hashlib
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from functools import cached_property
 from typing import TYPE_CHECKING, Any, Literal
 
 from talklora_pl.data import formats
 from talklora_pl.data.chat import ChatTemplate, Conversation
 from talklora_pl.data.encode import Encoder
+from talklora_pl.data.example import Example, Tokens
 from talklora_pl.data.source import BadRow
 from talklora_pl.errors import UserError
 from talklora_pl.inputs import NO_LOSS
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
-
-    from talklora_pl.data.rows import Example
-
-
-@dataclass
-class Tokens:
-    """One example as tokens.
-
-    Attributes:
-        input_ids: one sequence, or one per choice.
-        labels: of the same shapes, -100 where there is no loss (not shifted); empty for classification.
-        prompt_length: how many tokens of the first sequence come before the (last) answer: what generation starts from;
-            0 where nothing is asked.
-        cut: prompt tokens that did not fit.
-        notices: what was left out or replaced, one sentence each.
-        token_type_ids: of the only sequence, where it is of two texts and the model tells them apart; else empty.
-    """
-
-    input_ids: list[list[int]] = field(default_factory=list)
-    labels: list[list[int]] = field(default_factory=list)
-    prompt_length: int = 0
-    cut: int = 0
-    notices: list[str] = field(default_factory=list)
-    token_type_ids: list[int] = field(default_factory=list)
 
 
 class Tokenize:
@@ -99,6 +76,12 @@ class Tokenize:
     def text(self, example: Example, format: str) -> Tokens:
         """A prompt alone, with the tokenizer's own special tokens."""
         (text, _, _), notices = self._written(example, format)
+        if not notices:
+            ids = list(self.tokenizer(text, verbose=False).input_ids)
+            cut = max(0, len(ids) - self.max_length)
+            if cut:
+                ids = list(self.tokenizer(text, truncation=True, max_length=self.max_length).input_ids)
+            return Tokens([ids], cut=cut)
         ids = self.encoder.ids(text)
         cut = max(0, len(self.bos) + len(ids) + len(self._after) - self.max_length)
         kept = ids[cut:] if self.tokenizer.truncation_side == "left" else ids[: len(ids) - cut]
@@ -189,7 +172,11 @@ class Tokenize:
             raise BadRow(
                 f"the last answer leaves no room for those to learn in {self.max_length} tokens (data.max_length)"
             )
-        return Tokens(ids, labels, start - cut, cut, [notice for row in rows for notice in row.notices])
+        notices = [notice for row in rows for notice in row.notices]
+        tokens = Tokens(ids, labels, start - cut, cut, notices)
+        if len(rows) == 1 and start < len(rows[0].ids):
+            tokens.answer = str(self.tokenizer.decode(rows[0].ids[start:], skip_special_tokens=True)).strip()
+        return tokens
 
 
 def _find(ids: list[int], part: list[int], start: int) -> int:
