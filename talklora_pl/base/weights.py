@@ -156,6 +156,10 @@ class SafetensorsWeights(WeightSource):
         """All stored tensors, by the names that the files give them."""
         return set(self._places)
 
+    def shape(self, name: str) -> tuple[int, ...]:
+        """Of a stored tensor, by the name that the files give it."""
+        return self._places[name].shape
+
     def tensor(self, name: str) -> Tensor:
         """A stored tensor by the name that the files give it. Read it only, and drop it before asking for the next.
 

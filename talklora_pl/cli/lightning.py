@@ -10,21 +10,29 @@ from pathlib import Path
 from typing import Any
 
 import lightning as L
+import torch
+import yaml
 from jsonargparse import ArgumentError
+from jsonargparse.typing import register_type
 from lightning.pytorch.callbacks import ProgressBar
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
 from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
+from lightning_utilities.core.enums import StrEnum
 
 from talklora_pl import callbacks, registry
 from talklora_pl.callbacks.progress import EpochProgress
 from talklora_pl.cli.check import Check
-from talklora_pl.cli.options import plugins, right, split
+from talklora_pl.cli.options import plugins, right, split, start_options
 from talklora_pl.data import TextData
-from talklora_pl.distributed.launch import allocation_of, resume_from, trainer_arguments, version_of
+from talklora_pl.distributed.launch import allocation_of, classes_of, resume_from, trainer_arguments, version_of
 from talklora_pl.errors import UserError
 from talklora_pl.internals.lightning import raised_by_lightning
 from talklora_pl.module import FineTuner
+
+# so that options with such values can be kept in a config.yaml
+register_type(torch.device)
+yaml.SafeDumper.add_multi_representer(StrEnum, lambda dumper, value: dumper.represent_str(value.value))
 
 RUNS = "runs"
 """Where runs are kept unless ``--trainer.default_root_dir`` says otherwise."""
@@ -47,6 +55,16 @@ BESIDE = {
 """Options that do not matter to the check of the model and of the data."""
 
 
+class SaveConfig(SaveConfigCallback):
+    """Writes ``config.yaml`` when training begins: a run that is refused, or over, leaves the one that is there."""
+
+    def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
+        pass
+
+    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        super().setup(trainer, pl_module, "fit")
+
+
 class CLI(LightningCLI):
     """fit, validate, test and predict for :class:`FineTuner` and :class:`TextData`.
 
@@ -67,7 +85,7 @@ class CLI(LightningCLI):
             {"seed_everything": bool | int, "plugins": list[str], **self._arguments_of_verb()},
             linked=("data.base", "data.objective"),
         )
-        args = right(options, self.check)
+        args = right([*start_options(options), *options], self.check)
         if not any(self._checks(part) for part in BESIDE):
             raise self._refusal()
         super().__init__(
@@ -78,7 +96,7 @@ class CLI(LightningCLI):
             parser_kwargs={"prog": "python -m talklora_pl", "exit_on_error": False, verb: {"exit_on_error": False}},
             seed_everything_default=42,
             # an evaluation writes into the folder of the run whose checkpoint it reads: the config there is the fit's
-            save_config_callback=SaveConfigCallback if verb == "fit" else None,
+            save_config_callback=SaveConfig if verb == "fit" else None,
             save_config_kwargs={"overwrite": True},
             auto_configure_optimizers=False,
             load_from_checkpoint_support=False,
@@ -120,7 +138,8 @@ class CLI(LightningCLI):
                 raise self._refusal() from None
             raise self._refusal(*self._check(built.model, built.data))
         root = config.trainer.default_root_dir or RUNS
-        config.ckpt_path = resume_from(self.ckpt_path, root, config.checkpoint.dirpath, self.verb)
+        trained = config.model.adapter_path is not None
+        config.ckpt_path = resume_from(self.ckpt_path, root, config.checkpoint.dirpath, self.verb, trained)
 
     def instantiate_classes(self) -> None:
         try:
@@ -154,7 +173,10 @@ class CLI(LightningCLI):
         except UserError:
             # what is wrong with the data would come next: say it now (good data only get cached by this)
             raise UserError("\n".join(self._check(self.model, self.datamodule))) from None
-        self.model.allocation = allocation_of(self.config_init[self.verb].ckpt_path)
+        checkpoint = self.config_init[self.verb].ckpt_path
+        self.model.allocation = allocation_of(checkpoint) or self.model.allocation
+        if classes := classes_of(checkpoint):
+            self.datamodule.load_state_dict(classes)
         if (root := self.config[self.verb].trainer.default_root_dir) is not None:
             try:
                 Path(root).mkdir(parents=True, exist_ok=True)
@@ -181,15 +203,18 @@ class CLI(LightningCLI):
         return UserError("\n  ".join(["The configuration cannot be used:", *map(str, self.check.problems), *more]))
 
 
-def run(verb: str, argv: list[str]) -> CLI:
+def run(verb: str, argv: list[str], cli: type[CLI] = CLI) -> CLI:
     """Parse ``argv`` and run one of Lightning's verbs; the result has ``trainer``, ``model`` and ``datamodule``."""
     # of Lightning's own making, and nothing a user could act upon
     warnings.filterwarnings("ignore", ".*LeafSpec.*")
     warnings.filterwarnings("ignore", "Total length of `list` across ranks is zero")  # no validation data
+    warnings.filterwarnings(
+        "ignore", "When using `Trainer\\(accumulate_grad_batches"
+    )  # the hooks are per step on purpose
     warnings.formatwarning = _one_line
     logging.getLogger("lightning.pytorch.utilities.rank_zero").addFilter(lambda r: "litlogger" not in r.getMessage())
     try:
-        return CLI(verb, argv)
+        return cli(verb, argv)
     except (MisconfigurationException, ValueError) as e:
         if raised_by_lightning(e):
             raise UserError(f"trainer: {' '.join(str(e).split())}") from e

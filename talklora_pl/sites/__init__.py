@@ -11,10 +11,9 @@ from typing import TYPE_CHECKING, ClassVar, NamedTuple
 
 from torch import Tensor, nn
 
-from talklora_pl.spec import Bank, LayerSpec
+from talklora_pl.spec import Bank, LayerOptions, LayerSpec
 
 if TYPE_CHECKING:
-    from talklora_pl.adapter.config import AdapterConfig
     from talklora_pl.sites.mixture import BlockMixture, Mixture
 
 
@@ -62,7 +61,7 @@ class Site(ABC):
 
     @abstractmethod
     def build(
-        self, spec: LayerSpec, config: AdapterConfig, bank: Bank, module: nn.Module, block: BlockMixture | None
+        self, spec: LayerSpec, config: LayerOptions, bank: Bank, module: nn.Module, block: BlockMixture | None
     ) -> Mixture:
         """The adapter layer of ``module``.
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -18,10 +18,7 @@ from talklora_pl.errors import UserError
 from talklora_pl.names import in_base
 from talklora_pl.sites import LowRank
 from talklora_pl.sites.mixture import Mixture
-from talklora_pl.spec import Bank, LayerSpec
-
-if TYPE_CHECKING:
-    from talklora_pl.adapter.config import AdapterConfig
+from talklora_pl.spec import Bank, LayerOptions, LayerSpec
 
 
 def is_mixture(module: nn.Module) -> bool:
@@ -69,7 +66,7 @@ class AdaptedExperts(Mixture):
         UserError: the adapter's experts are more than plain LoRA.
     """
 
-    def __init__(self, layer: LayerSpec, config: AdapterConfig, bank: Bank, frozen: Any) -> None:
+    def __init__(self, layer: LayerSpec, config: LayerOptions, bank: Bank, frozen: Any) -> None:
         super().__init__(layer, config)
         if config.experts.name != "lora" or config.num_experts > 1 or layer.num_experts > 1:
             raise UserError(

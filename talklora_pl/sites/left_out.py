@@ -11,7 +11,7 @@ from lightning.pytorch.utilities import rank_zero_info
 from torch import nn
 
 from talklora_pl.errors import UserError
-from talklora_pl.names import leaf
+from talklora_pl.names import decoder_layer, leaf
 from talklora_pl.sites.base_experts import base_mixtures, why_not
 from talklora_pl.sites.reached import TrialFailed, unreached
 from talklora_pl.sites.targets import is_linear, matches, select
@@ -91,10 +91,13 @@ def _suggested(name: str, mixture: nn.Module, targets: list[str] | str) -> bool:
 
 
 def summary(names: Iterable[str], most: int = 6) -> str:
-    """``model.layers.*.mixer.dt_proj (24), …``: names that differ in numbers alone, counted."""
-    counts = Counter(re.sub(r"\b\d+\b", "*", name) for name in names)
-    shown = [f"{pattern} ({count})" for pattern, count in list(counts.items())[:most]]
-    return ", ".join(shown) + (f" and {len(counts) - most} more kinds" if len(counts) > most else "")
+    """``model.layers.*.mixer.dt_proj (24), …``: names that differ in numbers alone, counted; many kinds by layer."""
+    names = list(names)
+    kinds = Counter(re.sub(r"\b\d+\b", "*", name) for name in names)
+    if len(kinds) > most:
+        kinds = Counter(re.sub(r"\b\d+\b", "*", decoder_layer(name) or name) for name in names)
+    shown = [f"{kind} ({count})" for kind, count in list(kinds.items())[:most]]
+    return ", ".join(shown) + (f" and {len(kinds) - most} more" if len(kinds) > most else "")
 
 
 @cache
