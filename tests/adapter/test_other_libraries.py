@@ -10,10 +10,11 @@ from typing import Any
 import pytest
 import torch
 from peft import LoraConfig, PromptTuningConfig, get_peft_model
-from torch import nn
+from torch import Tensor, nn
 
-from talklora_pl import AdapterConfig, UserError, inject, load_adapter, remove_adapter, save_adapter
+from talklora_pl import AdapterConfig, UserError, export_adapter, inject, load_adapter, remove_adapter, save_adapter
 from talklora_pl.adapter.host import Adapted
+from talklora_pl.adapter.metadata import read_metadata
 from tests.conftest import tiny_llama
 
 IDS = torch.arange(12).reshape(2, 6)
@@ -176,3 +177,52 @@ def test_peft_on_other_modules_works_and_has_to_go_before_ours_is_saved(tmp_path
     other = tiny_llama().eval()
     load_adapter(other, tmp_path / "ours")
     assert torch.equal(other(IDS).logits, want)
+
+
+class Packed(torch.Tensor):
+    """Int8 rows and their scales that show themselves as a float matrix and can only be multiplied, as torchao's."""
+
+    @staticmethod
+    def __new__(cls, rows: Tensor, scales: Tensor) -> Packed:
+        return torch.Tensor._make_wrapper_subclass(cls, rows.shape, dtype=torch.float32)
+
+    def __init__(self, rows: Tensor, scales: Tensor) -> None:
+        self.rows, self.scales = rows, scales
+
+    @classmethod
+    def __torch_function__(cls, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if function is nn.functional.linear:
+            x, w, *bias = args
+            return nn.functional.linear(x, w.rows.float() * w.scales, *bias)
+        return super().__torch_function__(function, types, args, kwargs or {})
+
+    @classmethod
+    def __torch_dispatch__(cls, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if function is torch.ops.aten.detach.default:
+            return Packed(args[0].rows, args[0].scales)
+        raise NotImplementedError(function)
+
+
+def packed() -> Any:
+    model = tiny_llama().eval()
+    for module in model.model.layers.modules():
+        if isinstance(module, nn.Linear):
+            w = module.weight.detach()
+            scales = w.abs().amax(1, keepdim=True) / 127
+            module.weight = nn.Parameter(Packed((w / scales).round().to(torch.int8), scales), requires_grad=False)
+    return model
+
+
+def test_weights_that_cannot_be_read_as_numbers_are_trained_on_saved_and_loaded(tmp_path: Path) -> None:
+    model = packed()
+    adapter = inject(model, AdapterConfig(rank=8))
+    with torch.no_grad():
+        for p in adapter.parameters():
+            p.normal_(std=0.1)
+    model(IDS, labels=IDS).loss.backward()
+    assert all(p.grad is not None for p in adapter.parameters())
+    export_adapter(model, tmp_path / "adapter")
+    assert read_metadata(tmp_path / "adapter").base.fingerprint is None
+    other = packed()
+    load_adapter(other, tmp_path / "adapter")
+    assert torch.equal(other(IDS).logits, model(IDS).logits)
