@@ -110,7 +110,8 @@ class Adapted:
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         """For pickle and ``copy``: the class has no name to import it by, so that of the frozen one is given."""
-        _, _, *state = self.frozen_class.__reduce_ex__(self, protocol)  # type: ignore[arg-type]
+        reduced: Any = self.frozen_class.__reduce_ex__(self, protocol)
+        _, _, *state = reduced
         return _empty, (self.frozen_class,), *state
 
     @property
@@ -144,7 +145,7 @@ def _adapted_class(cls: type) -> type:
 
 def _empty(frozen_class: type) -> Any:
     """An adapted module before unpickling or copying gives it its state."""
-    cls = _adapted_class(frozen_class)
+    cls: Any = _adapted_class(frozen_class)
     return cls.__new__(cls)
 
 
