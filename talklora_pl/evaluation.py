@@ -231,10 +231,14 @@ def score_answers(model: Any, batch: Mapping[str, Any], generate: Generation | N
     gold_B = (choice_B == answer_Q[group_B]) & real_Q[group_B]
     several_Q = scores_QC.isfinite().sum(1) > 1
     known_Q = (answer_Q >= 0) & real_Q
+    # what has a right answer but no text of it is learned whole: nothing is asked
+    asks_Q = (
+        torch.tensor([bool(texts) for texts in batch.get("answers", [[""]] * len(answer_Q))]).to(known_Q) | ~known_Q
+    )
     right_Q = several_Q & (scores_QC.argmax(1) == answer_Q)
 
     texts: list[tuple[str, float] | None] = [None] * len(answer_Q)
-    open_Q = ~several_Q & real_Q if generate else torch.zeros_like(several_Q)
+    open_Q = ~several_Q & real_Q & asks_Q if generate else torch.zeros_like(several_Q)
     asked = open_Q.nonzero()[:, 0].tolist()
     if generate and (generate.any_rank or bool)(bool(asked)):  # ranks that share a model compute together
         asked = asked or [0]  # not open, so what is generated for it is dropped

@@ -13,7 +13,7 @@ import lightning as L
 import rich
 import torch
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
-from lightning.pytorch.utilities import rank_zero_info
+from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import ReduceLROnPlateau
@@ -34,6 +34,7 @@ from talklora_pl.internals.lightning import step_ends, trainer_of
 from talklora_pl.objectives import Objective, choose
 from talklora_pl.optim import ParamGroup, grouped, try_optimizer, watched
 from talklora_pl.routing import RoutingCollector, RoutingRecord
+from talklora_pl.sites.left_out import summary
 from talklora_pl.warm_start import SavedAdapter
 
 
@@ -78,6 +79,7 @@ class FineTuner(L.LightningModule):
         self.gradient_checkpointing = gradient_checkpointing
         self.compile_model = compile
         self.evaluation = evaluation
+        self._told_of_idle = False
         # experts by module name, decided by the callback before the adapter is built; None: as the adapter's rule says
         self.allocation: dict[str, int] | None = self.start.metadata.experts_per_layer if self.start else None
         self.model: Any = None
@@ -96,6 +98,12 @@ class FineTuner(L.LightningModule):
         return [OtherCallbacks()] if listed else [ExpertAllocation(), OtherCallbacks()]
 
     # --- building
+
+    def setup(self, stage: str) -> None:
+        """A classifier whose number of classes nobody says has those of its data."""
+        classes = getattr(self._datamodule, "num_classes", None)
+        if self.base.head.classifies and self.base.num_labels is None and classes is not None:
+            self.base = replace(self.base, num_labels=classes)
 
     def configure_model(self) -> None:
         """Load the base, freeze it and inject the adapter. Called again, it does nothing."""
@@ -249,6 +257,18 @@ class FineTuner(L.LightningModule):
             self.log("train_loss", self._step_loss, prog_bar=True, sync_dist=True, batch_size=1)
             self._step_loss = 0.0
         return task + self.balance_loss() * (accumulate / batch.get("micro_steps", accumulate))
+
+    def on_after_backward(self) -> None:
+        """Tell once, after the first batch, of trained tensors that its loss does not reach."""
+        if self._told_of_idle:
+            return
+        self._told_of_idle = True
+        if idle := [n for n, p in self.trained().items() if p.grad is None]:
+            rank_zero_warn(
+                f"The first batch gave no gradient to {len(idle)} trained tensors: {summary(idle)}. Their modules did "
+                "not run, or the model (a kernel that is installed for it) reads their weight itself; what does not "
+                "learn is better left out: model.adapter.exclude."
+            )
 
     def optimizer_step(self, *args: Any, **kwargs: Any) -> None:
         """The step, then routers that balance themselves; a checkpoint of this step is written after both."""

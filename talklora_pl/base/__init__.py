@@ -35,7 +35,7 @@ class BaseModel:
         attn_implementation: of Hugging Face. None: ``eager`` on a CPU, whose backward is twice as fast there at up to
             about 128 tokens (for long texts on a CPU say ``sdpa``), and the library's choice on a GPU.
         revision: branch, tag or commit on the hub.
-        num_labels: number of classes, for ``sequence_classification``.
+        num_labels: number of classes, for ``sequence_classification``. None: those of the training data.
         trust_remote_code: run Python code that comes with the model.
         resize_embeddings: give tokens that the tokenizer has and the model lacks a row in the embedding and the output
             head. Both are then trained and saved with the adapter, whole.

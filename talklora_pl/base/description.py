@@ -137,11 +137,9 @@ def _unusable_positions(config: PretrainedConfig) -> int:
 
     if not _has_masked_lm(config):
         return 0
-    small = copy.deepcopy(config)
-    small.num_hidden_layers = 1
     try:
         with torch.device("meta"):
-            model = AutoModel.from_config(small)
+            model = AutoModel.from_config(copy.deepcopy(config))
     except Exception:  # a configuration that cannot be built is refused where the model is loaded
         return 0
     tables = [m for n, m in model.named_modules() if n.endswith("position_embeddings")]

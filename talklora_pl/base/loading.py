@@ -35,7 +35,7 @@ def settle(model: Any, path: str, report: Mapping[str, Any], new_head: bool) -> 
     }
     parameters = dict(model.named_parameters(remove_duplicate=False))
     made_up = [n for n in parameters if n in report["missing_keys"] or n in mismatched]
-    head = set(after_layers(model)) if new_head else set()
+    head = set(head_parameters(model)) if new_head else set()
     if body := [n for n in made_up if n not in head]:
         name = body[0]
         what = f"lack {name}"
@@ -65,12 +65,14 @@ def settle(model: Any, path: str, report: Mapping[str, Any], new_head: bool) -> 
         )
 
 
-def after_layers(model: nn.Module) -> list[str]:
-    """Parameters behind the last numbered layer of the body: the head, and the pooler or norm in front of it."""
+def head_parameters(model: nn.Module) -> list[str]:
+    """Parameters of the head: all outside of the body, and in it a pooler or what else follows the last layer."""
     names = [n for n, _ in model.named_parameters(remove_duplicate=False)]
-    body = f"{getattr(model, 'base_model_prefix', '')}."
-    last = max((i for i, n in enumerate(names) if n.startswith(body) and _in_layer(n)), default=-1)
-    return names[last + 1 :]
+    prefix = f"{getattr(model, 'base_model_prefix', '')}."
+    body = [n for n in names if n.startswith(prefix)]
+    last = max((i for i, n in enumerate(body) if _in_layer(n)), default=-1)
+    kept = {n for n in body[: last + 1] if "pooler" not in n.split(".")}
+    return [n for n in names if n not in kept]
 
 
 def new_modules(model: nn.Module) -> list[str]:

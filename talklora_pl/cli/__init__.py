@@ -18,6 +18,7 @@ VERBS = {
     "predict": ("lightning", "write predictions as JSON lines"),
     "allocate": ("allocate", "how many experts each layer deserves, from the spectra of its weights"),
     "components": ("components", "list all parts with their options"),
+    "data": ("data", "data preview: print rows as the model reads them, with what is learned marked"),
     "export": ("export", "write the adapter folder of a checkpoint"),
     "inspect": ("inspect", "see what the experts of an adapter do"),
     "quickstart": ("quickstart", "train on a small generated task and show what the experts learned"),

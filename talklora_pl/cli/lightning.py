@@ -26,7 +26,7 @@ from talklora_pl.callbacks.progress import EpochProgress
 from talklora_pl.cli.check import Check
 from talklora_pl.cli.options import plugins, right, split, start_options
 from talklora_pl.data import TextData
-from talklora_pl.distributed.launch import allocation_of, resume_from, trainer_arguments, version_of
+from talklora_pl.distributed.launch import allocation_of, classes_of, resume_from, trainer_arguments, version_of
 from talklora_pl.errors import UserError
 from talklora_pl.internals.lightning import raised_by_lightning
 from talklora_pl.module import FineTuner
@@ -175,7 +175,10 @@ class CLI(LightningCLI):
         except UserError:
             # what is wrong with the data would come next: say it now (good data only get cached by this)
             raise UserError("\n".join(self._check(self.model, self.datamodule))) from None
-        self.model.allocation = allocation_of(self.config_init[self.verb].ckpt_path) or self.model.allocation
+        checkpoint = self.config_init[self.verb].ckpt_path
+        self.model.allocation = allocation_of(checkpoint) or self.model.allocation
+        if classes := classes_of(checkpoint):
+            self.datamodule.load_state_dict(classes)
         if (root := self.config[self.verb].trainer.default_root_dir) is not None:
             try:
                 Path(root).mkdir(parents=True, exist_ok=True)
@@ -202,7 +205,7 @@ class CLI(LightningCLI):
         return UserError("\n  ".join(["The configuration cannot be used:", *map(str, self.check.problems), *more]))
 
 
-def run(verb: str, argv: list[str]) -> CLI:
+def run(verb: str, argv: list[str], cli: type[CLI] = CLI) -> CLI:
     """Parse ``argv`` and run one of Lightning's verbs; the result has ``trainer``, ``model`` and ``datamodule``."""
     # of Lightning's own making, and nothing a user could act upon
     warnings.filterwarnings("ignore", ".*LeafSpec.*")
@@ -213,7 +216,7 @@ def run(verb: str, argv: list[str]) -> CLI:
     warnings.formatwarning = _one_line
     logging.getLogger("lightning.pytorch.utilities.rank_zero").addFilter(lambda r: "litlogger" not in r.getMessage())
     try:
-        return CLI(verb, argv)
+        return cli(verb, argv)
     except (MisconfigurationException, ValueError) as e:
         if raised_by_lightning(e):
             raise UserError(f"trainer: {' '.join(str(e).split())}") from e

@@ -10,13 +10,11 @@ from __future__ import annotations
 import re
 from typing import TYPE_CHECKING, NamedTuple
 
-from talklora_pl.errors import UserError
-from talklora_pl.registry import did_you_mean
-
 if TYPE_CHECKING:
-    from talklora_pl.data.rows import Example, RowKind
+    from talklora_pl.data.example import Example
 
 # format -> (template, template where there is an input)
+_PLACES = re.compile(r"\{\{(\w+)\}\}|\{(prompt|input)\}")  # {{name}} stands for the text {name}
 TEMPLATES: dict[str, tuple[str, str | None]] = {
     # prompt and completion exactly as they are
     "plain": ("{prompt}", None),
@@ -43,24 +41,6 @@ class Text(NamedTuple):
     marker: str
 
 
-def check_format(name: str, kind: RowKind, has_template: bool = True) -> None:
-    """Raise UserError unless `name` is a format (or a template) that can write such rows with this tokenizer."""
-    if name not in NAMES and "{prompt}" not in name:
-        raise UserError(
-            f"unknown format {name!r}.{did_you_mean(name, NAMES)} A template of your own must contain {{prompt}}."
-        )
-    if not kind.by_template and name != "chat":
-        raise UserError(f"{kind.name} rows need format: chat, not {name!r}")
-    if not kind.by_chat and name == "chat":
-        raise UserError(f"format: chat cannot write {kind.name} rows; use plain or a template with {{prompt}}")
-    if name == "chat" and not has_template:
-        other = ", or another format" if kind.by_template else ""
-        raise UserError(
-            "format: chat needs a tokenizer with a chat template, and this model's has none; name a model tuned for "
-            f"chat (often called -Instruct or -it) as model.base.path{other}."
-        )
-
-
 def write(example: Example, name: str) -> Text:
     """Write a prompt and its answers in a format (other than `chat`, which the tokenizer's template writes)."""
     template, with_input = TEMPLATES.get(name, (name, None))
@@ -68,7 +48,7 @@ def write(example: Example, name: str) -> Text:
     values = {"prompt": example.prompt, "input": example.input}
     if example.input and "{input}" not in template:
         values["prompt"] += "\n" + example.input
-    prompt = re.sub(r"\{(prompt|input)\}", lambda match: values[match[1]], template)
-    marker = re.split(r"\{(?:prompt|input)\}", template)[-1]
+    prompt = _PLACES.sub(lambda match: f"{{{match[1]}}}" if match[1] else values[match[2]], template)
+    marker = template[max((m.end() for m in _PLACES.finditer(template) if m[2]), default=0) :]
     space = " " if name != "plain" and not template[-1].isspace() else ""
     return Text(prompt, [space + answer for answer in example.answers], marker)

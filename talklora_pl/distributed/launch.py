@@ -98,6 +98,13 @@ def allocation_of(ckpt_path: str | None) -> dict[str, int] | None:
     return found
 
 
+def classes_of(ckpt_path: str | None) -> dict[str, Any]:
+    """What the data module left in the checkpoint that a run begins from; empty: nothing."""
+    if ckpt_path is None or "://" in str(ckpt_path):
+        return {}
+    return dict(read_checkpoint(ckpt_path).get("TextData", {}))
+
+
 def version_of(ckpt_path: str | None, root: str | os.PathLike[str]) -> int | None:
     """Number of the run under `root` that a checkpoint belongs to, so that the resumed run continues its folder."""
     if ckpt_path is None:

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 from torch.distributed.tensor import DTensor
 
-from talklora_pl.base.loading import after_layers, grown, say_growth, vocabulary
+from talklora_pl.base.loading import grown, head_parameters, say_growth, vocabulary
 from talklora_pl.base.weights import SafetensorsWeights
 from talklora_pl.errors import UserError
 from talklora_pl.internals.torch import own_part
@@ -44,7 +44,8 @@ def fill_from_files(model: Any, shard_device: torch.device, device: torch.device
         if key is not None and id(tensor) not in content:
             stored = files.tensor(key)
             if tensor.requires_grad and id(tensor) in of_tokens and len(stored) < len(tensor):
-                say_growth(len(stored), len(tensor))
+                if tensor is model.get_input_embeddings().weight:
+                    say_growth(len(stored), len(tensor))
                 stored = grown(stored, len(tensor))
             if tensor.requires_grad and stored.shape != tensor.shape:
                 continue  # a new head in the place of another
@@ -62,7 +63,7 @@ def compare_with_files(model: Any, revision: str | None = None) -> dict[str, lis
         UserError: there are no such files.
     """
     files, parameters = _files(model, revision), dict(model.named_parameters(remove_duplicate=False))
-    stored = {n: _stored_name(model, n, files) for n in after_layers(model)}
+    stored = {n: _stored_name(model, n, files) for n in head_parameters(model)}
     shapes = {n: (files.shape(key), tuple(parameters[n].shape)) for n, key in stored.items() if key is not None}
     return {
         "missing_keys": [n for n, key in stored.items() if key is None],

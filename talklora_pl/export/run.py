@@ -35,13 +35,12 @@ def facts_of(trainer: L.Trainer) -> Facts:
     numbers = {k: v for k, v in numbers.items() if math.isfinite(v)}
     data: Any = getattr(trainer, "datamodule", None)
     sources = getattr(data, "sources", {})
-    labels = getattr(data, "labels", None)
     return Facts(
         data=[f"{split}: {_data_name(s)}" for split in ("train", "val") for s in sources.get(split, [])],
         metrics={k: v for k, v in sorted(numbers.items()) if not k.startswith(("load/", "val_load/", "alerts/"))},
         routing={k: v for k, v in sorted(numbers.items()) if k.startswith("load/") and k.count("/") == 1},
         steps=trainer.global_step,
-        labels=list(labels) if isinstance(labels, (list, tuple)) else [],
+        labels=list(getattr(data, "class_names", [])),
     )
 
 
@@ -103,7 +102,8 @@ def export_checkpoint(
     )
     if (kind := load_config(model).model_type) != info.model_type:
         raise UserError(f"The adapter of {path} belongs to a {info.model_type} model, and {model.path} is a {kind}.")
-    facts = Facts(**data[RUN]) if RUN in data else Facts(steps=data["global_step"])
+    labels = data.get("TextData", {}).get("class_names", [])
+    facts = Facts(**data[RUN]) if RUN in data else Facts(steps=data["global_step"], labels=labels)
     return export_tensors(folder, tensors_of(data), metadata, model, replace(facts, license=license or facts.license))
 
 

@@ -72,10 +72,10 @@ def _try(cls: Any, config: PreTrainedConfig) -> frozenset[str]:
     marks = {n: torch.zeros((), requires_grad=True) for n in linears}
     for name, module in linears.items():
         own = None if type(module).forward in (nn.Linear.forward, Conv1D.forward) else module.forward
-        module.forward = partial(_linear, widths(module)[1], marks[name], own)  # type: ignore[method-assign]
+        module.forward = partial(_linear, widths(module)[1], marks[name], own)
     for module in trial.modules():
         if any(p.dim() == 3 and n.endswith("down_proj") for n, p in module.named_parameters(recurse=False)):
-            module.forward = _fused_experts  # type: ignore[method-assign]
+            module.forward = _fused_experts
     ids_1T = torch.arange(1, TOKENS + 1).unsqueeze(0)
     with torch.enable_grad():
         out = trial(input_ids=ids_1T, attention_mask=torch.ones_like(ids_1T), use_cache=False, return_dict=True)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import warnings
 from abc import ABCMeta
 from pathlib import Path
 from typing import Any
@@ -215,3 +216,19 @@ def test_weights_of_a_composite_are_found_in_its_files(tmp_path: Path) -> None:
         torch.testing.assert_close(weights.matrix(name), model.get_submodule(name).weight.data, rtol=0, atol=0)
     with pytest.raises(UserError, match="is not in the checkpoint"):
         weights.matrix("model.language_model.layers.7.self_attn.q_proj")
+
+
+def test_tensors_without_a_gradient_after_the_first_batch_are_told_of_once() -> None:
+    from types import SimpleNamespace
+
+    from talklora_pl.module import FineTuner
+
+    idle, learns = nn.Parameter(torch.zeros(1)), nn.Parameter(torch.zeros(1))
+    learns.grad = torch.zeros(1)
+    run: Any = SimpleNamespace(_told_of_idle=False, trained=lambda: {"layers.m.layers.3.x_proj.A": idle, "b": learns})
+    with pytest.warns(UserWarning, match=r"to 1 trained tensors: layers.m.layers.\*.x_proj.A \(1\)"):
+        FineTuner.on_after_backward(run)
+    assert run._told_of_idle
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        FineTuner.on_after_backward(run)

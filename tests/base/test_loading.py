@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForMaskedLM, AutoModelForSequenceClassification
 
-from talklora_pl.base.loading import after_layers, grow_vocabulary, grown, new_modules, settle, vocabulary
+from talklora_pl.base.loading import grow_vocabulary, grown, head_parameters, new_modules, settle, vocabulary
 from talklora_pl.errors import UserError
 from tests.base.test_description import tiny
 
@@ -51,6 +51,13 @@ def edit(folder: Path, change: Any) -> None:
     [
         ("bert", AutoModelForMaskedLM, ["bert.pooler.dense", "classifier"]),
         ("roberta", AutoModelForMaskedLM, ["classifier.dense", "classifier.out_proj"]),
+        (
+            "xlm-roberta",
+            AutoModelForMaskedLM,
+            ["classifier.dense", "classifier.out_proj"],
+        ),  # registered before the body
+        ("nomic_bert", AutoModelForMaskedLM, ["nomic_bert.pooler.dense", "classifier"]),  # pooler before the layers
+        ("albert", AutoModelForMaskedLM, ["albert.pooler", "classifier"]),
         ("llama", AutoModelForCausalLM, ["score"]),
         ("gpt2", AutoModelForCausalLM, ["score"]),
         ("bert", AutoModelForSequenceClassification, []),
@@ -107,8 +114,8 @@ def test_weights_without_a_place_are_said(tmp_path: Path, notices: Notices) -> N
 def test_a_numbered_head_is_behind_the_layers() -> None:
     model = AutoModelForSequenceClassification.from_config(tiny("bert"))
     model.classifier = torch.nn.Sequential(torch.nn.Linear(16, 16), torch.nn.Linear(16, 2))
-    assert {n.split(".")[0] for n in after_layers(model)} == {"bert", "classifier"}
-    assert [n for n in after_layers(model) if n.startswith("bert")] == [
+    assert {n.split(".")[0] for n in head_parameters(model)} == {"bert", "classifier"}
+    assert [n for n in head_parameters(model) if n.startswith("bert")] == [
         "bert.pooler.dense.weight",
         "bert.pooler.dense.bias",
     ]
