@@ -235,7 +235,7 @@ def test_peft_adapters_that_are_no_plain_lora_are_refused_by_name(
     folder: Path, tmp_path: Path, options: dict[str, Any], named: str
 ) -> None:
     peft_folder(folder / "base", tmp_path / "peft", **options)
-    with pytest.raises(UserError, match="model.adapter_path") as error:
+    with pytest.raises(UserError, match=r"model\.adapter_path") as error:
         FineTuner(BaseModel(str(folder / "base")), adapter_path=str(tmp_path / "peft"))
     assert named in str(error.value)
 
