@@ -109,7 +109,12 @@ class CLI(LightningCLI):
     def _has_end(self) -> bool:
         """Whether the options say when training ends."""
         given = [chosen.options for chosen in self.check.chosen["trainer"]]
-        nothing = {"max_steps": (None, -1), "max_epochs": (None,), "max_time": (None,), "fast_dev_run": (None, False, 0)}
+        nothing = {
+            "max_steps": (None, -1),
+            "max_epochs": (None,),
+            "max_time": (None,),
+            "fast_dev_run": (None, False, 0),
+        }
         return any(options.get(name) not in no for options in given for name, no in nothing.items())
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:

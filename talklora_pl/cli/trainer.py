@@ -15,7 +15,6 @@ import lightning as L
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.cli import LightningArgumentParser, SaveConfigCallback
 from lightning.pytorch.loggers import TensorBoardLogger
-from lightning.pytorch.loggers.logger import DummyLogger
 
 from talklora_pl import stopping
 from talklora_pl.errors import UserError
@@ -52,6 +51,14 @@ class Place:
         return lock
 
 
+class Nowhere:
+    """Takes scalars and keeps none; for pictures and text it is no writer at all."""
+
+    def add_scalar(self, *args: Any) -> None: ...
+
+    add_scalars = add_scalar
+
+
 class RunLogger(TensorBoardLogger):
     """TensorBoard in the folder of the run. A resumed run writes nothing before its checkpoint is accepted."""
 
@@ -70,7 +77,7 @@ class RunLogger(TensorBoardLogger):
 
     @property
     def experiment(self) -> Any:
-        return super().experiment if self.open else DummyLogger().experiment
+        return super().experiment if self.open else Nowhere()
 
     def save(self) -> None:
         if self.open:
