@@ -18,7 +18,7 @@ tensorboard: venv   ## look at the newest run
 	$(BIN)/tensorboard --logdir "$$(dirname "$$(ls -td runs/* quickstart/version_* 2>/dev/null | head -n 1)")" --samples_per_plugin images=200
 
 test: venv    ## everything fast
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n auto --maxprocesses 8 --dist worksteal
 
 test-slow: venv   ## real model, several processes, other programs
 	$(BIN)/python -m pytest -m "slow and not gpu" $(SLOW)

@@ -5,6 +5,7 @@ from talklora_pl.callbacks.allocation import ExpertAllocation
 from talklora_pl.callbacks.checkpoint import Checkpoint
 from talklora_pl.callbacks.guard import FiniteGuard
 from talklora_pl.callbacks.load_balance import LoadBalance
+from talklora_pl.callbacks.others import OtherCallbacks
 from talklora_pl.callbacks.peers import Peers
 from talklora_pl.callbacks.preemption import Preemption
 from talklora_pl.callbacks.resume import ExactResume
@@ -17,6 +18,7 @@ __all__ = [
     "ExpertAllocation",
     "FiniteGuard",
     "LoadBalance",
+    "OtherCallbacks",
     "Peers",
     "Preemption",
     "RoutingSensitivity",

@@ -35,6 +35,7 @@ class AdapterExport(L.Callback):
         self.license = license
         self._folder = Path()
         self._exported: tuple[str, float] | None = None
+        self._trained = False
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         # log_dir is agreed upon by all processes, so all have to ask
@@ -43,11 +44,14 @@ class AdapterExport(L.Callback):
     def on_save_checkpoint(self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
         store_facts(checkpoint, replace(facts_of(trainer), license=self.license))
 
+    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        self._trained = True
+
     def on_train_batch_start(self, trainer: L.Trainer, pl_module: FineTuner, batch: Any, batch_idx: int) -> None:
         self._export_best(trainer, pl_module)  # Lightning saves checkpoints after all other callbacks had their turn
 
     def on_fit_end(self, trainer: L.Trainer, pl_module: FineTuner) -> None:
-        if trainer.fast_dev_run:  # type: ignore[attr-defined]
+        if trainer.fast_dev_run or (trainer.ckpt_path and not self._trained):  # type: ignore[attr-defined]
             return
         self._export_best(trainer, pl_module)
         tensors, metadata = gather_full(adapter_tensors(pl_module.model)), pl_module.adapter_metadata()

@@ -8,9 +8,12 @@ import os
 from typing import TYPE_CHECKING, Any
 
 import lightning as L
+from lightning.pytorch.utilities import rank_zero_info
 
 from talklora_pl.adapter.fingerprint import agree
 from talklora_pl.adapter.metadata import AdapterMetadata
+from talklora_pl.callbacks.others import FINDERS
+from talklora_pl.data.sampler import accumulation
 from talklora_pl.distributed.checkpoint import KEY as METADATA
 from talklora_pl.distributed.checkpoint import refuse_differences
 from talklora_pl.distributed.seeding import seed_step
@@ -25,6 +28,8 @@ from talklora_pl.internals.lightning import (
 )
 
 if TYPE_CHECKING:
+    import datasets
+
     from talklora_pl.module import FineTuner
 
 KEY = "talklora_resume"
@@ -41,12 +46,32 @@ class ExactResume(L.Callback):
     5. Logged values keep their steps; Lightning's own count is off by one after some resumes.
     6. The position within an epoch is converted if the same optimiser step is now made of other micro-batches (two
        processes, or one that accumulates twice); a step of another size mid-epoch is refused.
+    7. Other training rows (by what the model sees of them) are refused at any position.
+    8. A resumed fit that is over already says so, and writes nothing.
     """
 
     def __init__(self) -> None:
         self._now: dict[str, Any] = {}  # options of optimisers and schedulers as this run made them
         self._parts: dict[str, Any] = {}  # which optimisers and schedulers, of how many tensors
+        self._rows: dict[str, Any] = {}  # that are trained on
         self._saved: dict[str, Any] | None = None
+        self._trained = False
+
+    # ------------------------------------------------------------------ 7, 8
+
+    def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
+        table = getattr(getattr(trainer, "datamodule", None), "tables", {}).get("train")
+        self._rows = {} if table is None or stage != "fit" else _content(table)
+
+    def on_fit_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        if trainer.ckpt_path and not self._trained:
+            limits = {name: getattr(trainer, name) for name in ("max_steps", "max_epochs")}
+            said = ", ".join(f"trainer.{name} {limit}" for name, limit in limits.items() if limit not in (None, -1))
+            rank_zero_info(
+                f"Nothing is left to do: {trainer.ckpt_path} is already at step {trainer.global_step}, with {said}. "
+                "Nothing was written. Raise the limit to go on, or begin a new run from this adapter with "
+                "--model.adapter_path."
+            )
 
     # ------------------------------------------------------------------ 1, 5
 
@@ -72,6 +97,7 @@ class ExactResume(L.Callback):
             "options": self._now,
             "parts": self._parts,
             "data": _data(trainer),
+            "rows": self._rows,
             "accumulate": trainer.accumulate_grad_batches,
         }
         loops = checkpoint.get("loops", {}).get("fit_loop")
@@ -102,6 +128,7 @@ class ExactResume(L.Callback):
             refuse_differences(self._saved["parts"], self._parts, trainer.ckpt_path or "")
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        self._trained = True
         loop: Any = trainer.fit_loop
         epoch = loop.epoch_progress.current
         if loop.restarted_mid_epoch and epoch.started == epoch.processed:
@@ -130,13 +157,23 @@ class ExactResume(L.Callback):
                 "but a fit cannot go on from it."
             )
         saved = checkpoint.get(KEY)
-        if saved is None:
+        # without parts: written before the fit began, by one of Lightning's finders, which goes back to it
+        if saved is None or not saved["parts"]:
             return
-        self._saved = saved
         path = trainer.ckpt_path or ""
+        if found := [type(c).__name__ for c in trainer.callbacks if type(c) in FINDERS]:  # type: ignore[attr-defined]
+            raise UserError(
+                f"trainer.callbacks: {found[0]} looks for its value at the beginning of a run, and {path} is amid one. "
+                "Leave it out, and give the value that it found."
+            )
+        self._saved = saved
+        trainer.accumulate_grad_batches = accumulation(trainer, checkpoint["epoch"])
         written = AdapterMetadata.from_dict(checkpoint[METADATA], path)
-        refuse_differences(*_methods(written, pl_module.adapter_metadata()), path)  # type: ignore[operator]
+        then, now = _methods(written, pl_module.adapter_metadata(like=written.base.fingerprint))
+        refuse_differences(then, now, path)
         self._refuse_other_parts(trainer)
+        if saved.get("rows") and self._rows:  # absent in version 0.1
+            refuse_differences(saved["rows"], self._rows, path, other_data=True)
         total, current, is_last = training_batches(checkpoint["loops"]["fit_loop"])
         done = current["processed"]
         if done == 0 or is_last:
@@ -146,7 +183,7 @@ class ExactResume(L.Callback):
                 "The checkpoint was written in the middle of an optimiser step, whose gradients it does not hold. Use "
                 "last.ckpt, or the callbacks Checkpoint and Preemption, which save between steps."
             )
-        refuse_differences({"data": saved["data"]}, {"data": _data(trainer)}, trainer.ckpt_path or "")
+        refuse_differences({"data": saved["data"]}, {"data": _data(trainer)}, path, other_data=True)
         ratio = trainer.accumulate_grad_batches / saved["accumulate"]
         if ratio != 1:
             for count in (current, total):
@@ -177,6 +214,24 @@ def _data(trainer: L.Trainer) -> dict[str, Any]:
         * trainer.accumulate_grad_batches,
         **{name: getattr(data, name) for name in ("seed", "length_grouped") if hasattr(data, name)},
         "rows": {name: len(table) for name, table in getattr(data, "tables", {}).items() if name == "train"},
+    }
+
+
+def _content(table: datasets.Dataset) -> dict[str, Any]:
+    """The rows of a table as the model sees them: how many rows and tokens, and a digest of the tokens and labels."""
+    digest, tokens = hashlib.blake2b(digest_size=8), 0
+    for part in table.select_columns(["input_ids", "labels", "label"]).with_format("arrow").iter(batch_size=4096):
+        for column in part.columns:
+            for values in column.chunks:
+                while hasattr(values, "value_lengths"):
+                    digest.update(values.value_lengths().to_numpy(zero_copy_only=False))
+                    values = values.flatten()
+                digest.update(values.to_numpy(zero_copy_only=False))
+        tokens += len(part["input_ids"].combine_chunks().flatten().flatten())
+    return {
+        "training rows": len(table),
+        "tokens of training rows": tokens,
+        "digest of training rows": digest.hexdigest(),
     }
 
 

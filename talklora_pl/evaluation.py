@@ -5,25 +5,29 @@ B rows, S tokens, Q questions, C choices, N positions whose token is scored, V v
 
 from __future__ import annotations
 
+import copy
+import functools
 import json
 import math
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 import torch.nn.functional as F
+from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 from torchmetrics import Metric
 
-from talklora_pl.base import pad_id
+from talklora_pl.base.description import Description
 from talklora_pl.errors import UserError
 from talklora_pl.inputs import NO_LOSS, labelled, masked, model_inputs, to_device, token_logits
 
 if TYPE_CHECKING:
     from rich.table import Table
+    from transformers import GenerationConfig
 
 
 @dataclass(frozen=True)
@@ -34,6 +38,8 @@ class Evaluation:
         compare_base: `test` shows the base model's own scores beside the adapter's.
         max_new_tokens: of a generated answer (rows without choices, in `test` and `predict`); 0: generate nothing.
         num_beams: beams of the search; 1 is greedy.
+        generation: `greedy` goes by these options alone, whatever the base's generation_config says; `base` takes that
+            for the rest (sampling, temperature, penalties, suppressed tokens).
         answer_pattern: regular expression; a generated answer is right if its first match equals the first match in the
             right answer. None: the whole texts must be equal, white space around them aside.
     """
@@ -42,6 +48,7 @@ class Evaluation:
     max_new_tokens: int = 32
     num_beams: int = 1
     answer_pattern: str | None = None
+    generation: Literal["greedy", "base"] = "greedy"
 
     def __post_init__(self) -> None:
         """Raises: UserError for an option that no test could use."""
@@ -113,18 +120,20 @@ class BatchScores:
 
 @dataclass
 class Generation:
-    """Continues prompts until the end-of-sequence token.
+    """Continues prompts until a token that ends the text.
 
     Attributes:
         model: as it is now, adapter on or off.
         tokenizer: the base's.
-        eos_id: the token that ends an answer.
+        facts: of the base.
+        eos_id: the token that ends an answer, beside those of the base.
         options: how to search, and what a right answer is.
         any_rank: whether something holds here or on any of the ranks that share a sharded model; None: none do.
     """
 
     model: Any
     tokenizer: Any
+    facts: Description
     eos_id: int
     options: Evaluation
     any_rank: Callable[[bool], bool] | None = None
@@ -136,26 +145,65 @@ class Generation:
         Returns:
             each text and the mean log-likelihood of its tokens, its end among them: what choices are ranked by.
         """
-        asked, device, pad = [ids.tolist() for ids in prompts], prompts[0].device, pad_id(self.tokenizer)
+        device, pad = prompts[0].device, self.facts.pad_id
+        new = self.options.max_new_tokens
+        if self.facts.positions is not None:
+            new = min(new, max(1, self.facts.positions - max(map(len, prompts))))
+            prompts = [ids[max(0, len(ids) + new - self.facts.positions) :] for ids in prompts]
+            if new < self.options.max_new_tokens:
+                _say_cut(self.facts.positions, self.options.max_new_tokens)
+        asked = [ids.tolist() for ids in prompts]
         left = to_device(masked(asked, pad, left=True), device)  # all end alike
-        out = self.model.generate(
-            **model_inputs(left),
-            max_new_tokens=self.options.max_new_tokens,
-            num_beams=self.options.num_beams,
-            do_sample=False,
-            use_cache=True,
-            pad_token_id=pad,
-            eos_token_id=self.eos_id,
-            # ranks that share a sharded model must take equally many steps
-            synced_gpus=self.any_rank is not None,
-        )
+        ends = {self.eos_id, *self.facts.eos_ids}
+        config = self._config(new, sorted(ends))
+        before, self.model.generation_config = self.model.generation_config, config  # it fills what ours leaves open
+        try:
+            out = self.model.generate(
+                **model_inputs(left),
+                generation_config=config,
+                tokenizer=self.tokenizer,
+                # ranks that share a sharded model must take equally many steps
+                synced_gpus=self.any_rank is not None,
+            )
+        finally:
+            self.model.generation_config = before
         width = left["input_ids"].shape[1]
-        answers = [ids[: (*ids, self.eos_id).index(self.eos_id) + 1] for ids in out[:, width:].tolist()]
+        answers = [_until(ends, ids) for ids in out[:, width:].tolist()]
         rows = [before + answer for before, answer in zip(asked, answers)]
         labels = [[NO_LOSS] * len(before) + answer for before, answer in zip(asked, answers)]
         nll_B, tokens_B = answer_nll(self.model, to_device(labelled(rows, labels, pad), device))
         texts = self.tokenizer.batch_decode(answers, skip_special_tokens=True)
         return list(zip(texts, (-nll_B / tokens_B).tolist()))
+
+    def _config(self, new: int, ends: list[int]) -> GenerationConfig:
+        from transformers import GenerationConfig
+
+        fixed: dict[str, Any] = {
+            "max_new_tokens": new,
+            "use_cache": True,
+            "pad_token_id": self.facts.pad_id,
+            "eos_token_id": ends,
+        }
+        if self.options.generation == "greedy":
+            return GenerationConfig(**fixed, num_beams=self.options.num_beams, do_sample=False)
+        config = copy.deepcopy(self.facts.generation)
+        if self.options.num_beams > 1:
+            fixed["num_beams"] = self.options.num_beams
+        config.update(**fixed, max_length=None, num_return_sequences=1, return_dict_in_generate=False)
+        return config
+
+
+@functools.cache  # once
+def _say_cut(positions: int, asked: int) -> None:
+    rank_zero_warn(
+        f"Some prompts leave no room for model.evaluation.max_new_tokens: {asked} among the {positions} positions that "
+        "the model has. Their answers are shorter; a smaller data.max_length leaves more room."
+    )
+
+
+def _until(ends: set[int], ids: list[int]) -> list[int]:
+    """Up to the first token that ends the text, with it."""
+    return ids[: next((i + 1 for i, token in enumerate(ids) if token in ends), len(ids))]
 
 
 def answer_nll(model: Any, batch: Mapping[str, Any]) -> tuple[Tensor, Tensor]:
@@ -183,10 +231,14 @@ def score_answers(model: Any, batch: Mapping[str, Any], generate: Generation | N
     gold_B = (choice_B == answer_Q[group_B]) & real_Q[group_B]
     several_Q = scores_QC.isfinite().sum(1) > 1
     known_Q = (answer_Q >= 0) & real_Q
+    # what has a right answer but no text of it is learned whole: nothing is asked
+    asks_Q = (
+        torch.tensor([bool(texts) for texts in batch.get("answers", [[""]] * len(answer_Q))]).to(known_Q) | ~known_Q
+    )
     right_Q = several_Q & (scores_QC.argmax(1) == answer_Q)
 
     texts: list[tuple[str, float] | None] = [None] * len(answer_Q)
-    open_Q = ~several_Q & real_Q if generate else torch.zeros_like(several_Q)
+    open_Q = ~several_Q & real_Q & asks_Q if generate else torch.zeros_like(several_Q)
     asked = open_Q.nonzero()[:, 0].tolist()
     if generate and (generate.any_rank or bool)(bool(asked)):  # ranks that share a model compute together
         asked = asked or [0]  # not open, so what is generated for it is dropped

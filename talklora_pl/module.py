@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import json
+import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -12,20 +13,29 @@ import lightning as L
 import rich
 import torch
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
+from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from torch import Tensor, nn
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import ReduceLROnPlateau
 
 from talklora_pl.adapter import Adapter, AdapterConfig, disable_adapter, inject
-from talklora_pl.adapter.io import adapter_metadata, state_tensors
+from talklora_pl.adapter.io import adapter_metadata, base_fingerprint, state_tensors
 from talklora_pl.adapter.metadata import AdapterMetadata
-from talklora_pl.base import BaseModel, load_base, load_tokenizer, portable
+from talklora_pl.base import BaseModel, describe_base, load_base, load_generation, load_tokenizer, portable
+from talklora_pl.base.description import Description
+from talklora_pl.base.loading import new_modules, settle
 from talklora_pl.callbacks.allocation import ExpertAllocation, refuse_other_allocation
+from talklora_pl.callbacks.others import OtherCallbacks, refuse_callbacks, whole_precision
 from talklora_pl.distributed.checkpoint import refuse_differences
+from talklora_pl.distributed.shards import compare_with_files
 from talklora_pl.errors import UserError
 from talklora_pl.evaluation import BatchScores, Evaluation, Generation, TaskScores, predictions, table, write_json
 from talklora_pl.internals.lightning import step_ends, trainer_of
 from talklora_pl.objectives import Objective, choose
-from talklora_pl.optim import ParamGroup, grouped, try_optimizer
+from talklora_pl.optim import ParamGroup, grouped, try_optimizer, watched
 from talklora_pl.routing import RoutingCollector, RoutingRecord
+from talklora_pl.sites.left_out import summary
+from talklora_pl.warm_start import SavedAdapter
 
 
 class FineTuner(L.LightningModule):
@@ -33,7 +43,7 @@ class FineTuner(L.LightningModule):
 
     Args:
         base: which pretrained model.
-        adapter: which mixture of experts.
+        adapter: which mixture of experts; not needed with `adapter_path`, whose options it then has.
         objective: what is learned from the data; None: what the task of the base says.
         optimizer: of the trained tensors.
         lr_scheduler: stepped every optimiser step.
@@ -41,12 +51,15 @@ class FineTuner(L.LightningModule):
         gradient_checkpointing: recompute decoder layers in the backward pass (never reentrant).
         compile: compile the model with ``torch.compile``.
         evaluation: how answers are scored.
+        adapter_path: an adapter to begin from, with a new optimiser and counters: an adapter folder, a checkpoint, a
+            repository on the hub, or a LoRA folder of PEFT. Options of `adapter` that are given must be those it has
+            (dropouts may differ).
     """
 
     def __init__(
         self,
         base: BaseModel,
-        adapter: AdapterConfig,
+        adapter: AdapterConfig = AdapterConfig(),  # noqa: B008 (never changed)
         optimizer: OptimizerCallable = lambda p: torch.optim.AdamW(p, lr=3e-4, weight_decay=0.01),
         lr_scheduler: LRSchedulerCallable | None = None,
         param_groups: list[ParamGroup] | None = None,
@@ -54,18 +67,21 @@ class FineTuner(L.LightningModule):
         compile: bool = False,
         evaluation: Evaluation = Evaluation(),  # noqa: B008 (frozen)
         objective: Objective | None = None,
+        adapter_path: str | None = None,
     ) -> None:
         super().__init__()
         self.base, self.objective = choose(base, objective)
-        self.adapter_config = adapter
+        self.start = None if adapter_path is None else SavedAdapter.read(adapter_path)
+        self.adapter_config = self.start.config() if self.start and adapter == AdapterConfig() else adapter
         self.optimizer = optimizer
         self.lr_scheduler = lr_scheduler
         self.param_groups = param_groups or []
         self.gradient_checkpointing = gradient_checkpointing
         self.compile_model = compile
         self.evaluation = evaluation
+        self._told_of_idle = False
         # experts by module name, decided by the callback before the adapter is built; None: as the adapter's rule says
-        self.allocation: dict[str, int] | None = None
+        self.allocation: dict[str, int] | None = self.start.metadata.experts_per_layer if self.start else None
         self.model: Any = None
         # routing of the newest training micro-step, for callbacks
         self.routing: list[RoutingRecord] = []
@@ -75,11 +91,19 @@ class FineTuner(L.LightningModule):
         self._step_loss: Tensor | float = 0.0  # of the micro-batches so far of the optimiser step
 
     def configure_callbacks(self) -> list[L.Callback]:
-        """Allocation needs a hook that runs before :meth:`configure_model`."""
+        """Allocation needs a hook that runs before :meth:`configure_model`; also the first hook of a run, to refuse."""
+        refuse_callbacks(self.trainer, self)
+        whole_precision(self.trainer, self)
         listed = any(isinstance(c, ExpertAllocation) for c in self.trainer.callbacks)  # type: ignore[attr-defined]
-        return [] if listed else [ExpertAllocation()]
+        return [OtherCallbacks()] if listed else [ExpertAllocation(), OtherCallbacks()]
 
     # --- building
+
+    def setup(self, stage: str) -> None:
+        """A classifier whose number of classes nobody says has those of its data."""
+        classes = getattr(self._datamodule, "num_classes", None)
+        if self.base.head.classifies and self.base.num_labels is None and classes is not None:
+            self.base = replace(self.base, num_labels=classes)
 
     def configure_model(self) -> None:
         """Load the base, freeze it and inject the adapter. Called again, it does nothing."""
@@ -89,7 +113,12 @@ class FineTuner(L.LightningModule):
         # a strategy that shards the base also reads it, each process its own part
         meta = getattr(getattr(trainer_of(self), "strategy", None), "loads_base", False)
         self.model = load_base(self.base, self.device, meta)
+        if meta and self.base.head.classifies:
+            settle(self.model, self.base.path, compare_with_files(self.model, self.base.revision), new_head=True)
         self._inject(self.model, self.adapter_config, self.device)
+        if self.start:
+            self.start.load(self.model, self.device)
+            self.start.check_base(self.adapter_metadata().base.fingerprint)
         if self.gradient_checkpointing:
             self.model.activation_checkpointing_enable()
         if self.compile_model:
@@ -114,13 +143,25 @@ class FineTuner(L.LightningModule):
         def inject() -> None:
             nonlocal groups
             if model is not None:
-                config.experts.site.find(model, config.targets, config.exclude, config.layers)
+                config.experts.site.find(
+                    model, config.targets, config.exclude, config.layers, keep=self.allocation or ()
+                )
             if not problems:
                 # a rule that reads weights has none to read here
-                self._inject(model, config.before_allocation())
+                self._inject(model, config if self.start else config.before_allocation())
                 groups = grouped(trained_tensors(model), self.param_groups)
 
-        for part in (config.validate, load, inject, lambda: try_optimizer(self.optimizer, self.lr_scheduler, groups)):
+        def generation() -> None:
+            if self.evaluation.generation == "base":
+                load_generation(self.base)
+
+        for part in (
+            config.validate,
+            load,
+            generation,
+            inject,
+            lambda: try_optimizer(self.optimizer, self.lr_scheduler, groups),
+        ):
             try:
                 part()
             except UserError as e:
@@ -129,9 +170,15 @@ class FineTuner(L.LightningModule):
             raise UserError("\n".join(problems))
 
     def _inject(self, model: Any, config: AdapterConfig, device: torch.device | None = None) -> None:
-        if along := self.objective.modules_to_save(model):
-            config = replace(config, modules_to_save=sorted({*config.modules_to_save, *along}))
+        along = {*config.modules_to_save, *self.objective.modules_to_save(model)}
+        new = {n for n in new_modules(model) if not any(f"{n}.".startswith(f"{module}.") for module in along)}
+        if along | new:
+            config = replace(config, modules_to_save=sorted(along | new))
+        if self.start:
+            self.start.check(model, config, self.base)
         inject(model, config, allocation=self.allocation, device=device)
+        if self.start:
+            self.start.check_tensors(model)
 
     @property
     def adapter(self) -> Adapter:
@@ -146,16 +193,48 @@ class FineTuner(L.LightningModule):
         optimizer = self.optimizer(grouped(self.trained(), self.param_groups))
         if self.lr_scheduler is None:
             return optimizer
+        scheduler: Any = self._schedule(optimizer)
+        plan = {"scheduler": scheduler, "interval": "step"}
+        if isinstance(scheduler, ReduceLROnPlateau):  # OtherCallbacks steps it
+            plan |= {"monitor": watched(scheduler), "strict": False, "frequency": sys.maxsize}
+        return {"optimizer": optimizer, "lr_scheduler": plan}
+
+    def _schedule(self, optimizer: Optimizer) -> Any:
+        assert self.lr_scheduler is not None
         scheduler = self.lr_scheduler(optimizer)
         if getattr(scheduler, "total_steps", 0) is None:
             setattr(scheduler, "total_steps", int(self.trainer.estimated_stepping_batches))  # noqa: B010
-        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
+        return scheduler
+
+    @property
+    def learning_rate(self) -> float:
+        """Of the optimiser's first group; setting it before the first step (as LearningRateFinder does) also begins the
+        schedule anew from it."""
+        return float(self.trainer.optimizers[0].param_groups[0]["lr"])
+
+    @learning_rate.setter
+    def learning_rate(self, value: float) -> None:
+        for optimizer in self.trainer.optimizers:
+            for group in optimizer.param_groups:
+                group["lr"] = group["initial_lr"] = value
+        for config in self.trainer.lr_scheduler_configs:
+            config.scheduler = self._schedule(self.trainer.optimizers[0])
 
     # --- training
+
+    def on_train_start(self) -> None:
+        # a finder's trials end anywhere
+        self._step_loss = 0.0
+        self.adapter.forget_loads()
 
     def on_fit_start(self) -> None:
         # while all processes are alive: the weights may be sharded
         self._fingerprint = self.adapter_metadata().base.fingerprint
+        if self.start:
+            self.start.check_base(self._fingerprint)  # weights that a strategy has only now read
+            if self.trainer.ckpt_path is None:
+                rank_zero_info(f"Begins from the adapter in {self.start.path}, with a new optimiser at step 0.")
+            self.start = None
 
     def forward(self, **inputs: Any) -> Any:
         return self.model(**inputs)
@@ -179,6 +258,18 @@ class FineTuner(L.LightningModule):
             self._step_loss = 0.0
         return task + self.balance_loss() * (accumulate / batch.get("micro_steps", accumulate))
 
+    def on_after_backward(self) -> None:
+        """Tell once, after the first batch, of trained tensors that its loss does not reach."""
+        if self._told_of_idle:
+            return
+        self._told_of_idle = True
+        if idle := [n for n, p in self.trained().items() if p.grad is None]:
+            rank_zero_warn(
+                f"The first batch gave no gradient to {len(idle)} trained tensors: {summary(idle)}. Their modules did "
+                "not run, or the model (a kernel that is installed for it) reads their weight itself; what does not "
+                "learn is better left out: model.adapter.exclude."
+            )
+
     def optimizer_step(self, *args: Any, **kwargs: Any) -> None:
         """The step, then routers that balance themselves; a checkpoint of this step is written after both."""
         super().optimizer_step(*args, **kwargs)
@@ -189,7 +280,7 @@ class FineTuner(L.LightningModule):
         total = torch.zeros((), device=self.device)
         with torch.autocast(self.device.type, enabled=False):  # sums over tokens need more than bf16's 8 bits
             for options in self.adapter.config.balance:
-                loss = self.adapter.balance[options.name]
+                loss: Any = self.adapter.balance[options.name]
                 value = loss([r for r in self.routing if r.layer in loss.group])
                 self.log(f"balance/{options.name}", value.detach(), batch_size=1)
                 total = total + options.weight * value
@@ -210,6 +301,11 @@ class FineTuner(L.LightningModule):
     def tokenizer(self) -> Any:
         """The base model's tokenizer."""
         return load_tokenizer(self.base)
+
+    @functools.cached_property
+    def description(self) -> Description:
+        """Facts of the base."""
+        return describe_base(self.base)
 
     @property
     def _datamodule(self) -> Any:
@@ -233,7 +329,7 @@ class FineTuner(L.LightningModule):
         if generate and self.evaluation.max_new_tokens:
             shared = self.device_mesh is not None  # the model, by the ranks
             any_rank = (lambda here: self.trainer.strategy.reduce_boolean_decision(here, all=False)) if shared else None
-            answer = Generation(self.model, self.tokenizer, self.eos_id, self.evaluation, any_rank)
+            answer = Generation(self.model, self.tokenizer, self.description, self.eos_id, self.evaluation, any_rank)
         return self.objective.score(self.model, batch, answer)
 
     def on_validation_epoch_start(self) -> None:
@@ -312,8 +408,12 @@ class FineTuner(L.LightningModule):
 
     # --- checkpoints
 
-    def adapter_metadata(self) -> AdapterMetadata:
-        """What a checkpoint and an exported folder hold of the run's method."""
+    def adapter_metadata(self, like: str | None = None) -> AdapterMetadata:
+        """What a checkpoint and an exported folder hold of the run's method.
+
+        Args:
+            like: a fingerprint that the base's will be compared with, maybe of an earlier version.
+        """
         base: dict[str, Any] = {
             "name_or_path": portable(self.base.path),
             "task": self.base.task,
@@ -321,7 +421,9 @@ class FineTuner(L.LightningModule):
         }
         if self.base.revision is not None:
             base["revision"] = self.base.revision
-        if self._fingerprint is not None:
+        if like is not None:
+            base["fingerprint"] = base_fingerprint(self.model, like=like)
+        elif self._fingerprint is not None:
             base["fingerprint"] = self._fingerprint
         return adapter_metadata(self.model, **base)
 

@@ -12,7 +12,7 @@ import torch
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 from torch import nn
 from torch.optim import Optimizer
-from torch.optim.lr_scheduler import LambdaLR
+from torch.optim.lr_scheduler import LambdaLR, ReduceLROnPlateau
 
 from talklora_pl.errors import UserError
 
@@ -73,9 +73,24 @@ def try_optimizer(
         made = optimizer(tiny)
         part = "lr_scheduler"
         if lr_scheduler is not None:
-            lr_scheduler(made)
+            watched(lr_scheduler(made))
     except (ArithmeticError, TypeError, ValueError) as e:
         raise UserError(f"model.{part}: {e}") from e
+
+
+def watched(scheduler: Any) -> str | None:
+    """The metric that a schedule watches, if it is one that does.
+
+    Raises:
+        ValueError: it is, and does not say which.
+    """
+    monitor = getattr(scheduler, "monitor", None)
+    if isinstance(scheduler, ReduceLROnPlateau) and monitor is None:
+        raise ValueError(
+            "torch's own ReduceLROnPlateau does not say which metric it watches. Name that of Lightning, which does: "
+            "{class_path: ReduceLROnPlateau, init_args: {monitor: val_loss}}."
+        )
+    return monitor
 
 
 class WarmupLinear(LambdaLR):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TypeVar
+from typing import Any, Protocol, TypeVar
 
 import torch
 from torch import nn
@@ -94,3 +94,19 @@ class Bank(nn.Module):
                 f"{kind}: shared {tensor} has shape {tuple(getattr(holder, tensor).shape)}, not {tuple(make.shape)}"
             )
         return holder
+
+
+class LayerOptions(Protocol):
+    """What a site's layer reads of the options, see :class:`~talklora_pl.adapter.config.AdapterConfig`."""
+
+    experts: Any
+    communication: Any
+    router: Any
+    num_experts: int
+    experts_see_talk: bool
+    dropout_input: float
+    dropout_routing: float
+    dropout_output: float
+
+    def scale(self) -> float:
+        """s, the factor of the experts' output."""

@@ -58,7 +58,7 @@ def parameters(cls: type, skip: int = 0) -> tuple[dict[str, Parameter], bool]:
         if "__init__" not in vars(base):
             continue
         init = base.__dict__["__init__"]
-        hints = _hints(init)
+        hints = hints_of(init)
         own = list(signature(init).parameters.values())[1 + skip :]
         named = (p for p in own if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY))
         for p in named:  # what comes from a base may be filled in by the class
@@ -71,7 +71,7 @@ def parameters(cls: type, skip: int = 0) -> tuple[dict[str, Parameter], bool]:
 
 def problems(cls: type, values: Mapping[str, Any]) -> list[str]:
     """One phrase for every value that is not of its field's type; fields whose type cannot be read are not checked."""
-    hints = _hints(cls)
+    hints = hints_of(cls)
     declared = {f.name for f in fields(cls)}
     return [
         f"{key} must be {formatannotation(hints[key])}, got {_short(value)}"
@@ -81,7 +81,7 @@ def problems(cls: type, values: Mapping[str, Any]) -> list[str]:
 
 
 @cache
-def _hints(cls: Any) -> dict[str, Any]:
+def hints_of(cls: Any) -> dict[str, Any]:
     try:
         return get_type_hints(cls)
     except (NameError, TypeError):

@@ -9,8 +9,9 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 import pytest
-import torch
-from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedModel
+from transformers import PreTrainedModel
+
+from tests.data import tiny
 
 LLAMA3_8B = dict(
     hidden_size=4096,
@@ -25,19 +26,18 @@ LLAMA3_8B = dict(
 
 def tiny_llama(**changes: int) -> PreTrainedModel:
     """A random 2-layer Llama of width 32, with key/value heads fewer than query heads."""
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=64,
-        hidden_size=32,
-        intermediate_size=48,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        max_position_embeddings=64,
-        use_cache=False,
-        **changes,
-    )
-    return AutoModelForCausalLM.from_config(config, attn_implementation="eager").eval()
+    sizes = {
+        "vocab_size": 64,
+        "hidden_size": 32,
+        "intermediate_size": 48,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "max_position_embeddings": 64,
+        "bos_token_id": 1,
+        "eos_token_id": 2,
+        "use_cache": False,
+    }
+    return tiny.llama(attn_implementation="eager", **sizes | changes).eval()
 
 
 @pytest.fixture

@@ -16,34 +16,20 @@ import json
 import math
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
-from torch import Tensor
 
 from talklora_pl.cache import sha256
 from talklora_pl.durable import write_whole
 from talklora_pl.errors import UserError
 from talklora_pl.internals.torch import TorchDispatchMode
 
-if TYPE_CHECKING:
-    from talklora_pl.adapter.metadata import AdapterMetadata
-
 FORMAT_VERSION = 1
 TENSORS = "adapter.safetensors"
 CONFIG = "talklora.json"
 MAX_JSON = 1 << 24
-
-
-def write_files(folder: Path, tensors: dict[str, Tensor], metadata: AdapterMetadata) -> None:
-    """Write both files; each appears whole or not at all, and the digest tells a mixture of old and new ones."""
-    ready = {k: v.detach().contiguous().cpu() for k, v in tensors.items()}
-    folder.mkdir(parents=True, exist_ok=True)
-    write_whole(folder / TENSORS, lambda p: save_file(ready, p, {"format": "pt"}))
-    write_json(folder / CONFIG, replace(metadata, tensors_sha256=sha256(folder / TENSORS)).to_dict())
 
 
 def write_json(path: Path, data: Any) -> None:
@@ -83,15 +69,15 @@ def _no_constant(name: str) -> float:
 
 
 @contextmanager
-def open_tensors(folder: Path) -> Iterator[Any]:
+def open_tensors(folder: Path, name: str = TENSORS) -> Iterator[Any]:
     """The opened safetensors file, after its header was checked; its tensors are read after :func:`check_digest`.
 
     Raises:
         UserError: there is none, or it is damaged; also for what goes wrong while it is read.
     """
-    path = folder / TENSORS
+    path = folder / name
     if not path.is_file():
-        raise UserError(f"{folder} is no adapter folder: there is no {TENSORS} in it.")
+        raise UserError(f"{folder} is no adapter folder: there is no {name} in it.")
     try:
         file = safe_open(path, "pt")
     except (SafetensorError, OSError, RuntimeError, MemoryError) as e:  # it may say that it is larger than the memory

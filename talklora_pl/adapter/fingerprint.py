@@ -2,7 +2,8 @@
 
 It is made of names, shapes and 1,024 numbers spread evenly over all frozen tensors, each rounded to bfloat16. So it
 costs milliseconds for any size of model, is the same for float64, float32 and bfloat16 loads of the same weights, and
-float16 loads compare equal within rounding. It tells models apart; it is no protection against an attacker.
+float16 loads compare equal within rounding. Of the token embedding and the output head only the first rows count: a
+base whose vocabulary is padded is the same base. It tells models apart; it is no protection against an attacker.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ from __future__ import annotations
 import base64
 import binascii
 import hashlib
+import math
 from collections.abc import Iterable
 from typing import Any
 
@@ -17,51 +19,62 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from talklora_pl.base.loading import vocabulary
 from talklora_pl.internals.torch import own_part
 from talklora_pl.names import base_parameters
 
 SAMPLES = 1024
+VOCABULARY_ROWS = 16
+"""Rows of embedding and head that count; no base has fewer."""
 
 
-def fingerprint(model: nn.Module, without: Iterable[str] = ()) -> str | None:
-    """``<digest of names and shapes>:<samples, base64>``, or None where weights cannot be read as numbers.
+def fingerprint(model: nn.Module, without: Iterable[str] = (), like: str | None = None) -> str | None:
+    """``2:<digest of names and shapes>:<samples, base64>``, or None where weights cannot be read as numbers.
 
-    That is so for quantised bases and on the meta device. Weights sharded as DTensors take one all-reduce of the
-    samples, so every process has to call this.
+    That is so for quantised bases, tensors of classes other than torch's own, and on the meta device. Weights sharded
+    as DTensors take one all-reduce of the samples, so every process has to call this.
 
     Args:
         without: names of parameters that are no part of the frozen base: those trained along.
+        like: a fingerprint to compare with: earlier versions had no mark and counted all rows.
     """
     skip = set(without)
     frozen = {n: p for n, p in base_parameters(model).items() if n not in skip}
     quantised = getattr(model, "is_quantized", False) or getattr(model, "hf_quantizer", None) is not None
-    if quantised or not frozen or any(p.is_meta or not p.is_floating_point() for p in frozen.values()):
+    if quantised or not frozen or not all(_is_readable(p) for p in frozen.values()):
         return None
-    structure = hashlib.sha256("\n".join(f"{n} {list(p.shape)}" for n, p in sorted(frozen.items())).encode())
+    marked = like is None or like.startswith("2:")
+    of_tokens = vocabulary(model) if marked else {}
+    shapes = {n: list(p.shape[1:] if id(p) in of_tokens else p.shape) for n, p in frozen.items()}
+    structure = hashlib.sha256("\n".join(f"{n} {shape}" for n, shape in sorted(shapes.items())).encode())
     chosen = sorted(frozen)
     if len(chosen) > SAMPLES:
         chosen = [chosen[i * len(chosen) // SAMPLES] for i in range(SAMPLES)]
     each = SAMPLES // len(chosen)
-    values = torch.cat([_sample(frozen[n].detach(), each) for n in chosen])
+    rows = {n: VOCABULARY_ROWS if id(frozen[n]) in of_tokens else None for n in chosen}
+    values = torch.cat([_sample(frozen[n].detach(), each, rows[n]) for n in chosen])
     if any(_is_sharded(frozen[n]) for n in chosen):
         values = values.to(next(iter(frozen.values())).device)
         torch.distributed.all_reduce(values, torch.distributed.ReduceOp.MAX)
     numbers = values.to(torch.bfloat16).cpu().view(torch.int16).numpy().astype("<i2")
-    return f"{structure.hexdigest()[:16]}:{base64.b64encode(numbers.tobytes()).decode()}"
+    text = f"{structure.hexdigest()[:16]}:{base64.b64encode(numbers.tobytes()).decode()}"
+    return f"2:{text}" if marked else text
 
 
 def agree(one: str, other: str) -> bool:
-    """Whether two fingerprints are of the same weights, up to the rounding of a 16-bit load."""
+    """Whether two fingerprints of one version are of the same weights, up to the rounding of a 16-bit load."""
     a, b = _parse(one), _parse(other)
     if a is None or b is None or a[0] != b[0] or len(a[1]) != len(b[1]):
         return False
     return bool(torch.isclose(a[1], b[1], rtol=2**-7, atol=1e-7, equal_nan=True).all())
 
 
-def _sample(p: Tensor, count: int) -> Tensor:
-    """``count`` values of p at evenly spaced positions, float32; -inf where another process has them."""
-    count = min(count, p.numel())
-    at = [(2 * i + 1) * p.numel() // (2 * count) for i in range(count)]
+def _sample(p: Tensor, count: int, rows: int | None = None) -> Tensor:
+    """``count`` values of p (of its first ``rows``) at evenly spaced positions, float32; -inf where another process has
+    them."""
+    numbers = p.numel() if rows is None else math.prod([min(rows, p.shape[0]), *p.shape[1:]])
+    count = min(count, numbers)
+    at = [(2 * i + 1) * numbers // (2 * count) for i in range(count)]
     if not _is_sharded(p):
         flat = p.reshape(-1) if p.is_contiguous() else p.contiguous().reshape(-1)
         return flat[torch.tensor(at, device=p.device)].float().cpu()
@@ -78,12 +91,17 @@ def _sample(p: Tensor, count: int) -> Tensor:
     return out
 
 
+def _is_readable(p: Tensor) -> bool:
+    plain = type(p) in (Tensor, nn.Parameter) or _is_sharded(p)  # others may refuse to be indexed
+    return plain and not p.is_meta and p.is_floating_point()
+
+
 def _is_sharded(p: Tensor) -> bool:
     return hasattr(p, "device_mesh")
 
 
 def _parse(text: str) -> tuple[str, Tensor] | None:
-    digest, _, samples = text.partition(":")
+    digest, _, samples = text.rpartition(":")
     try:
         numbers = np.frombuffer(base64.b64decode(samples, validate=True), "<i2").astype(np.int16)
     except (binascii.Error, ValueError):

@@ -91,7 +91,7 @@ class LayerAdapters:
 
 
 class Adapted:
-    """Mixed into the class of an adapted module, in front of it."""
+    """Mixed into the class of an adapted module, whose own forward it replaces."""
 
     frozen_class: type[nn.Module]
     talklora_adapters: LayerAdapters
@@ -100,12 +100,12 @@ class Adapted:
         adapters = self.talklora_adapters
         layer = adapters.layers.get(adapters.switch.active) if adapters.switch.active is not None else None
         if layer is None:
-            return super().forward(*args, **kwargs)  # type: ignore[misc]
+            return self.frozen_forward(*args, **kwargs)
         return layer(self, *args, **kwargs)
 
     def frozen_forward(self, *args: Any, **kwargs: Any) -> Any:
         """The module's own forward, without any adapter."""
-        return super().forward(*args, **kwargs)  # type: ignore[misc]
+        return self.frozen_class.forward(self, *args, **kwargs)
 
 
 _classes: dict[type, type] = {}
@@ -113,8 +113,9 @@ _classes: dict[type, type] = {}
 
 def _adapted_class(cls: type) -> type:
     if cls not in _classes:
-        names = {"frozen_class": cls, "__module__": cls.__module__}
-        _classes[cls] = type(f"Adapted{cls.__name__}", (Adapted, cls), names)
+        names = {"frozen_class": cls, "__module__": cls.__module__, "forward": Adapted.forward}
+        # the class's own bases come first: with another in front, objects of the two can differ in layout
+        _classes[cls] = type(f"Adapted{cls.__name__}", (cls, Adapted), names)
     return _classes[cls]
 
 

@@ -12,6 +12,7 @@ from talklora_pl.errors import UserError
 
 # what a program needs of an adapter repository; nothing else is fetched
 PATTERNS = ["*.json", "adapter.safetensors", "*.txt", "*.model", "*.jinja", "README.md", "modeling_talklora.py"]
+PATTERNS += ["adapter_model.safetensors"]  # of PEFT, to start from
 REPOSITORY = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
 
 

@@ -22,6 +22,7 @@ from talklora_pl.names import ADAPTERS, base_parameters, layer_index, leaf, num_
 from talklora_pl.ranks import sum_over_ranks
 from talklora_pl.routers import RouterModule
 from talklora_pl.routing import RoutingCollector, RoutingRecord
+from talklora_pl.sites.left_out import say_which_experts_are_left_out
 from talklora_pl.sites.mixture import BlockMixture, Mixture
 from talklora_pl.sites.targets import is_linear, widths
 from talklora_pl.spec import Bank, LayerSpec
@@ -143,6 +144,7 @@ def build(
             found = _build_layers(model, part, adapter, allocation if part is config else None, device)
             built.update(found)
             adapter.plain_layers = [] if part is config else list(found)
+    say_which_experts_are_left_out(model, built, config.targets, config.exclude, config.layers)
     for also in config.modules_to_save:
         if not selected_parameters([also], model):
             children = [n for n, _ in model.named_children()]
@@ -193,7 +195,7 @@ def _build_layers(
 ) -> Layers:
     """Adapter layers by module name, registered in ``adapter`` but not yet attached to the model."""
     site = config.experts.site
-    modules = site.find(model, config.targets, config.exclude, config.layers)
+    modules = site.find(model, config.targets, config.exclude, config.layers, keep=allocation or ())
     specs = _specs(model, modules, config, _experts_of(modules, config, allocation), device)
     blocks: dict[str, BlockMixture] = {}
     built: Layers = {}

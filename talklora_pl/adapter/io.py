@@ -19,13 +19,13 @@ from talklora_pl.adapter.files import (
     open_tensors,
     shapes_of,
     short,
-    write_files,
 )
 from talklora_pl.adapter.fingerprint import agree, fingerprint
 from talklora_pl.adapter.host import adapter_set, base_alone, get_adapter
 from talklora_pl.adapter.hub import local_folder
 from talklora_pl.adapter.inject import Adapter, Layers, build, check_name, install, selected_parameters
-from talklora_pl.adapter.metadata import AdapterMetadata, BaseInfo, read_metadata
+from talklora_pl.adapter.metadata import AdapterMetadata, BaseInfo, read_metadata, write_files
+from talklora_pl.base.loading import vocabulary
 from talklora_pl.errors import UserError
 from talklora_pl.names import ADAPTERS, base_parameters, in_base
 from talklora_pl.registry import import_plugins
@@ -91,14 +91,19 @@ def adapter_metadata(model: nn.Module, name: str = "default", **base: Any) -> Ad
         **base,
     }
     if "fingerprint" not in known:
-        with base_alone(model):
-            known["fingerprint"] = fingerprint(model, base_tensors(model, name))
+        known["fingerprint"] = base_fingerprint(model, name)
     return AdapterMetadata(
         base=BaseInfo(**known),
         adapter=adapter.config.to_dict(),
         experts_per_layer={n: e for n, e in adapter.experts_per_layer.items() if n not in adapter.plain_layers},
         plain_layers=list(adapter.plain_layers),
     )
+
+
+def base_fingerprint(model: nn.Module, name: str = "default", like: str | None = None) -> str | None:
+    """:func:`~talklora_pl.adapter.fingerprint.fingerprint` of what an adapter does not train."""
+    with base_alone(model):
+        return fingerprint(model, base_tensors(model, name), like)
 
 
 def save_adapter(model: nn.Module, folder: str | os.PathLike[str], name: str = "default", **base: Any) -> Path:
@@ -208,7 +213,7 @@ def _check_shapes(model: nn.Module, own: dict[str, Tensor], got: Shapes, misfit:
             raise UserError(f"{misfit}: the file has a tensor {short(key)} that the model has no place for.")
         shape, dtype = got[key]
         need = tuple(want[key].shape)
-        if key.startswith("base.") and _is_vocabulary(model, want[key]):  # it may have grown by new tokens
+        if key.startswith("base.") and id(want[key]) in vocabulary(model):  # it may have grown by new tokens
             need = (shape[0], *need[1:]) if shape and shape[0] > 0 else need
         if shape != need:
             raise UserError(f"{misfit}: {key!r} has shape {list(shape)} in the file, but the model needs {list(need)}.")
@@ -219,14 +224,9 @@ def _check_shapes(model: nn.Module, own: dict[str, Tensor], got: Shapes, misfit:
     return base_keys
 
 
-def _is_vocabulary(model: Any, parameter: Tensor) -> bool:
-    """Whether a parameter is that of the token embedding or of the output head."""
-    embeddings = [getattr(model, get, lambda: None)() for get in ("get_input_embeddings", "get_output_embeddings")]
-    return any(parameter is p for m in embeddings if m is not None for p in m.parameters())
-
-
 def _check_base(model: nn.Module, metadata: AdapterMetadata, base_keys: dict[str, str], misfit: str) -> None:
-    want, got = metadata.base.fingerprint, fingerprint(model, base_keys)
+    want = metadata.base.fingerprint
+    got = fingerprint(model, base_keys, like=want)
     if want is not None and got is not None and not agree(want, got):
         raise UserError(
             f"{misfit}: it was trained on other weights, those of {short(metadata.base.name_or_path)}"

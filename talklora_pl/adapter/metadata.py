@@ -8,10 +8,15 @@ from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
+from safetensors.torch import save_file
+from torch import Tensor
+
 import talklora_pl
 from talklora_pl import aliases
 from talklora_pl.adapter.config import AdapterConfig
-from talklora_pl.adapter.files import CONFIG, FORMAT_VERSION, read_json, short
+from talklora_pl.adapter.files import CONFIG, FORMAT_VERSION, TENSORS, read_json, short, write_json
+from talklora_pl.cache import sha256
+from talklora_pl.durable import write_whole
 from talklora_pl.errors import UserError
 
 MAX_EXPERTS = 4096
@@ -165,3 +170,11 @@ def read_metadata(folder: str | os.PathLike[str]) -> AdapterMetadata:
     if metadata.tensors_sha256 is None:
         raise UserError(f"{path}: 'tensors_sha256' is missing or of the wrong type.")
     return metadata
+
+
+def write_files(folder: Path, tensors: dict[str, Tensor], metadata: AdapterMetadata) -> None:
+    """Write both files; each appears whole or not at all, and the digest tells a mixture of old and new ones."""
+    ready = {k: v.detach().contiguous().cpu() for k, v in tensors.items()}
+    folder.mkdir(parents=True, exist_ok=True)
+    write_whole(folder / TENSORS, lambda p: save_file(ready, p, {"format": "pt"}))
+    write_json(folder / CONFIG, replace(metadata, tensors_sha256=sha256(folder / TENSORS)).to_dict())

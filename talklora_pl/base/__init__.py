@@ -5,17 +5,19 @@ from __future__ import annotations
 import importlib.util
 import os
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
+from talklora_pl.base.description import Description, describe, is_encoder, pool_before
 from talklora_pl.base.heads import HEADS, Head
 from talklora_pl.cache import cached_folder, sha256
 from talklora_pl.errors import UserError
 
 if TYPE_CHECKING:
     import torch
-    from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+    from transformers import GenerationConfig, PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 T = TypeVar("T")
 
@@ -33,8 +35,10 @@ class BaseModel:
         attn_implementation: of Hugging Face. None: ``eager`` on a CPU, whose backward is twice as fast there at up to
             about 128 tokens (for long texts on a CPU say ``sdpa``), and the library's choice on a GPU.
         revision: branch, tag or commit on the hub.
-        num_labels: number of classes, for ``sequence_classification``.
+        num_labels: number of classes, for ``sequence_classification``. None: those of the training data.
         trust_remote_code: run Python code that comes with the model.
+        resize_embeddings: give tokens that the tokenizer has and the model lacks a row in the embedding and the output
+            head. Both are then trained and saved with the adapter, whole.
     """
 
     path: str
@@ -44,6 +48,7 @@ class BaseModel:
     revision: str | None = None
     num_labels: int | None = None
     trust_remote_code: bool = False
+    resize_embeddings: bool = False
 
     @property
     def head(self) -> Head:
@@ -52,7 +57,8 @@ class BaseModel:
 
 
 def load_base(base: BaseModel, device: str | torch.device | None = None, meta: bool = False) -> PreTrainedModel:
-    """The base model, frozen and in eval mode.
+    """The base model in eval mode, frozen; only what it does not have itself is trainable: a head that is new, or a
+    vocabulary that grew (see :func:`~talklora_pl.base.loading.new_modules`).
 
     Args:
         base: which model.
@@ -60,13 +66,22 @@ def load_base(base: BaseModel, device: str | torch.device | None = None, meta: b
         meta: build it from its configuration alone, on the meta device, without weights.
 
     Raises:
-        UserError: nothing is there, it cannot be read, or it does not do the task.
+        UserError: nothing is there, it cannot be read, it does not do the task, its weights have holes, or its
+            tokenizer has tokens that it lacks.
     """
     import torch
-    import transformers
+
+    from talklora_pl.base.loading import grow_vocabulary, settle
 
     config = load_config(base)
-    auto = getattr(transformers, base.head.auto_class)
+    facts = describe_base(base, config)
+    if facts.beyond and not base.resize_embeddings:
+        raise UserError(
+            f"model.base.path: the tokenizer of {base.path!r} has {facts.num_tokens} tokens, the model's embedding has "
+            f"{facts.vocab_size} rows: none for {_named(facts.beyond)}. Use the tokenizer that the model was trained "
+            "with, or model.base.resize_embeddings: true, which adds rows and trains them."
+        )
+    auto = base.head.auto(config)
     runs_on = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     options: dict[str, Any] = {"dtype": pick_dtype(base.dtype, runs_on), "trust_remote_code": base.trust_remote_code}
     attention = base.attn_implementation or ("eager" if runs_on.type == "cpu" else None)
@@ -74,15 +89,53 @@ def load_base(base: BaseModel, device: str | torch.device | None = None, meta: b
         options["attn_implementation"] = attention
     if meta:
         with torch.device("meta"):
-            model = _explain(base, lambda: auto.from_config(config, **options))
+            model = _explain(base, lambda: auto.from_config(config, **options)).requires_grad_(False)
     else:
-        options |= {"config": config, "revision": base.revision}
-        model = _explain(base, lambda: auto.from_pretrained(resolve(base.path), **options)).to(device or "cpu")
-    if base.head.classifies and model.config.pad_token_id is None:
-        # a decoder pools at its last token that is no pad, and finds it by this id
-        model.config.pad_token_id = pad_id(load_tokenizer(base))
+        options |= {"config": config, "revision": base.revision, "generation_config": facts.generation}
+        options |= {"output_loading_info": True, "ignore_mismatched_sizes": True}  # settle() says what does not fit
+        model, report = _explain(base, lambda: auto.from_pretrained(resolve(base.path), **options))
+        settle(model.requires_grad_(False), base.path, report, base.head.classifies)
+        model.to(device or "cpu")
+    if facts.beyond:
+        grow_vocabulary(model, facts.num_tokens)
+    if base.head.classifies:
+        pool_before(model.config, facts.pad_id)
     model.config.use_cache = False
-    return model.requires_grad_(False).eval()
+    return model.eval()
+
+
+def describe_base(base: BaseModel, config: PretrainedConfig | None = None) -> Description:
+    """The facts of a base, without loading its weights. A base may lack a tokenizer.
+
+    Raises:
+        UserError: there is no configuration, or it cannot be read.
+    """
+    config = config or load_config(base)
+    tokenizer = generation = None
+    with suppress(UserError):  # whoever needs one of them says so
+        tokenizer = load_tokenizer(base)
+    with suppress(UserError):
+        generation = load_generation(base)
+    return describe(config, tokenizer, generation)
+
+
+def load_generation(base: BaseModel) -> GenerationConfig | None:
+    """How the base generates by default; None if it does not say.
+
+    Raises:
+        UserError: what it says cannot be used.
+    """
+    from transformers import GenerationConfig
+
+    try:
+        return GenerationConfig.from_pretrained(resolve(base.path), revision=base.revision or "main")
+    except OSError:  # no such file
+        return None
+    except (ValueError, TypeError, AttributeError) as e:
+        raise UserError(
+            f"model.evaluation.generation: base: the generation_config.json of {base.path!r} cannot be used: "
+            f"{_first_line(e)} Use greedy."
+        ) from e
 
 
 def load_config(base: BaseModel) -> PretrainedConfig:
@@ -92,24 +145,18 @@ def load_config(base: BaseModel) -> PretrainedConfig:
         UserError: nothing is there, it cannot be read, or it does not do the task.
     """
     from transformers import AutoConfig
-    from transformers.models.auto.modeling_auto import MODEL_FOR_MASKED_LM_MAPPING_NAMES as ENCODERS
 
     if base.num_labels is not None and not base.head.classifies:
         raise UserError("model.base.num_labels is for task: sequence_classification only.")
     labels = {} if base.num_labels is None else {"num_labels": base.num_labels}
     options = {"revision": base.revision, "trust_remote_code": base.trust_remote_code, **labels}
     config = _explain(base, lambda: AutoConfig.from_pretrained(resolve(base.path), **options))
-    if not base.head.classifies and config.model_type in ENCODERS and not getattr(config, "is_decoder", False):
+    if not base.head.classifies and is_encoder(config):
         raise UserError(
             f"model.base.path: {base.path!r} is an encoder ({config.model_type}) and cannot continue a text. "
             "Use task: sequence_classification, or a causal language model."
         )
     return config
-
-
-def default_length(config: PretrainedConfig) -> int:
-    """Tokens of a sequence where nobody says: 512, or the model's context if that is shorter."""
-    return min(512, getattr(config, "max_position_embeddings", None) or 512)
 
 
 def load_tokenizer(base: BaseModel) -> PreTrainedTokenizerBase:
@@ -122,14 +169,6 @@ def load_tokenizer(base: BaseModel) -> PreTrainedTokenizerBase:
 
     options = {"revision": base.revision, "trust_remote_code": base.trust_remote_code}
     return _explain(base, lambda: AutoTokenizer.from_pretrained(resolve(base.path), **options))
-
-
-def pad_id(tokenizer: PreTrainedTokenizerBase) -> int:
-    """What fills short rows. Any id does (the attention mask says what is real), so a tokenizer need not have one."""
-    for token_id in (tokenizer.pad_token_id, tokenizer.eos_token_id):
-        if token_id is not None:
-            return token_id
-    return 0
 
 
 def pick_dtype(name: str, device: str | torch.device) -> torch.dtype:
@@ -227,6 +266,12 @@ def _explain(base: BaseModel, load: Callable[[], T]) -> T:
             f"model.base.path: {base.path!r} cannot be loaded for task {base.task}: {_first_line(e)} "
             "(A hub name needs the network or an earlier download; a folder needs config.json, weights and tokenizer.)"
         ) from e
+
+
+def _named(tokens: dict[int, str]) -> str:
+    """The first of some tokens, with their ids."""
+    first = ", ".join(f"{token!r} ({i})" for i, token in list(tokens.items())[:5])
+    return first + (f" and {len(tokens) - 5} more" if len(tokens) > 5 else "")
 
 
 def _first_line(error: BaseException) -> str:

@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig
 
 
 @dataclass(frozen=True)
@@ -24,6 +28,19 @@ class Head:
     pipeline: str
     objective: str
     classifies: bool = False
+
+    def auto(self, config: PretrainedConfig) -> Any:
+        """The class of transformers that loads a base with this configuration.
+
+        Models of text and images have one of their own; they continue a text like any other.
+        """
+        import transformers
+
+        auto = getattr(transformers, self.auto_class)
+        also = transformers.AutoModelForImageTextToText
+        if not self.classifies and type(config) not in auto._model_mapping and type(config) in also._model_mapping:
+            return also
+        return auto
 
     @property
     def suffix(self) -> str:

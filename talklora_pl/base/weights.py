@@ -122,6 +122,8 @@ class SafetensorsWeights(WeightSource):
             shorter = [key[i + 1 :] for i, c in enumerate(key) if c == "." and key[i + 1 :] in self._places]
             # a bare 'proj.weight' would match by its last word alone
             close = longer or [name for name in shorter if name.count(".") > 1]
+            # of text and images: language_model.model.layers in the file is model.language_model.layers in the model
+            close = close or self._without_wrappers.get(_without_wrappers(key), [])
             if len(close) != 1:
                 which = "matches several tensors" if close else "is not in the checkpoint"
                 raise UserError(f"{self.path}: {key!r} {which}.{did_you_mean(key, sorted(self._places)[:2000])[:600]}")
@@ -136,6 +138,13 @@ class SafetensorsWeights(WeightSource):
             )
         return place
 
+    @cached_property
+    def _without_wrappers(self) -> dict[str, list[str]]:
+        out: dict[str, list[str]] = {}
+        for name in self._places:
+            out.setdefault(_without_wrappers(name), []).append(name)
+        return out
+
     def check(self, modules: Iterable[str]) -> None:
         for module in modules:
             self._find(module)
@@ -146,6 +155,10 @@ class SafetensorsWeights(WeightSource):
     def names(self) -> set[str]:
         """All stored tensors, by the names that the files give them."""
         return set(self._places)
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        """Of a stored tensor, by the name that the files give it."""
+        return self._places[name].shape
 
     def tensor(self, name: str) -> Tensor:
         """A stored tensor by the name that the files give it. Read it only, and drop it before asking for the next.
@@ -166,6 +179,11 @@ class SafetensorsWeights(WeightSource):
             warnings.simplefilter("ignore", UserWarning)
             raw = torch.frombuffer(pages, dtype=torch.uint8, count=place.size, offset=place.start - page)
         return raw.view(_DTYPES[place.dtype]).view(place.shape)  # keeps the mapping alive, and unmaps when it dies
+
+
+def _without_wrappers(name: str) -> str:
+    """A tensor's name without the modules that only wrap the language model, whose order differs between formats."""
+    return ".".join(part for part in name.split(".") if part not in ("model", "language_model", "text_model"))
 
 
 def _shards(path: Path) -> list[Path]:

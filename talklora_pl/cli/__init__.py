@@ -10,8 +10,8 @@ import importlib
 import sys
 from contextlib import nullcontext
 
-from talklora_pl.errors import UserError
 from talklora_pl import stopping
+from talklora_pl.errors import UserError
 
 VERBS = {
     "fit": ("lightning", "train an adapter"),
@@ -20,6 +20,7 @@ VERBS = {
     "predict": ("lightning", "write predictions as JSON lines"),
     "allocate": ("allocate", "how many experts each layer deserves, from the spectra of its weights"),
     "components": ("components", "list all parts with their options"),
+    "data": ("data", "data preview: print rows as the model reads them, with what is learned marked"),
     "export": ("export", "write the adapter folder of a checkpoint"),
     "inspect": ("inspect", "see what the experts of an adapter do"),
     "runs": ("runs", "list the runs of a folder: method, data, seed, state, scores"),

@@ -70,7 +70,8 @@ def allocate(
     if not yaml_file.parent.is_dir():
         raise UserError(f"--output: there is no folder {str(yaml_file.parent)!r}.")
 
-    model_of = BaseModel(base, task=task, revision=revision)
+    # spectra are of the layers alone, whatever the tokenizer has
+    model_of = BaseModel(base, task=task, revision=revision, resize_embeddings=True)
     model = load_base(model_of, meta=True)
     decoder = layer_targets(model, targets, exclude, layers)
     if not decoder:

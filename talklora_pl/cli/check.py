@@ -13,8 +13,10 @@ import sys
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import MISSING, dataclass, field, fields, is_dataclass, replace
 from difflib import get_close_matches
+from functools import reduce
 from importlib import import_module
 from inspect import Parameter
+from operator import or_
 from pathlib import Path
 from types import NoneType
 from typing import Any, Literal, NamedTuple, get_args, get_origin
@@ -32,7 +34,7 @@ from talklora_pl import aliases, registry
 from talklora_pl.adapter import AdapterConfig
 from talklora_pl.errors import UserError
 from talklora_pl.registry import Component, did_you_mean
-from talklora_pl.typed import alternatives, fits, parameters
+from talklora_pl.typed import alternatives, fits, hints_of, parameters
 
 KINDS: dict[type, str] = {
     Optimizer: "optimizer",
@@ -82,6 +84,7 @@ class Chosen:
 
     @classmethod
     def of(cls, chosen: type, skip: int = 0, **more: Any) -> Chosen:
+        _integers_first(chosen)
         return cls(chosen, *parameters(chosen, skip), **more)
 
 
@@ -165,7 +168,7 @@ class Check:
         if not isinstance(given, Mapping):
             raise Wrong(f"{given} is not a mapping of options.")
         out: dict[str, Any] = {}
-        for name, value in map(_undotted, given.items()):
+        for name, value in map(undotted, given.items()):
             bare = name.removesuffix("+")
             full = f"{key}.{bare}".removeprefix(".")
             where = key if item else full
@@ -177,12 +180,13 @@ class Check:
                         self._report(where, f"{bare}: {e}" if item else str(e))
                     continue
                 chosen.options[bare], chosen.places[bare] = right, (self.file, where)
-                _merge(out, {name: right})
+                merge(out, {name: right})
             elif not chosen.complete:
                 out[name] = value
             elif chosen is self.top or (self._is_record(chosen.cls) and not chosen.listed):
                 known = list(self._keys(self.top, ""))
-                close = get_close_matches(full, known, n=3, cutoff=0.6)
+                words = [option for option in known if bare in option.rpartition(".")[2]]  # an abbreviation
+                close = list(dict.fromkeys([*get_close_matches(full, words or known, n=3, cutoff=0.6), *words]))[:3]
                 hint = f" Did you mean {' or '.join(close)}?" if close else ""
                 self._report(full, f"There is no option {full!r}.{hint} All options: --help.")
             else:
@@ -196,7 +200,7 @@ class Check:
             chosen = Chosen.of(cls, listed=listed)
             self.chosen.setdefault(key, []).append(chosen)
             for name, p in chosen.takes.items() if not listed else ():
-                if p.default is p.empty and self._is_record(p.annotation):
+                if self._is_record(p.annotation):
                     self._record({}, p.annotation, f"{key}.{name}")
                 elif isinstance(default := _default(cls, name, p), Component):
                     self.chosen[f"{key}.{name}"] = [Chosen.of(type(default), default=default)]
@@ -208,7 +212,7 @@ class Check:
         self, given: Mapping[str, Any], classes: tuple[type, ...], skip: int, key: str, listed: bool
     ) -> dict[str, Any]:
         """A class with options (`class_path`, `init_args`), or options of the one that was chosen before."""
-        given = dict(map(_undotted, given.items()))
+        given = dict(map(undotted, given.items()))
         out = dict(given)
         if "class_path" in given:
             before = self.chosen.get(key, [])
@@ -303,7 +307,7 @@ class Check:
         skip = 0
         for kind in alternatives(hint):
             if get_origin(kind) is collections.abc.Callable:
-                taken, made = get_args(kind)
+                taken, made = get_args(kind) or (..., Any)
                 skip = len(taken) if isinstance(taken, list) else 0
                 found += [c for c in alternatives(made) if _is_class(c)]
             elif _is_class(kind) and not self._is_record(kind):
@@ -340,16 +344,30 @@ def _default(cls: type, name: str, parameter: Parameter) -> Any:
     return parameter.default if factory is MISSING else factory()  # type: ignore[operator]
 
 
-def _undotted(item: tuple[Any, Any]) -> tuple[str, Any]:
+def _integers_first(cls: type) -> None:
+    """Put int before float where a class takes both: jsonargparse tries types in their order, and to Lightning 1 and
+    1.0 are different things.
+
+    typing keeps one object for Union[int, float] and Union[float, int], so what a class says depends on what was
+    imported before it.
+    """
+    for init in (vars(base).get("__init__") for base in cls.__mro__):
+        for name, hint in hints_of(init).items():
+            kinds = alternatives(hint)
+            if int in kinds and float in kinds[: kinds.index(int)]:
+                init.__annotations__[name] = reduce(or_, sorted(kinds, key=lambda kind: kind is float))
+
+
+def undotted(item: tuple[Any, Any]) -> tuple[str, Any]:
     """``a.b: c`` is ``a: {b: c}``."""
     name, _, rest = str(item[0]).partition(".")
     return name, {rest: item[1]} if rest else item[1]
 
 
-def _merge(into: dict[str, Any], new: Mapping[str, Any]) -> None:
+def merge(into: dict[str, Any], new: Mapping[str, Any]) -> None:
     for key, value in new.items():
         if isinstance(value, dict) and isinstance(into.get(key), dict):
-            _merge(into[key], value)
+            merge(into[key], value)
         else:
             into[key] = value
 
@@ -407,16 +425,23 @@ def find_class(name: Any, families: tuple[type, ...]) -> tuple[str, type]:
             raise Wrong(f"{name} is not a {kind}.")
         return path, cls
     children = _children(families)
+    if len(same := children.get(name, [])) > 1:
+        # of two libraries that use one name, that which extends the other
+        cls = next((c for c in same if all(issubclass(c, other) for other in same)), None)
+        paths = [f"{c.__module__}.{c.__qualname__}" for c in same]
+        if cls is None:
+            raise Wrong(f"{name!r} is the name of several: {', '.join(sorted(paths))}. Write one of these.")
+        return paths[same.index(cls)], cls
     for family in families:
         if issubclass(family, Component):
             try:
-                cls = children[name] if name in children else registry.get(family, name)
+                cls = children[name][0] if name in children else registry.get(family, name)
             except UserError as e:
                 raise Wrong(str(e)) from None
             return f"{cls.__module__}.{cls.__qualname__}", cls
     if name not in children:
         raise Wrong(f"There is no {kind} {name!r}.{did_you_mean(name, children)}")
-    return name, children[name]
+    return name, children[name][0]
 
 
 def _kind_of(families: tuple[type, ...]) -> str:
@@ -431,14 +456,15 @@ def _kind_of(families: tuple[type, ...]) -> str:
     )
 
 
-def _children(families: tuple[type, ...]) -> dict[str, type]:
+def _children(families: tuple[type, ...]) -> dict[str, list[type]]:
     """Known children by their bare names."""
-    found: dict[str, type] = {}
+    found: dict[str, list[type]] = {}
     for family in families:
         children = [family]
         while children:
             cls = children.pop()
             children += cls.__subclasses__()
-            if not (cls.__name__.startswith("_") or "<locals>" in cls.__qualname__ or inspect.isabstract(cls)):
-                found.setdefault(cls.__name__, cls)
+            hidden = cls.__name__.startswith("_") or "<locals>" in cls.__qualname__ or inspect.isabstract(cls)
+            if not hidden and cls not in found.get(cls.__name__, []):
+                found.setdefault(cls.__name__, []).append(cls)
     return found

@@ -14,7 +14,8 @@ from rich.table import Table
 from talklora_pl.adapter.hub import local_folder
 from talklora_pl.adapter.io import load_adapter
 from talklora_pl.adapter.metadata import read_metadata
-from talklora_pl.base import BaseModel, default_length, load_base, load_config, load_tokenizer, pad_id
+from talklora_pl.base import BaseModel, load_base, load_config, load_tokenizer
+from talklora_pl.base.description import describe
 from talklora_pl.base.heads import HEADS
 from talklora_pl.cli.parse import parse
 from talklora_pl.data import TextData
@@ -87,16 +88,18 @@ def inspect(
     if not path:
         raise UserError("--base: the adapter does not say which model it belongs to; name it.")
     remembered, classes = metadata.base.task, metadata.base.num_labels
-    model_of = BaseModel(path, task=task or (remembered if remembered in [*HEADS] else "causal_lm"), dtype=dtype)
+    task = task or (remembered if remembered in [*HEADS] else "causal_lm")  # type: ignore[assignment]
+    model_of = BaseModel(path, task=task, dtype=dtype)  # type: ignore[arg-type]
     if model_of.head.classifies and num_labels is None and type(classes) is int and 0 < classes <= MAX_CLASSES:
         num_labels = classes
-    model_of = replace(model_of, num_labels=num_labels)
+    # what has grown is in the adapter's folder
+    model_of = replace(model_of, num_labels=num_labels, resize_embeddings=True)
     # the adapter's own tokenizer may have new tokens
     reads = replace(model_of, path=str(folder)) if (folder / "tokenizer_config.json").is_file() else model_of
     tokenizer = load_tokenizer(reads)
-    if max_length is None:
-        max_length = default_length(load_config(model_of))
-    batches = list(_texts(tokenizer, [text], max_length)) if text else []
+    known = describe(load_config(model_of), tokenizer)
+    max_length = max_length or known.default_length
+    batches = list(_texts(tokenizer, [text], max_length, known.pad_id)) if text else []
     if data:
         sources: list[str | Source] = [Source(name.strip()) for name in data.split(",")]
         module = TextData(
@@ -127,11 +130,11 @@ def inspect(
     print(f"\nwrote {page} ({page.stat().st_size / 1e6:.1f} MB)")
 
 
-def _texts(tokenizer: Any, texts: list[str], max_length: int) -> Iterator[dict[str, Any]]:
+def _texts(tokenizer: Any, texts: list[str], max_length: int, pad_id: int) -> Iterator[dict[str, Any]]:
     ids = [tokenizer(text)["input_ids"][:max_length] for text in texts]
     if not all(ids):
         raise UserError("--text: there is no token in it.")
-    yield masked(ids, pad_id(tokenizer)) | {"task": ["text"] * len(texts)}
+    yield masked(ids, pad_id) | {"task": ["text"] * len(texts)}
 
 
 def summary(found: Inspection, facts: dict[str, str]) -> None:

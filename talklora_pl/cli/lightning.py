@@ -10,23 +10,31 @@ from pathlib import Path
 from typing import Any
 
 import lightning as L
+import torch
+import yaml
 from jsonargparse import ArgumentError
+from jsonargparse.typing import register_type
 from lightning.pytorch.callbacks import ProgressBar
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.utilities import rank_zero_info
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
+from lightning_utilities.core.enums import StrEnum
 
 from talklora_pl import callbacks, registry
 from talklora_pl.callbacks.progress import EpochProgress
 from talklora_pl.cli.check import Check
-from talklora_pl.cli.options import Option, plugins, right, shipped_configs, split
+from talklora_pl.cli.options import Option, plugins, right, shipped_configs, split, start_options
 from talklora_pl.cli.trainer import Place, RunLogger, RunRecord, Trainer
 from talklora_pl.data import TextData
-from talklora_pl.distributed.launch import allocation_of, place_of, resume_from, trainer_arguments
+from talklora_pl.distributed.launch import allocation_of, classes_of, place_of, resume_from, trainer_arguments
 from talklora_pl.errors import UserError
 from talklora_pl.internals.lightning import raised_by_lightning
 from talklora_pl.module import FineTuner
 from talklora_pl.runs import RUNS
+
+# so that options with such values can be kept in a config.yaml
+register_type(torch.device)
+yaml.SafeDumper.add_multi_representer(StrEnum, lambda dumper, value: dumper.represent_str(value.value))
 
 EPOCHS = 3
 """How long a fit trains that is given no end."""
@@ -74,7 +82,7 @@ class CLI(LightningCLI):
             },
             linked=("data.base", "data.objective"),
         )
-        args = right(options, self.check)
+        args = right([*start_options(options), *options], self.check)
         if verb == "fit" and not self._has_end():
             args = [*args, f"--trainer.max_epochs={EPOCHS}"]
             if not any(option.asks for option in options):
@@ -149,7 +157,8 @@ class CLI(LightningCLI):
         if name is not None and (Path(name).name != name or name.startswith(".")):
             raise UserError(f"--run_name: {name!r} is not the name of a folder in {root}.")
         dirpath, fits = config.checkpoint.dirpath, self.verb == "fit"
-        config.ckpt_path = resume_from(self.ckpt_path, root, dirpath, self.verb, name)
+        trained = config.model.adapter_path is not None
+        config.ckpt_path = resume_from(self.ckpt_path, root, dirpath, self.verb, trained, name)
         run = place_of(config.ckpt_path, root, name, self.ckpt_path, dirpath, fits)
         self.place = Place(root, name, run, config.ckpt_path, fits)
 
@@ -188,7 +197,10 @@ class CLI(LightningCLI):
         except UserError:
             # what is wrong with the data would come next: say it now (good data only get cached by this)
             raise UserError("\n".join(self._check(self.model, self.datamodule))) from None
-        self.model.allocation = allocation_of(self.config_init[self.verb].ckpt_path)
+        checkpoint = self.config_init[self.verb].ckpt_path
+        self.model.allocation = allocation_of(checkpoint) or self.model.allocation
+        if classes := classes_of(checkpoint):
+            self.datamodule.load_state_dict(classes)
         if (root := self.config[self.verb].trainer.default_root_dir) is not None:
             try:
                 Path(root).mkdir(parents=True, exist_ok=True)
@@ -215,15 +227,18 @@ class CLI(LightningCLI):
         return UserError("\n  ".join(["The configuration cannot be used:", *map(str, self.check.problems), *more]))
 
 
-def run(verb: str, argv: list[str]) -> CLI:
+def run(verb: str, argv: list[str], cli: type[CLI] = CLI) -> CLI:
     """Parse ``argv`` and run one of Lightning's verbs; the result has ``trainer``, ``model`` and ``datamodule``."""
     # of Lightning's own making, and nothing a user could act upon
     warnings.filterwarnings("ignore", ".*LeafSpec.*")
     warnings.filterwarnings("ignore", "Total length of `list` across ranks is zero")  # no validation data
+    warnings.filterwarnings(
+        "ignore", "When using `Trainer\\(accumulate_grad_batches"
+    )  # the hooks are per step on purpose
     warnings.formatwarning = _one_line
     logging.getLogger("lightning.pytorch.utilities.rank_zero").addFilter(lambda r: "litlogger" not in r.getMessage())
     try:
-        return CLI(verb, argv)
+        return cli(verb, argv)
     except (MisconfigurationException, ValueError) as e:
         if raised_by_lightning(e):
             raise UserError(f"trainer: {' '.join(str(e).split())}") from e

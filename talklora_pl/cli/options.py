@@ -10,9 +10,11 @@ from typing import Any, NamedTuple
 
 import yaml
 
-from talklora_pl.cli.check import Check, Problem, load
+from talklora_pl.adapter.config import FAMILIES
+from talklora_pl.cli.check import Check, Problem, load, merge, undotted
 from talklora_pl.errors import UserError
 from talklora_pl.registry import did_you_mean
+from talklora_pl.warm_start import SavedAdapter
 
 
 def shipped_configs() -> Path:
@@ -106,6 +108,48 @@ def plugins(options: list[Option]) -> list[str]:
     if wrong := [name for name in names if not isinstance(name, str)]:
         raise UserError(f"plugins: a list of modules or .py files, and {wrong[0]!r} is neither.")
     return names
+
+
+def merged(options: list[Option]) -> dict[str, Any]:
+    """All options as one mapping; of several values of an option the last."""
+    out: dict[str, Any] = {}
+    for option in options:
+        merge(out, _nested(option.config if option.file else {option.key: load(option.value or "")}))
+    return out
+
+
+def _nested(value: Any) -> Any:
+    if not isinstance(value, Mapping):
+        return value
+    out: dict[str, Any] = {}
+    for name, inner in map(undotted, value.items()):
+        merge(out, {name: _nested(inner)})
+    return out
+
+
+def start_options(options: list[Option]) -> list[Option]:
+    """The options of the adapter that ``model.adapter_path`` names, for what is not given, as a config before others.
+
+    Raises:
+        UserError: there is no such adapter.
+    """
+    model = merged(options).get("model")
+    path = model.get("adapter_path") if isinstance(model, dict) else None
+    if not isinstance(path, str):
+        return []
+    given = model.get("adapter")
+    found = SavedAdapter.read(path).config().to_dict()
+    if isinstance(given, dict) and given.keys() & {"rank", "expert_rank"}:  # they exclude each other
+        del found["rank"], found["expert_rank"]
+    for key, value in found.items():
+        if key in FAMILIES:
+            found[key] = _component(value)
+    found["balance"] = [_component(value) for value in found["balance"]]
+    return [Option(file=path, config={"model": {"adapter": found}})]
+
+
+def _component(value: dict[str, Any]) -> dict[str, Any]:
+    return {"class_path": value["name"], "init_args": {k: v for k, v in value.items() if k != "name"}}
 
 
 def right(options: list[Option], check: Check) -> list[str]:

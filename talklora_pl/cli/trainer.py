@@ -138,7 +138,7 @@ class Trainer(L.Trainer):
 class RunRecord(SaveConfigCallback):
     """Writes ``config.yaml`` and ``run.json``: what the run is, and how far it came.
 
-    Both are left alone until the checkpoint of a resumed run is accepted.
+    A resumed run that is refused, or over, leaves those that are there.
 
     Args:
         about: what tells the run from others.
@@ -156,7 +156,6 @@ class RunRecord(SaveConfigCallback):
 
     def setup(self, trainer: Trainer, pl_module: L.LightningModule, stage: str) -> None:  # type: ignore[override]
         if stage == "fit" and not _place(trainer).ckpt_path:
-            super().setup(trainer, pl_module, stage)
             self._begin(trainer)
 
     def on_train_start(self, trainer: Trainer, pl_module: L.LightningModule) -> None:  # type: ignore[override]

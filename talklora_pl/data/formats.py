@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from talklora_pl.data.rows import Example, RowKind
 
 # format -> (template, template where there is an input)
+_PLACES = re.compile(r"\{\{(\w+)\}\}|\{(prompt|input)\}")  # {{name}} stands for the text {name}
 TEMPLATES: dict[str, tuple[str, str | None]] = {
     # prompt and completion exactly as they are
     "plain": ("{prompt}", None),
@@ -49,6 +50,17 @@ def check_format(name: str, kind: RowKind, has_template: bool = True) -> None:
         raise UserError(
             f"unknown format {name!r}.{did_you_mean(name, NAMES)} A template of your own must contain {{prompt}}."
         )
+    if not kind.by_template and not kind.by_chat:
+        if name != "plain":
+            raise UserError(f"{kind.name} rows are read as they are; leave the format out or say plain, not {name!r}")
+        return
+    fields = (*kind.question, *kind.answer, *kind.optional)
+    places = re.findall(r"(?<!\{)\{(\w+)\}", name) if name not in NAMES else []
+    if wrong := [p for p in places if p not in ("prompt", "input") or (p == "input" and "input" not in fields)]:
+        raise UserError(
+            f"format: no column fills {{{wrong[0]}}}: a template has {{prompt}}, and {{input}} for rows: instruction "
+            f"(map your column to one of them). The text {{{wrong[0]}}} itself is written {{{{{wrong[0]}}}}}."
+        )
     if not kind.by_template and name != "chat":
         raise UserError(f"{kind.name} rows need format: chat, not {name!r}")
     if not kind.by_chat and name == "chat":
@@ -68,7 +80,7 @@ def write(example: Example, name: str) -> Text:
     values = {"prompt": example.prompt, "input": example.input}
     if example.input and "{input}" not in template:
         values["prompt"] += "\n" + example.input
-    prompt = re.sub(r"\{(prompt|input)\}", lambda match: values[match[1]], template)
-    marker = re.split(r"\{(?:prompt|input)\}", template)[-1]
+    prompt = _PLACES.sub(lambda match: f"{{{match[1]}}}" if match[1] else values[match[2]], template)
+    marker = template[max((m.end() for m in _PLACES.finditer(template) if m[2]), default=0) :]
     space = " " if name != "plain" and not template[-1].isspace() else ""
     return Text(prompt, [space + answer for answer in example.answers], marker)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import warnings
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -13,11 +14,14 @@ import numpy as np
 from lightning.pytorch.utilities import rank_zero_info
 from torch.utils.data import DataLoader
 
-from talklora_pl.base import BaseModel, default_length, load_config, load_tokenizer, pad_id
+from talklora_pl.base import BaseModel, load_config, load_tokenizer
+from talklora_pl.base.description import describe
 from talklora_pl.data.batches import Batches
+from talklora_pl.data.classes import collect
 from talklora_pl.data.prepare import Prepared, prepare
-from talklora_pl.data.sampler import EvalBatches, Position, TrainBatches
-from talklora_pl.data.source import BadRow, Source
+from talklora_pl.data.rows import listing
+from talklora_pl.data.sampler import EvalBatches, Position, TrainBatches, accumulation
+from talklora_pl.data.source import BadRow, Source, Sources
 from talklora_pl.data.tokens import Tokenize
 from talklora_pl.errors import UserError
 from talklora_pl.objectives import Objective, choose
@@ -30,8 +34,7 @@ class TextData(L.LightningDataModule):
     """Text to fine-tune on: files or hub data sets, each a task, tokenised once and cached.
 
     Args:
-        train: one path, or a list of paths and sources. (The type begins with the list, whose sources jsonargparse
-            would else write as text, and names `Path`, or it would read the file as a part of the config.)
+        train: one path, or a list of paths and sources; in Python also rows, see :class:`Source`.
         val: validation data; None: split off from `train`.
         test: data to score at the end.
         predict: data to answer (it needs no answers of its own); None: `test`.
@@ -40,7 +43,7 @@ class TextData(L.LightningDataModule):
         format: how it is written, where a source does not say: `plain`, `cloze`, `alpaca`, `chat`, or a template with
             `{prompt}`. None: by rows.
         columns: field -> column, where a source does not say.
-        labels: names of the classes, or a JSON file with a list of them, if labels are names.
+        labels: names of the classes, or a JSON file with a list of them; None: those of the training data.
         val_size: what is split off from `train`: a share (below 1) or a number of rows; 0: nothing.
         seed: of the split and of the order of the rows.
         batch_size: rows of a micro-batch of one process.
@@ -49,6 +52,11 @@ class TextData(L.LightningDataModule):
             None: 512, or the model's context if that is shorter.
         length_grouped: batches of similar lengths.
         eos_token: for a tokenizer without one.
+        documents: texts alone are `split` where they are longer than a sequence; `packed`: short ones of a task are
+            also joined, each with its end. (Attention then crosses from one text into the next.)
+        train_on: of a conversation, learn `all` answers, or the `last` alone.
+        special_tokens_in_data: what is read where the data spell a special token (`</s>`): its letters as `text`, or
+            the token (`control`), for data that a chat template has already been applied to.
         on_bad_row: stop at rows that are wrong, or leave them out and list them in `bad_row_report`.
         bad_row_report: JSON Lines file for them.
         num_workers: processes that make batches.
@@ -59,10 +67,10 @@ class TextData(L.LightningDataModule):
 
     def __init__(
         self,
-        train: list[str | Source] | str | Path | None = None,
-        val: list[str | Source] | str | Path | None = None,
-        test: list[str | Source] | str | Path | None = None,
-        predict: list[str | Source] | str | Path | None = None,
+        train: Sources = None,
+        val: Sources = None,
+        test: Sources = None,
+        predict: Sources = None,
         rows: str | None = None,
         format: str | None = None,
         columns: dict[str, str | list[str]] | None = None,
@@ -74,6 +82,9 @@ class TextData(L.LightningDataModule):
         max_length: int | None = None,
         length_grouped: bool = True,
         eos_token: str | None = None,
+        documents: Literal["split", "packed"] = "split",
+        train_on: Literal["all", "last"] = "all",
+        special_tokens_in_data: Literal["text", "control"] = "text",
         on_bad_row: Literal["error", "skip"] = "error",
         bad_row_report: str = "bad_rows.jsonl",
         num_workers: int = 0,
@@ -84,17 +95,19 @@ class TextData(L.LightningDataModule):
         super().__init__()
         defaults = Source("", rows=rows, format=format, columns=columns or {})
         self.sources = {
-            name: [
-                _source(entry, defaults) for entry in (given if isinstance(given, list) else [given] if given else [])
-            ]
+            name: [_source(entry, defaults) for entry in _entries(given)]
             for name, given in {"train": train, "val": val, "test": test, "predict": predict}.items()
         }
         self.labels, self.val_size, self.seed = labels, val_size, seed
         self.batch_size, self.eval_batch_size, self.max_length = batch_size, eval_batch_size, max_length
         self.length_grouped, self.eos_token, self.on_bad_row = length_grouped, eos_token, on_bad_row
         self.bad_row_report, self.num_workers, self.cache_dir = bad_row_report, num_workers, cache_dir
-        self.base, self.objective = base, objective
+        self.base, self.objective, self.documents = base, objective, documents
+        self.train_on, self.special_tokens_in_data = train_on, special_tokens_in_data
         self.tables: dict[str, datasets.Dataset] = {}
+        self.num_classes: int | None = None
+        self.class_names: list[str] = []
+        self._kept: dict[str, Any] = {}  # of a checkpoint
 
     @property
     def tasks(self) -> list[str]:
@@ -110,7 +123,7 @@ class TextData(L.LightningDataModule):
             UserError: all problems of all files in one message.
         """
         stage = self.trainer.state.fn if self.trainer is not None else None
-        self._report(self._prepare(str(stage.value) if stage else "fit"))
+        self._report(self.prepared(str(stage.value) if stage else "fit"))
 
     def check(self, stage: str) -> None:
         """Read everything that a stage needs.
@@ -118,7 +131,7 @@ class TextData(L.LightningDataModule):
         Raises:
             UserError: all problems of all files in one message.
         """
-        self._prepare(stage)
+        self.prepared(stage)
 
     def setup(self, stage: str) -> None:
         """Open what :meth:`prepare_data` has left in the cache.
@@ -128,7 +141,7 @@ class TextData(L.LightningDataModule):
         """
         import datasets
 
-        done = self._prepare(stage)
+        done = self.prepared(stage)
         tables = {
             name: datasets.concatenate_datasets([p.table for p in parts]) for name, parts in done.items() if parts
         }
@@ -136,29 +149,37 @@ class TextData(L.LightningDataModule):
             tables["train"], tables["val"] = self._split(tables["train"])
         self.tables |= tables
 
-    def _prepare(self, stage: str) -> dict[str, list[Prepared]]:
+    def prepared(self, stage: str) -> dict[str, list[Prepared]]:
         base, self._chosen = self._base_and_objective()
         least = {"batch_size": 1, "eval_batch_size": 1, "max_length": 1, "num_workers": 0, "val_size": 0}
         given_numbers = {name: getattr(self, name) for name in least}
         wrong = [n for n, value in given_numbers.items() if value is not None and value < least[n]]
         problems = [f"data.{n}: {given_numbers[n]} is less than {least[n]}." for n in wrong]
         config, tokenizer = load_config(base), load_tokenizer(base)
-        context = getattr(config, "max_position_embeddings", None)
-        max_length = default_length(config) if self.max_length is None or "max_length" in wrong else self.max_length
+        facts = describe(config, tokenizer)
+        context = facts.context_length
+        max_length = facts.default_length if self.max_length is None or "max_length" in wrong else self.max_length
         if context is not None and max_length > context:
             problems.append(f"data.max_length: {max_length} is more than the model's context of {context} tokens.")
             max_length = context
-        classes = self._classes()
-        num_classes = config.num_labels if base.head.classifies else None
-        self._class_names = classes if classes and base.head.classifies else []
-        if classes and num_classes is not None and len(classes) != num_classes:
-            problems.append(
-                f"data.labels: {len(classes)} classes, but the model has {num_classes} (model.base.num_labels)."
-            )
-            num_classes = len(classes)
-        self.pad_id = pad_id(tokenizer)
-        tokenize = Tokenize(tokenizer, max_length, self.eos_token, ends=not base.head.classifies)
-        self.eos_id = tokenize.eos
+        classes, trained = self._classes(), False
+        if base.head.classifies:
+            try:
+                self.num_classes, self.class_names, trained = self._decide_classes(
+                    stage, classes, base.num_labels, config
+                )
+            except UserError as e:
+                problems.append(str(e))
+            classes = self.class_names or classes
+        self.pad_id = facts.pad_id
+        tokenize = Tokenize(
+            tokenizer,
+            max_length,
+            self.eos_token,
+            ends=not base.head.classifies,
+            train_on=self.train_on,
+            special_tokens_in_data=self.special_tokens_in_data,
+        )
         given = self.sources
         wanted = {
             "fit": {"train": given["train"], "val": given["val"]},
@@ -178,15 +199,21 @@ class TextData(L.LightningDataModule):
                 self._chosen,
                 require_answers=stage != "predict",
                 classes=classes,
-                num_classes=num_classes,
+                num_classes=self.num_classes,
+                trained=trained,
                 on_bad_row=self.on_bad_row,
+                pack=self.documents == "packed",
                 cache=Path(self.cache_dir) if self.cache_dir else None,
                 later=[*given["test"], *given["predict"]] if stage == "fit" else (),
             )
         except UserError as e:
             problems.append(str(e))
+        if done and stage == "fit" and self.documents == "packed" and not any(part.documents for part in done):
+            problems.append("data.documents: packed is for texts alone (rows: text), and there are none.")
         if problems:
             raise UserError("\n".join(problems))
+        formats = {part.source.format or "" for part in done}
+        self.eos_id = tokenize.end("chat" if "chat" in formats else "plain")
         return {name: [p for (n, _), p in zip(entries, done) if n == name] for name in wanted}
 
     def _base_and_objective(self) -> tuple[BaseModel, Objective]:
@@ -209,6 +236,39 @@ class TextData(L.LightningDataModule):
             raise UserError(f"data.labels: {self.labels!r} must hold a list of names.")
         return names
 
+    def _decide_classes(
+        self, stage: str, listed: list[str] | None, num_labels: int | None, config: Any
+    ) -> tuple[int, list[str], bool]:
+        """Number and names of the classes, and whether they are those of training data."""
+        if listed:
+            if num_labels not in (None, len(listed)):
+                raise UserError(f"data.labels: {len(listed)} classes, but model.base.num_labels is {num_labels}.")
+            return len(listed), listed, False
+        if stage != "fit" and self._kept:
+            return self._kept["num_classes"], self._kept["class_names"], bool(self._kept["class_names"])
+        own = list(config.id2label.values())
+        if found := collect(self.sources["train"], self._chosen, num_labels, own):
+            return found.count, found.names, bool(found.names)
+        return config.num_labels, [], False
+
+    def state_dict(self) -> dict[str, Any]:
+        """What a checkpoint tells later stages of the classes."""
+        return {} if self.num_classes is None else {"num_classes": self.num_classes, "class_names": self.class_names}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Take the classes of a checkpoint over.
+
+        Raises:
+            UserError: this run has others.
+        """
+        self._kept, names = state, state["class_names"]
+        if self.class_names and names and not self.labels and self.class_names != names:
+            raise UserError(
+                f"data.labels: the checkpoint's classes are {listing(names)}; those of this run's training data are "
+                f"{listing(self.class_names)}. Only a new run, without --ckpt_path, may have others."
+            )
+        self.class_names = self.class_names or names
+
     def _held_out(self, rows: int) -> int:
         """How many of the training rows are for validation."""
         count = round(self.val_size * rows) if self.val_size < 1 else int(self.val_size)
@@ -226,11 +286,16 @@ class TextData(L.LightningDataModule):
             for part in parts:
                 tasks = sorted(set(part.table["task"]))
                 cut = f", {part.cut_rows} prompts cut by {part.cut_tokens} tokens in all" if part.cut_rows else ""
-                rank_zero_info(f"data.{name}: {', '.join(tasks)}: {len(part.table)} rows{cut}")
+                texts = f" from {part.documents} texts" if part.documents else ""
+                rank_zero_info(f"data.{name}: {', '.join(tasks)}: {len(part.table)} rows{texts}{cut}")
+                for notice, count in part.notices.items():
+                    rank_zero_info(f"Warning: {part.source.path}: {notice} ({count} row{'s' if count > 1 else ''})")
         if done.get("train") and not done.get("val"):
             rows = sum(len(part.table) for part in done["train"])
             held_out = self._held_out(rows)
             rank_zero_info(f"data.val_size: {held_out} of these {rows} rows validate, {rows - held_out} train")
+        if self.class_names and not self.labels:
+            rank_zero_info(f"data.labels: {len(self.class_names)} classes: {listing(self.class_names)}")
         if bad := [row for parts in done.values() for part in parts for row in part.bad]:
             self._report_bad(bad)
 
@@ -260,7 +325,19 @@ class TextData(L.LightningDataModule):
         batches = TrainBatches(
             lengths, loss_tokens, self.batch_size, self.seed, self.length_grouped, *self._rank(), self._position
         )
+        self._validate_across_epochs()
         return self._loader(table, True, batches)
+
+    def _validate_across_epochs(self) -> None:
+        """An interval in batches that is longer than an epoch counts over all of them; Lightning would refuse it."""
+        trainer: Any = self.trainer
+        interval, batches = getattr(trainer, "val_check_interval", None), self._position().limit
+        if type(interval) is int and interval > batches and trainer.check_val_every_n_epoch is not None:
+            trainer.check_val_every_n_epoch = None
+            rank_zero_info(
+                f"trainer.val_check_interval: {interval} batches are more than the {batches:g} of an epoch, so they "
+                "are counted across epochs (as with trainer.check_val_every_n_epoch: null)."
+            )
 
     def val_dataloader(self) -> DataLoader[dict[str, Any]] | list[Any]:
         return self._eval_loader("val") if len(self.tables["val"]) else []
@@ -282,7 +359,7 @@ class TextData(L.LightningDataModule):
     ) -> DataLoader[dict[str, Any]]:
         # batch_size=None: a batch is one item; so Lightning keeps this sampler in every stage
         return DataLoader(
-            Batches(table, self._chosen, self.pad_id, training, self._class_names),
+            Batches(table, self._chosen, self.pad_id, training, self.class_names),
             batch_size=None,
             sampler=batches,
             num_workers=self.num_workers,
@@ -306,12 +383,19 @@ class TextData(L.LightningDataModule):
         # between two epochs the batch counter still holds the old epoch's
         done = batch.processed if epoch.started > epoch.processed else 0
         over = done >= length  # saved after the last batch, before the epoch was counted
-        accumulate = self.trainer.accumulate_grad_batches
+        accumulate = accumulation(self.trainer, epoch.processed + over)
         return Position(epoch.processed + over, 0 if over else done, accumulate, length)
 
 
-def _source(entry: str | Path | Source, defaults: Source) -> Source:
-    source = entry if isinstance(entry, Source) else Source(str(entry))
+def _entries(given: Any) -> list[Any]:
+    """The sources of what was given; a list with a row in it is one."""
+    if isinstance(given, list | tuple) and not any(isinstance(entry, Mapping) for entry in given):
+        return list(given)
+    return [] if given is None or (isinstance(given, str) and not given) else [given]
+
+
+def _source(entry: Any, defaults: Source) -> Source:
+    source = entry if isinstance(entry, Source) else Source(entry)
     return replace(
         source,
         rows=source.rows or defaults.rows,

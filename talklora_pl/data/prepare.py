@@ -6,6 +6,7 @@ import hashlib
 import inspect
 import json
 import sys
+from collections import Counter
 from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass, field, replace
 from itertools import islice
@@ -17,7 +18,7 @@ from talklora_pl.base.heads import HEADS
 from talklora_pl.cache import cache_root, cached_folder
 from talklora_pl.data.formats import check_format
 from talklora_pl.data.rows import ABSENT, Row, RowKind, RowReader, find, row_kind
-from talklora_pl.data.source import BadRow, Reader, Source, check_path
+from talklora_pl.data.source import BadRow, Reader, Source, check_path, text_files
 from talklora_pl.data.tokens import Tokenize
 from talklora_pl.errors import UserError
 from talklora_pl.inputs import NO_LOSS
@@ -28,7 +29,7 @@ from talklora_pl.registry import did_you_mean
 if TYPE_CHECKING:
     import datasets
 
-VERSION = 2  # of the prepared form: raise it when the same rows would give other tokens
+VERSION = 3  # of the prepared form: raise it when the same rows would give other tokens
 SHOWN = 20  # different problems of rows that are spelled out in one message
 
 
@@ -41,12 +42,18 @@ class Prepared:
             longest sequence) and `loss_tokens` (what the objective averages over).
         bad: rows that were left out.
         cut_rows, cut_tokens: how many prompts were too long, and by how many tokens in all.
+        documents: how many texts the rows are made of where nothing is asked.
+        notices: what was left out or replaced -> in how many rows.
+        source: where they are from, with the kind of rows and format that were decided.
     """
 
     table: datasets.Dataset
     bad: list[BadRow] = field(default_factory=list)
     cut_rows: int = 0
     cut_tokens: int = 0
+    documents: int = 0
+    notices: dict[str, int] = field(default_factory=dict)
+    source: Source = field(default_factory=lambda: Source(""))
 
 
 def prepare(
@@ -57,7 +64,9 @@ def prepare(
     require_answers: bool = True,
     classes: list[str] | None = None,
     num_classes: int | None = None,
+    trained: bool = False,
     on_bad_row: str = "error",
+    pack: bool = False,
     cache: Path | None = None,
     later: Iterable[Source] = (),
 ) -> list[Prepared]:
@@ -70,7 +79,9 @@ def prepare(
         require_answers: every row must have its answer.
         classes: names of the classes.
         num_classes: number of classes.
+        trained: the classes are those of the training data.
         on_bad_row: `error` raises if any row is bad, `skip` leaves bad rows out.
+        pack: join short texts to sequences where nothing is asked.
         cache: where to keep the result; None: the user's cache folder.
         later: sources of later stages; only that their files are there is checked.
 
@@ -83,8 +94,8 @@ def prepare(
     for source in sources:
         try:
             source = resolve_source(source, objective, bool(tokenize.tokenizer.chat_template))
-            read = RowReader(source, require_answers, classes, num_classes)
-            out.append(_prepare(source, tokenize, objective, read, cache))
+            read = RowReader(source, require_answers, classes, num_classes, trained)
+            out.append(_prepare(source, tokenize, objective, read, pack, cache))
         except UserError as e:
             problems.append(str(e))
             continue
@@ -138,7 +149,8 @@ def resolve_source(source: Source, objective: Objective, has_template: bool = Tr
     try:
         kinds = [kind for name in registry.names(RowKind) if (kind := row_kind(name)).gives == objective.takes]
         kinds.sort(key=lambda kind: kind.name != objective.rows)  # where several have a format, the usual one
-        guess = next((kind.name for kind in kinds if kind.format == source.format), objective.rows)
+        texts = not source.format and objective.takes == "answers" and text_files(check_path(source))
+        guess = "text" if texts else next((kind.name for kind in kinds if kind.format == source.format), objective.rows)
         kind = row_kind(source.rows or guess)
         if kind.gives != objective.takes:
             takes = ", ".join(sorted(kind.name for kind in kinds))
@@ -160,22 +172,37 @@ def _remedy(kind: RowKind) -> str:
     fitting = [objective.name for objective in objectives if objective.takes == kind.gives]
     for task, head in HEADS.items():
         if head.objective in fitting:
-            return f"set model.base.task: {task}" + (" and model.base.num_labels" if head.classifies else "")
+            classes = (
+                " (the classes are those of the training data, unless model.base.num_labels or data.labels say them)"
+            )
+            return f"set model.base.task: {task}" + (classes if head.classifies else "")
     return f"set model.objective: {fitting[0]}" if fitting else "no objective takes them"
 
 
-def _prepare(source: Source, tokenize: Tokenize, objective: Objective, read: RowReader, cache: Path | None) -> Prepared:
+def _prepare(
+    source: Source, tokenize: Tokenize, objective: Objective, read: RowReader, pack: bool, cache: Path | None
+) -> Prepared:
     import datasets
 
-    rows = Reader(source)
+    label = read.columns.get("label", "label") if read.kind.gives == "class" else None
+    rows = Reader(source, label if isinstance(label, str) else None)
     recipe = [VERSION, asdict(source), rows.identity, tokenize.identity, tokenize.max_length, tokenize.eos]
-    recipe += [objective.loss_per, _code(read.kind), read.require_answers, read.classes, read.num_classes]
+    recipe += [
+        objective.loss_per,
+        _code(read.kind),
+        read.require_answers,
+        read.classes,
+        read.num_classes,
+        read.trained,
+        pack,
+    ]
     key = hashlib.sha256(json.dumps(recipe).encode()).hexdigest()[:32]
 
     def write(folder: Path) -> None:
-        report = {"bad": [], "cut_rows": 0, "cut_tokens": 0}
+        report: dict[str, Any] = {"bad": [], "cut_rows": 0, "cut_tokens": 0, "documents": 0, "notices": Counter()}
         with row_writer(str(folder / "rows.arrow"), _features()) as writer:
-            for row in _rows(rows, source, tokenize, objective, read, report):
+            table = _rows(rows, source, tokenize, objective, read, report)
+            for row in _packed(table, tokenize.max_length, objective) if pack else table:
                 writer.write(row)
             writer.finalize()
         (folder / "report.json").write_text(json.dumps(report))
@@ -187,7 +214,8 @@ def _prepare(source: Source, tokenize: Tokenize, objective: Objective, read: Row
         raise UserError(f"data.cache_dir: the prepared rows cannot be kept in {place}: {e.strerror or e}.") from e
     report = json.loads((folder / "report.json").read_text())
     table = datasets.Dataset.from_file(str(folder / "rows.arrow"))
-    return Prepared(table, [BadRow(**bad) for bad in report["bad"]], report["cut_rows"], report["cut_tokens"])
+    report["bad"] = [BadRow(**bad) for bad in report["bad"]]
+    return Prepared(table, **report, source=source)
 
 
 def _code(kind: RowKind) -> str:
@@ -203,41 +231,74 @@ def _rows(
 ) -> Iterator[dict[str, Any]]:
     """Rows of the table; what is bad or cut goes into the report."""
     absent, there = read.mapped(), dict[str, None]()
+    used, unused, with_input = read.used(), Counter[str](), False
     for number, (where, row) in enumerate(islice(rows, source.limit)):
-        if absent and isinstance(row, dict):
+        if isinstance(row, dict):
             there |= dict.fromkeys(_columns(row))
+        if absent and isinstance(row, dict):
             absent = {column: name for column, name in absent.items() if find(row, column) is ABSENT}
         try:
             if isinstance(row, BadRow):
                 raise row
             example = read(row)
-            tokens = read.kind.tokens(example, source.format or "", tokenize)
-            loss_tokens = [sum(label != NO_LOSS for label in labels[1:]) for labels in tokens.labels]
+            parts = list(read.kind.sequences(example, source.format or "", tokenize))
             name, task = (Row(row, read).get(field, required=False) for field in ("id", "task"))
         except BadRow as e:
             report["bad"].append({"problem": e.problem, "column": e.column, "where": where, "file": source.path})
             continue
-        if tokens.cut:
-            report["cut_rows"] += 1
-            report["cut_tokens"] += tokens.cut
+        with_input = with_input or bool(example.input)
+        unused.update(column for column, value in row.items() if column not in used and value not in (None, "", [], {}))
         label = -1 if example.label is None else example.label
-        yield {
-            "id": f"{source.task_name}-{number}" if name is None else str(name),
-            "task": source.task or (source.task_name if task in (None, "") else str(task)),
-            "input_ids": tokens.input_ids,
-            "labels": tokens.labels,
-            "label": label,
-            "prompt_length": tokens.prompt_length,
-            "answers": example.answers,
-            "length": max(map(len, tokens.input_ids)),
-            "loss_tokens": 1 if objective.loss_per == "row" else loss_tokens[max(label, 0)],
-        }
+        name = f"{source.task_name}-{number}" if name is None else str(name)
+        report["documents"] += not parts[0].prompt_length and bool(parts[0].labels)
+        report["notices"].update({notice for tokens in parts for notice in tokens.notices})
+        for i, tokens in enumerate(parts):
+            if tokens.cut:
+                report["cut_rows"] += 1
+                report["cut_tokens"] += tokens.cut
+            yield {
+                "id": f"{name}.{i}" if len(parts) > 1 else name,
+                "task": source.task or (source.task_name if task in (None, "") else str(task)),
+                "input_ids": tokens.input_ids,
+                "labels": tokens.labels,
+                "label": label,
+                "prompt_length": tokens.prompt_length,
+                "answers": example.answers if tokens.prompt_length else [],
+                "length": max(map(len, tokens.input_ids)),
+                "loss_tokens": _counted(tokens.labels, label, objective),
+            }
+    report["notices"].update({f"the column {column!r} is not used": count for column, count in unused.items()})
+    if "{input}" in (source.format or "") and there and not with_input:
+        raise UserError(f"{source.path}: format: no column fills {{input}}: no row has an 'input' that is not empty.")
     if absent and there:
         lines = (
             f"{source.path}: columns: {{{name}: {column}}}: no row has {column!r}.{did_you_mean(column, there)}"
             for column, name in absent.items()
         )
         raise UserError("\n  ".join(lines))
+
+
+def _counted(labels: list[list[int]], right: int, objective: Objective) -> int:
+    return 1 if objective.loss_per == "row" else sum(label != NO_LOSS for label in labels[max(right, 0)][1:])
+
+
+def _packed(rows: Iterable[dict[str, Any]], max_length: int, objective: Objective) -> Iterator[dict[str, Any]]:
+    """Rows in which nothing is asked joined where they fit into a sequence; the first of them gives the id."""
+    held: dict[str, Any] | None = None
+    for row in rows:
+        whole = not row["prompt_length"] and bool(row["labels"])
+        if held and whole and held["task"] == row["task"] and held["length"] + row["length"] <= max_length:
+            ids, labels = ([held[name][0] + row[name][0]] for name in ("input_ids", "labels"))
+            held |= {"input_ids": ids, "labels": labels, "length": len(ids[0])}
+            held["loss_tokens"] = _counted(labels, 0, objective)
+            continue
+        if held:
+            yield held
+        held = row if whole else None
+        if not whole:
+            yield row
+    if held:
+        yield held
 
 
 def _columns(row: dict[str, Any]) -> Iterator[str]:

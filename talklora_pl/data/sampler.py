@@ -10,8 +10,10 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from itertools import islice
+from typing import Any
 
 import numpy as np
+from lightning.pytorch.callbacks import GradientAccumulationScheduler
 from torch.utils.data import Sampler
 
 CHUNK = 50  # length-grouped: so many steps are sorted by length together
@@ -43,6 +45,17 @@ class Position:
     batch: int = 0
     accumulate: int = 1
     limit: float = float("inf")
+
+
+def accumulation(trainer: Any, epoch: int) -> int:
+    """Micro-batches of an optimiser step in an epoch.
+
+    A GradientAccumulationScheduler sets it at the start of the epoch, for which the batches are made before.
+    """
+    for callback in trainer.callbacks:
+        if isinstance(callback, GradientAccumulationScheduler):
+            return callback.get_accumulate_grad_batches(epoch)
+    return trainer.accumulate_grad_batches
 
 
 def epoch_steps(lengths: np.ndarray, size: int, seed: int, epoch: int, grouped: bool) -> list[np.ndarray]:

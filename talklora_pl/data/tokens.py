@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import hashlib
-from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from dataclasses import dataclass, field, replace
+from functools import cached_property
+from typing import TYPE_CHECKING, Any, Literal
 
 from talklora_pl.data import formats
+from talklora_pl.data.chat import ChatTemplate, Conversation
+from talklora_pl.data.encode import Encoder
 from talklora_pl.data.source import BadRow
 from talklora_pl.errors import UserError
 from talklora_pl.inputs import NO_LOSS
@@ -24,14 +27,17 @@ class Tokens:
     Attributes:
         input_ids: one sequence, or one per choice.
         labels: of the same shapes, -100 where there is no loss (not shifted); empty for classification.
-        prompt_length: how many tokens of the first sequence come before the (last) answer: what generation starts from.
+        prompt_length: how many tokens of the first sequence come before the (last) answer: what generation starts from;
+            0 where nothing is asked.
         cut: prompt tokens that did not fit.
+        notices: what was left out or replaced, one sentence each.
     """
 
     input_ids: list[list[int]] = field(default_factory=list)
     labels: list[list[int]] = field(default_factory=list)
     prompt_length: int = 0
     cut: int = 0
+    notices: list[str] = field(default_factory=list)
 
 
 class Tokenize:
@@ -40,6 +46,8 @@ class Tokenize:
     max_length: tokens of the longest sequence; longer prompts lose their first tokens (after BOS).
     eos_token: for a tokenizer without an end-of-sequence token.
     ends: answers end with that token, so there must be one.
+    train_on: of a conversation, learn `all` answers or the `last`.
+    special_tokens_in_data: read special tokens that the data spell as `text`, or as the tokens that they are.
 
     Raises:
         UserError: no end-of-sequence token.
@@ -51,8 +59,11 @@ class Tokenize:
         max_length: int,
         eos_token: str | None = None,
         ends: bool = True,
+        train_on: Literal["all", "last"] = "all",
+        special_tokens_in_data: Literal["text", "control"] = "text",
     ) -> None:
-        self.tokenizer, self.max_length = tokenizer, max_length
+        self.tokenizer, self.max_length, self.train_on = tokenizer, max_length, train_on
+        self.encoder = Encoder(tokenizer, special_tokens_in_data)
         self.eos: Any = tokenizer.eos_token_id if eos_token is None else tokenizer.convert_tokens_to_ids(eos_token)
         if ends and (self.eos is None or (eos_token and self.eos == tokenizer.unk_token_id)):
             raise UserError(
@@ -61,119 +72,94 @@ class Tokenize:
                 + " Name one token of its vocabulary."
             )
         # BOS as the tokenizer wants it: what it puts before a text by itself
-        bare = self._ids("a")
+        bare = self.encoder.ids("a")
         full = list(tokenizer("a").input_ids)
         start = next((i for i in range(len(full)) if full[i : i + len(bare)] == bare), 0)
-        self.bos = full[:start]
-        self.identity = _identity(tokenizer)
+        self.bos, self._after = full[:start], full[start + len(bare) :]
+        self.identity = _identity(tokenizer, train_on, special_tokens_in_data)
+
+    @cached_property
+    def chat(self) -> ChatTemplate:
+        """The tokenizer's chat template."""
+        return ChatTemplate(self.encoder, self.eos, self.train_on)
+
+    def end(self, format: str) -> int:
+        """The token that ends an answer in a format: generation stops there."""
+        return self.chat.ends[0] if format == "chat" and self.chat.ends else self.eos
 
     def __call__(self, example: Example, format: str) -> Tokens:
         """A prompt and its answers. Raises BadRow: an answer does not fit, or the tokenizer makes no token of it."""
-        if format != "chat":
-            text = formats.write(example, format)
-            return self._answers(text.prompt, text.answers, text.marker, add_bos=True)
-        if example.messages:
-            return self._chat(example.messages)
-        prompt = "\n".join(filter(None, (example.prompt, example.input)))
-        user = [{"role": "user", "content": prompt}]
-        turns = [[*user, {"role": "assistant", "content": answer}] for answer in example.answers]
-        if len(turns) < 2:  # one answer to learn, or none yet
-            return self._chat(turns[0] if turns else user)
-        opened = self._render(user, open=True)
-        answers = [self._after(opened, self._render(turn)) for turn in turns]
-        return self._answers(opened, answers, marker=self._after(self._render(user), opened))
+        return self._chat(example) if format == "chat" else self._plain(*self._written(example, format))
 
     def text(self, example: Example, format: str) -> Tokens:
         """A prompt alone, with the tokenizer's own special tokens."""
-        text = formats.write(example, format).prompt
-        ids = list(self.tokenizer(text, verbose=False).input_ids)
-        cut = max(0, len(ids) - self.max_length)
-        if cut:
-            ids = list(self.tokenizer(text, truncation=True, max_length=self.max_length).input_ids)
-        return Tokens([ids], cut=cut)
+        (text, _, _), notices = self._written(example, format)
+        ids = self.encoder.ids(text)
+        cut = max(0, len(self.bos) + len(ids) + len(self._after) - self.max_length)
+        kept = ids[cut:] if self.tokenizer.truncation_side == "left" else ids[: len(ids) - cut]
+        return Tokens([[*self.bos, *kept, *self._after]], cut=cut, notices=notices)
 
-    def _ids(self, text: str) -> list[int]:
-        return list(self.tokenizer(text, add_special_tokens=False, verbose=False).input_ids) if text else []
+    def _written(self, example: Example, format: str) -> tuple[formats.Text, list[str]]:
+        prompt, more, answers = self.encoder.protect([example.prompt, example.input, example.answers])
+        text = formats.write(replace(example, prompt=prompt, input=more, answers=answers), format)
+        return text, self.encoder.notices("".join((prompt, more, *answers)))
 
     def _continue(self, before: str, before_ids: list[int], text: str) -> list[int]:
         """Tokens of a text after another, which keeps the tokens it has alone: those seen when the model is asked."""
-        both = self._ids(before + text)
+        both = self.encoder.ids(before + text)
         n = len(before_ids)
-        return both[n:] if both[:n] == before_ids else self._ids(text)
+        return both[n:] if both[:n] == before_ids else self.encoder.ids(text)
 
-    def _answers(self, prompt: str, answers: list[str], marker: str, add_bos: bool = False) -> Tokens:
-        prompt_ids = self._ids(prompt)
-        rows = [self._end(self._continue(prompt, prompt_ids, answer))[0] for answer in answers]
+    def _plain(self, text: formats.Text, notices: list[str]) -> Tokens:
+        prompt_ids = self.encoder.ids(text.prompt)
+        rows = [self._end(self._continue(text.prompt, prompt_ids, answer)) for answer in text.answers]
         there = prompt_ids[: len(self.bos)] == self.bos
-        head = self.bos if there or add_bos else []
         prompt_ids = prompt_ids[len(self.bos) :] if there else prompt_ids
         longest = max(map(len, rows), default=0)
-        cut = self._overflow(len(head) + len(prompt_ids) + longest, len(prompt_ids), marker)
-        context = head + prompt_ids[cut:]
+        length = len(self.bos) + len(prompt_ids) + longest
+        cut = self._overflow(length, len(prompt_ids), len(self.encoder.ids(text.marker)))
+        context = self.bos + prompt_ids[cut:]
         no_loss = [NO_LOSS] * len(context)
         labels = [no_loss + ids for ids in rows] or [no_loss]
-        return Tokens([context + ids for ids in rows] or [context], labels, len(context), cut)
+        return Tokens([context + ids for ids in rows] or [context], labels, len(context), cut, notices)
 
-    def _end(self, answer: list[int]) -> tuple[list[int], list[int]]:
-        """An answer with exactly one end, and what came after its end: a chat template may write a line break there."""
+    def _end(self, answer: list[int]) -> list[int]:
         if not answer:
             raise BadRow("the tokenizer makes no token of an answer, so there is nothing to learn")
-        end = answer.index(self.eos) + 1 if self.eos in answer else len(answer)
-        return (answer[:end] if self.eos in answer else [*answer, self.eos]), answer[end:]
+        return answer if answer[-1] == self.eos else [*answer, self.eos]
 
-    def _overflow(self, length: int, cuttable: int, marker: str) -> int:
-        """How many of the cuttable tokens have to go."""
+    def _overflow(self, length: int, cuttable: int, marker: int) -> int:
+        """How many of the cuttable tokens have to go; `marker` of them must stay."""
         cut = max(0, length - self.max_length)
-        if cut > cuttable - len(self._ids(marker)):
+        if cut > cuttable - marker:
             raise BadRow(
                 f"its answer needs {length - cuttable} tokens with the end of the prompt before it, "
                 f"and a sequence has {self.max_length} (data.max_length)"
             )
         return cut
 
-    def _chat(self, messages: list[dict[str, str]]) -> Tokens:
-        ids: list[int] = []
-        labels: list[int] = []
-        text = ""  # written so far
-        rest: list[int] = []  # what the template put after the end of the last answer
-        for i in [i for i, message in enumerate(messages) if message["role"] == "assistant"]:
-            opened, closed = self._render(messages[:i], open=True), self._render(messages[: i + 1])
-            ids, labels = ids + rest, labels + [NO_LOSS] * len(rest)
-            context = self._continue(text, ids, self._after(text, opened))
-            answer, rest = self._end(self._continue(opened, ids + context, self._after(opened, closed)))
-            start = len(ids) + len(context)
-            ids, labels, text = ids + context + answer, labels + [NO_LOSS] * len(context) + answer, closed
-        if messages[-1]["role"] != "assistant":  # to predict for
-            opened = self._render(messages, open=True)
-            ids = ids + rest
-            ids = ids + self._continue(text, ids, self._after(text, opened))
-            labels, start = [NO_LOSS] * len(ids), len(ids)
-        before = messages[:-1] if messages[-1]["role"] == "assistant" else messages
-        marker = self._after(self._render(before), self._render(before, open=True))
-        head = len(self.bos) if ids[: len(self.bos)] == self.bos else 0
-        cut = self._overflow(len(ids), start - head, marker)
-        ids, labels = ids[:head] + ids[head + cut :], labels[:head] + labels[head + cut :]
-        return Tokens([ids], [labels], start - cut, cut)
-
-    def _render(self, messages: list[dict[str, str]], open: bool = False) -> str:
-        if not messages:
-            return ""
-        try:
-            return self.tokenizer.apply_chat_template(  # type: ignore[return-value]
-                messages, tokenize=False, add_generation_prompt=open
-            )
-        except Exception as e:  # a template is a program; many raise for an order of roles that they do not know
-            raise BadRow(f"the chat template refuses these messages: {e}") from e
-
-    def _after(self, before: str, text: str) -> str:
-        if not text.startswith(before):
+    def _chat(self, example: Example) -> Tokens:
+        if example.messages:
+            conversations = [Conversation(example.messages, example.tools, example.variables)]
+        else:
+            user = {"role": "user", "content": "\n".join(filter(None, (example.prompt, example.input)))}
+            turns = [[user, {"role": "assistant", "content": answer}] for answer in example.answers] or [[user]]
+            conversations = [Conversation(messages) for messages in turns]
+        rows = [self.chat(conversation) for conversation in conversations]
+        start, bos = min(row.start for row in rows), len(self.bos)
+        head = bos if rows[0].ids[:bos] == self.bos else 0
+        cut = self._overflow(max(len(row.ids) for row in rows), start - head, rows[0].marker)
+        ids, labels = (
+            [[*x[:head], *x[head + cut :]] for x in xs] for xs in zip(*((row.ids, row.labels) for row in rows))
+        )
+        if cut and any(set(row) == {NO_LOSS} != set(whole.labels) for row, whole in zip(labels, rows)):
             raise BadRow(
-                "the chat template rewrites earlier turns, so its answers cannot be found; give one turn a row"
+                f"the last answer leaves no room for those to learn in {self.max_length} tokens (data.max_length)"
             )
-        return text[len(before) :]
+        return Tokens(ids, labels, start - cut, cut, [notice for row in rows for notice in row.notices])
 
 
-def _identity(tokenizer: PreTrainedTokenizerBase) -> str:
+def _identity(tokenizer: PreTrainedTokenizerBase, *options: str) -> str:
     """Digest of what decides the tokens of a text."""
     backend: Any = getattr(tokenizer, "backend_tokenizer", None)
     state = backend.to_str() if backend is not None else str(sorted(tokenizer.get_vocab().items()))
@@ -182,5 +168,6 @@ def _identity(tokenizer: PreTrainedTokenizerBase) -> str:
         tokenizer.chat_template,
         tokenizer.special_tokens_map,
         tokenizer("a").input_ids,
+        options,
     ]
     return hashlib.sha256((state + str(specials)).encode()).hexdigest()

@@ -97,15 +97,18 @@ def read_checkpoint(path: str | os.PathLike[str]) -> dict[str, Any]:
     return checkpoint
 
 
-def refuse_differences(saved: Mapping[str, Any], now: Mapping[str, Any], path: str | os.PathLike[str]) -> None:
+def refuse_differences(
+    saved: Mapping[str, Any], now: Mapping[str, Any], path: str | os.PathLike[str], other_data: bool = False
+) -> None:
     """Raise a `UserError` that lists every entry in which the run that wrote `path` differs from this one.
 
     Args:
         saved: plain data of the checkpoint.
         now: the same as this run would write it.
         path: where `saved` came from, for the message.
+        other_data: the entries are about the data, on which a new run can begin from the adapter.
     """
-    before, after = dict(_flatten(saved)), dict(_flatten(now))
+    before, after = dict(flatten(saved)), dict(flatten(now))
     lines = [
         f"  {key}: {before.get(key, 'absent')!r} in the checkpoint, {after.get(key, 'absent')!r} in this run"
         for key in sorted(before.keys() | after.keys())
@@ -113,10 +116,15 @@ def refuse_differences(saved: Mapping[str, Any], now: Mapping[str, Any], path: s
     ]
     if lines:
         raise UserError(
-            f"The checkpoint {path} was written by a different run:\n"
+            f"The checkpoint {path} was written by a {'run on other data' if other_data else 'different run'}:\n"
             + "\n".join(lines)
             + "\nGive the settings it was made with (the config.yaml of its run has them); only a new run, "
             "without --ckpt_path, may have others."
+            + (
+                f" It can begin from this adapter, with a new optimiser: --model.adapter_path {path}"
+                if other_data
+                else ""
+            )
         )
 
 
@@ -125,10 +133,10 @@ def _save(checkpoint: dict[str, Any], path: Path) -> None:
         torch.save(checkpoint, file)
 
 
-def _flatten(value: Any, key: str = "") -> Iterator[tuple[str, Any]]:
+def flatten(value: Any, key: str = "") -> Iterator[tuple[str, Any]]:
     if isinstance(value, Mapping):
         for name, inner in value.items():
-            yield from _flatten(inner, f"{key}.{name}" if key else str(name))
+            yield from flatten(inner, f"{key}.{name}" if key else str(name))
     else:
         yield key, list(value) if isinstance(value, tuple) else value
 

@@ -54,6 +54,7 @@ def resume_from(
     root: str | os.PathLike[str],
     dirpath: str | None = None,
     verb: str = "fit",
+    trained: bool = False,
     run_name: str | None = None,
 ) -> str | None:
     """The verified checkpoint file that ``--ckpt_path`` means, or None: a fit starts anew, another verb has the base.
@@ -63,13 +64,14 @@ def resume_from(
         root: the folder of all runs.
         dirpath: where this run keeps its checkpoints, if not in its folder under `root`.
         verb: ``fit``, or one that cannot do without what it was told to read.
+        trained: the adapter has been trained before (``model.adapter_path``).
         run_name: the run that is meant.
 
     Raises:
         UserError: the file is missing, damaged or not ours, several runs could be meant, or the run is still going on.
             Nothing was loaded or written by then.
     """
-    if ckpt_path is None and verb != "fit":
+    if ckpt_path is None and verb != "fit" and not trained:
         rank_zero_warn(f"{verb} without --ckpt_path (a file, last or best): the adapter is untrained.")
     if ckpt_path is None or "://" in str(ckpt_path):
         return ckpt_path
@@ -90,6 +92,11 @@ def resume_from(
             rank_zero_info(f"--ckpt_path {ckpt_path}: there is none in {where} yet, training starts anew.")
             return None
         ckpt_path = str(path)
+    if any((Path(ckpt_path) / name).is_file() for name in ("talklora.json", "adapter_config.json")):
+        raise UserError(
+            f"--ckpt_path: {ckpt_path} is an adapter, and only a checkpoint can be resumed. To begin a new run from it "
+            f"(with a new optimiser and counters): --model.adapter_path {ckpt_path}."
+        )
     if Path(ckpt_path).is_dir():
         inside = last_checkpoint(ckpt_path)
         raise UserError(f"--ckpt_path: {ckpt_path} is a folder." + (f" Do you mean {inside}?" if inside else ""))
@@ -103,6 +110,13 @@ def allocation_of(ckpt_path: str | None) -> dict[str, int] | None:
         return None
     found: dict[str, int] = read_checkpoint(ckpt_path)[KEY]["experts_per_layer"]
     return found
+
+
+def classes_of(ckpt_path: str | None) -> dict[str, Any]:
+    """What the data module left in the checkpoint that a run begins from; empty: nothing."""
+    if ckpt_path is None or "://" in str(ckpt_path):
+        return {}
+    return dict(read_checkpoint(ckpt_path).get("TextData", {}))
 
 
 def place_of(

@@ -9,6 +9,7 @@ import torch
 from torch import nn
 from torch.distributed.tensor import DTensor
 
+from talklora_pl.base.loading import grown, head_parameters, say_growth, vocabulary
 from talklora_pl.base.weights import SafetensorsWeights
 from talklora_pl.errors import UserError
 from talklora_pl.internals.torch import own_part
@@ -35,24 +36,56 @@ def fill_from_files(model: Any, shard_device: torch.device, device: torch.device
     meta |= {name: b for name, b in model.named_buffers(remove_duplicate=False) if b.is_meta}
     if not meta:
         return
+    files = _files(model, revision)
+    of_tokens = vocabulary(model)
+    content: dict[int, Any] = {}  # by identity of the meta tensor, so that tied parameters stay one
+    for name, tensor in meta.items():
+        key = _stored_name(model, name, files)
+        if key is not None and id(tensor) not in content:
+            stored = files.tensor(key)
+            if tensor.requires_grad and id(tensor) in of_tokens and len(stored) < len(tensor):
+                if tensor is model.get_input_embeddings().weight:
+                    say_growth(len(stored), len(tensor))
+                stored = grown(stored, len(tensor))
+            if tensor.requires_grad and stored.shape != tensor.shape:
+                continue  # a new head in the place of another
+            content[id(tensor)] = _local_content(tensor, stored, name, shard_device, device)
+    read = {name: content[id(t)] for name, t in meta.items() if id(t) in content}
+    model.load_state_dict(read, strict=False, assign=True)
+    mark_initialised(model)
+    _initialise_rest(model, device)
+
+
+def compare_with_files(model: Any, revision: str | None = None) -> dict[str, list[Any]]:
+    """What the weight files hold of a head and of what is directly before it, reported as ``from_pretrained`` does.
+
+    Raises:
+        UserError: there are no such files.
+    """
+    files, parameters = _files(model, revision), dict(model.named_parameters(remove_duplicate=False))
+    stored = {n: _stored_name(model, n, files) for n in head_parameters(model)}
+    shapes = {n: (files.shape(key), tuple(parameters[n].shape)) for n, key in stored.items() if key is not None}
+    return {
+        "missing_keys": [n for n, key in stored.items() if key is None],
+        "mismatched_keys": [(n, had, need) for n, (had, need) in shapes.items() if had != need],
+        "unexpected_keys": [],
+    }
+
+
+def _files(model: Any, revision: str | None) -> SafetensorsWeights:
     try:
-        files = SafetensorsWeights.of(model.config.name_or_path, revision)
+        return SafetensorsWeights.of(model.config.name_or_path, revision)
     except UserError as e:
         raise UserError(
             f"strategy fsdp reads the base slice by slice: {e} Or pass --trainer.strategy.meta_init false, if every "
             "process can hold the whole base."
         ) from e
-    names = files.names()
-    prefix = f"{getattr(model, 'base_model_prefix', '')}."
-    content: dict[int, Any] = {}  # by identity of the meta tensor, so that tied parameters stay one
-    for name, tensor in meta.items():
-        key = next((key for key in (name, name.removeprefix(prefix), prefix + name) if key in names), None)
-        if key is not None and id(tensor) not in content:
-            content[id(tensor)] = _local_content(tensor, files.tensor(key), name, shard_device, device)
-    read = {name: content[id(t)] for name, t in meta.items() if id(t) in content}
-    model.load_state_dict(read, strict=False, assign=True)
-    mark_initialised(model)
-    _initialise_rest(model, device)
+
+
+def _stored_name(model: Any, name: str, files: SafetensorsWeights) -> str | None:
+    """A checkpoint may name a tensor as the model without its head does, or as one with another head."""
+    names, prefix = files.names(), f"{getattr(model, 'base_model_prefix', '')}."
+    return next((key for key in (name, name.removeprefix(prefix), prefix + name) if key in names), None)
 
 
 def _local_content(

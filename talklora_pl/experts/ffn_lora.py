@@ -7,14 +7,14 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from talklora_pl.experts import Experts, ExpertsModule
+from talklora_pl.experts import Experts, ExpertsModule, FFNExperts
 from talklora_pl.experts.lora import PrivateExperts
 from talklora_pl.registry import register
 from talklora_pl.sites.ffn import FFN
 from talklora_pl.spec import Bank, LayerSpec
 
 
-class FFNExperts(ExpertsModule):
+class PrivateFFN(FFNExperts):
     """Pairs (A_i, B_i) of every expert on the gate, the up and the down projection; A Kaiming, B zero.
 
     Attributes:
@@ -46,4 +46,4 @@ class FFNLoRA(Experts):
     site = FFN
 
     def build(self, layer: LayerSpec, bank: Bank) -> ExpertsModule:
-        return FFNExperts(layer)
+        return PrivateFFN(layer)

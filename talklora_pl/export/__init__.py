@@ -24,9 +24,9 @@ from typing import Any
 from torch import Tensor, nn
 from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
-from talklora_pl.adapter.files import CONFIG, write_files, write_json
+from talklora_pl.adapter.files import CONFIG, write_json
 from talklora_pl.adapter.io import adapter_metadata, adapter_tensors
-from talklora_pl.adapter.metadata import AdapterMetadata
+from talklora_pl.adapter.metadata import AdapterMetadata, write_files
 from talklora_pl.base.heads import HEADS
 from talklora_pl.durable import beside, folder_beside
 from talklora_pl.errors import UserError

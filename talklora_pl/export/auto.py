@@ -6,7 +6,6 @@ import os
 from pathlib import Path
 from typing import Any
 
-import transformers
 from transformers import AutoConfig, PretrainedConfig, PreTrainedModel
 
 from talklora_pl.adapter.files import open_tensors, read_json, shapes_of, short
@@ -14,13 +13,14 @@ from talklora_pl.adapter.hub import is_repository_name, local_folder
 from talklora_pl.adapter.io import load_adapter
 from talklora_pl.adapter.metadata import read_metadata
 from talklora_pl.base import resolve
+from talklora_pl.base.description import pool_before, text_config
 from talklora_pl.base.heads import HEADS
 from talklora_pl.errors import UserError
 from talklora_pl.internals.transformers import take_attention
 
 BASE, REVISION = "base_model_name_or_path", "base_model_revision"
 """Where ``config.json`` names the base."""
-LABELS = ("id2label", "label2id", "problem_type", "pad_token_id")
+LABELS = ("id2label", "label2id", "problem_type")
 HUB = ("cache_dir", "force_download", "local_files_only", "proxies", "token")
 OURS = ("_from_auto", "_commit_hash", "adapter_kwargs", "trust_remote_code", "code_revision", "subfolder")
 
@@ -64,9 +64,11 @@ def from_pretrained(
         path, base_revision = _where(here, settings, base, base_revision)
         hub["revision"] = base_revision
         base_config = _base_config(here, path, config, hub)
-        if any(head.classifies for head in HEADS.values() if head.auto_class == auto_class):
+        head = next(head for head in HEADS.values() if head.auto_class == auto_class)
+        if head.classifies:
             _take_labels(here, base_config)
-        loaded = _load(getattr(transformers, auto_class), path, config=base_config, **hub, **options)
+            options.setdefault("ignore_mismatched_sizes", True)  # the head is the adapter's
+        loaded = _load(head.auto(base_config), path, config=base_config, **hub, **options)
         model, info = loaded if options.get("output_loading_info") else (loaded, None)
     plugins = [plugins] if isinstance(plugins, str) else plugins
     load_adapter(model, here, check_base=check_base, plugins=plugins)
@@ -99,6 +101,8 @@ def _take_labels(here: Path, config: PretrainedConfig) -> None:
     for key in LABELS:
         if (value := getattr(written, key, None)) is not None:
             setattr(config, key, value)
+    if (pad_id := text_config(written).pad_token_id) is not None:
+        pool_before(config, pad_id)
 
 
 def _base_config(here: Path, path: str, config: Any, hub: dict[str, Any]) -> PretrainedConfig:

@@ -6,7 +6,7 @@ P rank, D input width, O output width.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -15,6 +15,7 @@ from transformers.pytorch_utils import Conv1D
 from talklora_pl.adapter.host import adapter_set, get_adapter, remove_adapter
 from talklora_pl.errors import UserError
 from talklora_pl.sites import LowRank
+from talklora_pl.sites.base_experts import is_mixture
 from talklora_pl.sites.linear import LINEAR
 
 if TYPE_CHECKING:
@@ -73,9 +74,9 @@ def merge_adapter(model: nn.Module, name: str = "default") -> None:
     layers = dict(adapter.layers.named_modules())
     merged: list[tuple[nn.Parameter, Tensor]] = []
     for path, change in low_rank(adapter, layers).items():
-        weight = _mergeable(model, path)
-        delta_OD = change.B_PO.t().double() @ change.A_PD.double()
-        new = weight.double() + (delta_OD.t() if isinstance(model.get_submodule(path), Conv1D) else delta_OD)
+        weight, transposed = _mergeable(model, path)
+        delta_OD = change.B_PO.mT.double() @ change.A_PD.double()
+        new = weight.double() + (delta_OD.mT if transposed else delta_OD)
         merged.append((weight, new.to(weight.dtype)))
     for weight, new in merged:
         weight.copy_(new)
@@ -85,11 +86,19 @@ def merge_adapter(model: nn.Module, name: str = "default") -> None:
     remove_adapter(model, name)
 
 
-def _mergeable(model: nn.Module, path: str) -> nn.Parameter:
-    weight = model.get_submodule(path).weight
+def _mergeable(model: nn.Module, path: str) -> tuple[nn.Parameter, bool]:
+    """The weight of a Linear or of fused experts, and whether it is stored as (in, out)."""
+    owner, _, last = path.rpartition(".")
+    module: Any = model.get_submodule(owner)
+    if is_mixture(module):
+        transposed = module.is_transposed
+    else:
+        module, last = getattr(module, last), "weight"
+        transposed = isinstance(module, Conv1D)
+    weight = getattr(module, last)
     if type(weight) is not nn.Parameter or not weight.is_floating_point():
         raise UserError(f"The adapter cannot be merged: the weight of {path!r} is quantised. {ALTERNATIVES}")
-    owners = [n for n, m in model.named_modules() if getattr(m, "weight", None) is weight]
+    owners = [n for n, m in model.named_modules() if getattr(m, last, None) is weight]
     if len(owners) > 1:
         raise UserError(f"The adapter cannot be merged: {' and '.join(owners)} share one weight. {ALTERNATIVES}")
-    return weight
+    return weight, transposed

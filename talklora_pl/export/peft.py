@@ -6,7 +6,6 @@ from collections import Counter
 from pathlib import Path
 
 import torch
-import transformers
 from safetensors.torch import save_file
 from torch import Tensor
 from transformers import PretrainedConfig
@@ -30,13 +29,15 @@ def write_peft(folder: Path, tensors: dict[str, Tensor], metadata: AdapterMetada
         return False
     head = HEADS[metadata.base.task or "causal_lm"]
     with torch.device("meta"):
-        model = getattr(transformers, head.auto_class).from_config(config)
+        model = head.auto(config).from_config(config)
     adapter, built = build(model, metadata.exact_config(options), experts, device="cpu")
     adapter.load_state_dict({k: tensors[k] for k in adapter.state_dict()}, assign=True)
     saved = {k.removeprefix("base."): v for k, v in tensors.items() if k.startswith("base.")}
     if any(model.get_parameter(n).shape != v.shape for n, v in saved.items()):
         return False  # PEFT has no place for new tokens without its own embedding code
     changes = low_rank(adapter, {n: layer for n, (_, layer) in built.items()})
+    if any(c.A_PD.dim() == 3 for c in changes.values()):
+        return False  # on fused experts PEFT's folder is tied to its own way of wrapping parameters
     rank = Counter(len(c.A_PD) for c in changes.values()).most_common(1)[0][0]
     others = {n: len(c.A_PD) for n, c in changes.items() if len(c.A_PD) != rank}
     folder.mkdir()

@@ -15,7 +15,8 @@ from torch import Tensor
 from transformers import AutoTokenizer
 
 from talklora_pl.adapter.metadata import AdapterMetadata
-from talklora_pl.base import BaseModel, load_config, load_tokenizer, pad_id
+from talklora_pl.base import BaseModel, load_config, load_tokenizer
+from talklora_pl.base.description import describe, pool_before
 from talklora_pl.base.heads import HEADS
 from talklora_pl.distributed.checkpoint import read_checkpoint
 from talklora_pl.errors import UserError
@@ -34,13 +35,12 @@ def facts_of(trainer: L.Trainer) -> Facts:
     numbers = {k: v for k, v in numbers.items() if math.isfinite(v)}
     data: Any = getattr(trainer, "datamodule", None)
     sources = getattr(data, "sources", {})
-    labels = getattr(data, "labels", None)
     return Facts(
         data=[f"{split}: {_data_name(s)}" for split in ("train", "val") for s in sources.get(split, [])],
         metrics={k: v for k, v in sorted(numbers.items()) if not k.startswith(("load/", "val_load/", "alerts/"))},
         routing={k: v for k, v in sorted(numbers.items()) if k.startswith("load/") and k.count("/") == 1},
         steps=trainer.global_step,
-        labels=list(labels) if isinstance(labels, (list, tuple)) else [],
+        labels=list(getattr(data, "class_names", [])),
     )
 
 
@@ -60,8 +60,7 @@ def export_tensors(
     except UserError:
         tokenizer = None  # a base without one has been trained, so it can be exported
     if base.head.classifies:
-        if config.pad_token_id is None and tokenizer is not None:
-            config.pad_token_id = pad_id(tokenizer)
+        pool_before(config, describe(config, tokenizer).pad_id)
         if len(facts.labels) == config.num_labels:
             config.id2label = dict(enumerate(facts.labels))
             config.label2id = {name: i for i, name in enumerate(facts.labels)}
@@ -103,7 +102,8 @@ def export_checkpoint(
     )
     if (kind := load_config(model).model_type) != info.model_type:
         raise UserError(f"The adapter of {path} belongs to a {info.model_type} model, and {model.path} is a {kind}.")
-    facts = Facts(**data[RUN]) if RUN in data else Facts(steps=data["global_step"])
+    labels = data.get("TextData", {}).get("class_names", [])
+    facts = Facts(**data[RUN]) if RUN in data else Facts(steps=data["global_step"], labels=labels)
     return export_tensors(folder, tensors_of(data), metadata, model, replace(facts, license=license or facts.license))
 
 

@@ -6,19 +6,19 @@ A site finds modules of its kind, measures them, and makes the layer that runs i
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Container
 from typing import TYPE_CHECKING, ClassVar, NamedTuple
 
 from torch import Tensor, nn
 
-from talklora_pl.spec import Bank, LayerSpec
+from talklora_pl.spec import Bank, LayerOptions, LayerSpec
 
 if TYPE_CHECKING:
-    from talklora_pl.adapter.config import AdapterConfig
     from talklora_pl.sites.mixture import BlockMixture, Mixture
 
 
 class LowRank(NamedTuple):
-    """A fixed change of one Linear: y += x Aᵀ B."""
+    """A fixed change of one Linear, y += x Aᵀ B; of the base's fused experts one for each of them, stacked."""
 
     A_PD: Tensor
     B_PO: Tensor
@@ -37,11 +37,19 @@ class Site(ABC):
 
     @abstractmethod
     def find(
-        self, model: nn.Module, targets: list[str] | str, exclude: list[str] | str, layers: list[int] | str | None
+        self,
+        model: nn.Module,
+        targets: list[str] | str,
+        exclude: list[str] | str,
+        layers: list[int] | str | None,
+        keep: Container[str] = (),
     ) -> dict[str, nn.Module]:
         """The modules to adapt, by full name, in model order.
 
         Options as in :func:`~talklora_pl.sites.targets.find_targets`.
+
+        Args:
+            keep: modules to adapt even if the model does not run through them on a text, as earlier versions did.
 
         Raises:
             UserError: the targets match nothing, or something else than modules of this kind.
@@ -53,7 +61,7 @@ class Site(ABC):
 
     @abstractmethod
     def build(
-        self, spec: LayerSpec, config: AdapterConfig, bank: Bank, module: nn.Module, block: BlockMixture | None
+        self, spec: LayerSpec, config: LayerOptions, bank: Bank, module: nn.Module, block: BlockMixture | None
     ) -> Mixture:
         """The adapter layer of ``module``.
 
@@ -66,4 +74,7 @@ class Site(ABC):
 
     @abstractmethod
     def low_rank(self, name: str, layer: nn.Module, num_experts: int) -> dict[str, LowRank]:
-        """What a layer of this site adds to the Linears at or in the module ``name``, if its weights are 1/E each."""
+        """What a layer of this site adds to the Linears at or in the module ``name``, if its weights are 1/E each.
+
+        The keys are names of Linears, or of parameters where the change is that of fused experts.
+        """

@@ -5,7 +5,8 @@ T tokens, t tokens of one expert, D input and output width, H hidden width, E ex
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, cast
+from collections.abc import Container
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -13,14 +14,11 @@ from torch import Tensor, nn
 
 from talklora_pl.errors import UserError
 from talklora_pl.sites import LowRank, Site
+from talklora_pl.sites.experts import FFNExperts
 from talklora_pl.sites.gated import GatedFFN, find_gated, gated_ffn
 from talklora_pl.sites.linear import fixed_change
 from talklora_pl.sites.mixture import BlockMixture, Mixture
-from talklora_pl.spec import Bank, LayerSpec
-
-if TYPE_CHECKING:
-    from talklora_pl.adapter.config import AdapterConfig
-    from talklora_pl.experts.ffn_lora import FFNExperts
+from talklora_pl.spec import Bank, LayerOptions, LayerSpec
 
 
 class AdaptedFFN(Mixture):
@@ -30,7 +28,7 @@ class AdaptedFFN(Mixture):
     y = W2 sum_i w_i z_i + s sum_i B2_i (w_i A2_i z_i): W1, W2 and W3 are used once, however many experts are selected.
     """
 
-    def __init__(self, layer: LayerSpec, config: AdapterConfig, bank: Bank, parts: GatedFFN) -> None:
+    def __init__(self, layer: LayerSpec, config: LayerOptions, bank: Bank, parts: GatedFFN) -> None:
         super().__init__(layer, config)
         if config.dropout_output > 0:
             raise UserError(
@@ -39,7 +37,7 @@ class AdaptedFFN(Mixture):
         self.parts = parts
         self.scale = config.scale()
         self.dropout_input = config.dropout_input
-        self.experts: FFNExperts = cast("FFNExperts", config.experts.build(layer, bank))
+        self.experts: FFNExperts = config.experts.build(layer, bank)
         self.build_decision(layer, config, self.experts.features)
 
     def forward(self, frozen: Any, x: Tensor) -> Tensor:
@@ -96,16 +94,21 @@ class FFNSite(Site):
     nonlinear = "whole feed-forward blocks"
 
     def find(
-        self, model: nn.Module, targets: list[str] | str, exclude: list[str] | str, layers: list[int] | str | None
+        self,
+        model: nn.Module,
+        targets: list[str] | str,
+        exclude: list[str] | str,
+        layers: list[int] | str | None,
+        keep: Container[str] = (),
     ) -> dict[str, nn.Module]:
-        return find_gated(model, targets, exclude, layers)
+        return find_gated(model, targets, exclude, layers, keep)
 
     def widths(self, module: nn.Module) -> tuple[int, ...]:
         outer, hidden = gated_ffn(module).width(module)
         return outer, hidden, outer
 
     def build(
-        self, spec: LayerSpec, config: AdapterConfig, bank: Bank, module: nn.Module, block: BlockMixture | None
+        self, spec: LayerSpec, config: LayerOptions, bank: Bank, module: nn.Module, block: BlockMixture | None
     ) -> Mixture:
         return AdaptedFFN(spec, config, bank, gated_ffn(module))
 

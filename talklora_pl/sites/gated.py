@@ -5,7 +5,7 @@ T tokens, D input and output width, H hidden width.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Container
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,7 +14,9 @@ from torch import Tensor, nn
 
 from talklora_pl.errors import UserError
 from talklora_pl.names import in_base, leaf
-from talklora_pl.sites.targets import is_linear, select, stacked_parameters, widths
+from talklora_pl.sites.base_experts import base_mixtures
+from talklora_pl.sites.left_out import only_reached
+from talklora_pl.sites.targets import is_linear, select, widths
 
 # names of (gate, up, down); no name for up: gate and up are the two halves of one Linear
 LAYOUTS = (("gate_proj", "up_proj", "down_proj"), ("w1", "w3", "w2"), ("gate_up_proj", None, "down_proj"))
@@ -72,7 +74,11 @@ def _computes_as_named(block: Any, parts: GatedFFN) -> bool:
 
 
 def find_gated(
-    model: nn.Module, targets: list[str] | str, exclude: list[str] | str, layers: list[int] | str | None
+    model: nn.Module,
+    targets: list[str] | str,
+    exclude: list[str] | str,
+    layers: list[int] | str | None,
+    keep: Container[str] = (),
 ) -> dict[str, nn.Module]:
     """The gated feed-forward blocks that the options of :func:`~talklora_pl.sites.targets.find_targets` choose.
 
@@ -80,7 +86,7 @@ def find_gated(
         UserError: the targets match nothing, or something else.
     """
     modules = {n: m for n, m in model.named_modules() if n and in_base(n)}
-    found = select(modules, targets, exclude, layers)
+    found = only_reached(model, select(modules, targets, exclude, layers), targets, keep)
     for name, module in found.items():
         try:
             parts = gated_ffn(module)
@@ -107,10 +113,11 @@ def _is_gated(block: nn.Module) -> bool:
 
 def _why_not(block: nn.Module) -> str:
     cls = type(block).__name__
-    if fused := stacked_parameters(block):
+    if mixtures := base_mixtures(block):
         return (
-            f"it is a {cls}, the mixture of experts of the base itself, whose weights ({fused[0]}) are fused "
-            "three-dimensional tensors; adapt the attention of such a model, or choose a dense one"
+            f"it is a {cls}, the mixture of experts of the base itself, whose weights are fused tensors "
+            f"({', '.join(n for n in mixtures if n) or cls}); adapt the attention of such a model, give its experts "
+            "plain LoRA (plain: {targets: [experts], rank: 8}), or choose a dense one"
         )
     if is_linear(block):
         return f"it is a {cls}; name the block around it, often called mlp"

@@ -5,21 +5,21 @@ T tokens, D input width, O output width, E experts, R rank per expert, F feature
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, cast
+from collections.abc import Container
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from talklora_pl.sites import LowRank, Site
+from talklora_pl.sites.base_experts import AdaptedExperts, is_mixture, part_widths, parts
+from talklora_pl.sites.experts import LinearExperts
 from talklora_pl.sites.fused import add_up, frozen_and_down
+from talklora_pl.sites.left_out import only_reached
 from talklora_pl.sites.mixture import BlockMixture, Mixture, own_features
 from talklora_pl.sites.targets import find_targets, widths
-from talklora_pl.spec import Bank, LayerSpec, unregistered
-
-if TYPE_CHECKING:
-    from talklora_pl.adapter.config import AdapterConfig
-    from talklora_pl.experts import LinearExperts
+from talklora_pl.spec import Bank, LayerOptions, LayerSpec, unregistered
 
 
 class AdaptedLinear(Mixture):
@@ -31,12 +31,12 @@ class AdaptedLinear(Mixture):
         block: decides instead of this layer, where one decision is made for a whole block.
     """
 
-    def __init__(self, layer: LayerSpec, config: AdapterConfig, bank: Bank, block: BlockMixture | None = None) -> None:
+    def __init__(self, layer: LayerSpec, config: LayerOptions, bank: Bank, block: BlockMixture | None = None) -> None:
         super().__init__(layer, config)
         self.scale = config.scale()
         self.dropout_input = config.dropout_input
         self.dropout_output = config.dropout_output
-        self.experts: LinearExperts = cast("LinearExperts", config.experts.build(layer, bank))
+        self.experts: LinearExperts = config.experts.build(layer, bank)
         self._block = () if block is None else unregistered(block)
         if block is None:
             self.build_decision(layer, config, self.experts.features)
@@ -70,24 +70,35 @@ class AdaptedLinear(Mixture):
 
 
 class LinearSite(Site):
-    """Single Linears (Conv1D included)."""
+    """Single Linears (Conv1D included); the fused experts of a base's own mixture, where the targets name them."""
 
     in_blocks = True
 
     def find(
-        self, model: nn.Module, targets: list[str] | str, exclude: list[str] | str, layers: list[int] | str | None
+        self,
+        model: nn.Module,
+        targets: list[str] | str,
+        exclude: list[str] | str,
+        layers: list[int] | str | None,
+        keep: Container[str] = (),
     ) -> dict[str, nn.Module]:
-        return find_targets(model, targets, exclude, layers)
+        return only_reached(model, find_targets(model, targets, exclude, layers), targets, keep)
 
     def widths(self, module: nn.Module) -> tuple[int, ...]:
+        if is_mixture(module):
+            return part_widths(module, parts(module)[0])[0], part_widths(module, parts(module)[1])[1]
         return widths(module)
 
     def build(
-        self, spec: LayerSpec, config: AdapterConfig, bank: Bank, module: nn.Module, block: BlockMixture | None
+        self, spec: LayerSpec, config: LayerOptions, bank: Bank, module: nn.Module, block: BlockMixture | None
     ) -> Mixture:
+        if is_mixture(module):
+            return AdaptedExperts(spec, config, bank, module)
         return AdaptedLinear(spec, config, bank, block)
 
     def low_rank(self, name: str, layer: nn.Module, num_experts: int) -> dict[str, LowRank]:
+        if isinstance(layer, AdaptedExperts):
+            return layer.low_rank(name)
         assert isinstance(layer, AdaptedLinear)
         return {name: fixed_change(layer.experts, num_experts, layer.scale)}
 

@@ -13,12 +13,11 @@ from torch import Tensor, nn
 
 from talklora_pl.errors import UserError
 from talklora_pl.routing import Routing, RoutingCollector
-from talklora_pl.spec import LayerSpec, unregistered
+from talklora_pl.sites.experts import LinearExperts
+from talklora_pl.spec import LayerOptions, LayerSpec, unregistered
 
 if TYPE_CHECKING:
-    from talklora_pl.adapter.config import AdapterConfig
     from talklora_pl.communication import CommunicationModule
-    from talklora_pl.experts import LinearExperts
     from talklora_pl.routers import RouterModule
 
 
@@ -33,14 +32,14 @@ class Mixture(nn.Module):
     router: RouterModule
     experts: Any  # of the kind that the site's layer knows; a block has none of its own
 
-    def __init__(self, layer: LayerSpec, config: AdapterConfig) -> None:
+    def __init__(self, layer: LayerSpec, config: LayerOptions) -> None:
         super().__init__()
         self.name = layer.name
         self.dropout_routing = config.dropout_routing
         self.experts_see_talk = config.experts_see_talk
         self.collectors: list[RoutingCollector] = []
 
-    def build_decision(self, layer: LayerSpec, config: AdapterConfig, features: int) -> None:
+    def build_decision(self, layer: LayerSpec, config: LayerOptions, features: int) -> None:
         """Make the parts. Experts come before: methods that differ only in later parts then start from the same A."""
         self.communication = config.communication.build(layer, features)
         self.router = config.router.build(layer, self.communication.features)
@@ -78,7 +77,7 @@ class BlockMixture(Mixture):
     decision uses features, they are those of the experts of the first adapted Linear that takes the block's input.
     """
 
-    def __init__(self, layer: LayerSpec, config: AdapterConfig) -> None:
+    def __init__(self, layer: LayerSpec, config: LayerOptions) -> None:
         super().__init__(layer, config)
         self.width = layer.in_features
         self.uses_features = layer.uses_features
@@ -86,7 +85,7 @@ class BlockMixture(Mixture):
         self._experts: tuple[LinearExperts, ...] = ()
         self._routing: Routing | None = None
 
-    def use_features_of(self, experts: LinearExperts, layer: LayerSpec, config: AdapterConfig) -> None:
+    def use_features_of(self, experts: LinearExperts, layer: LayerSpec, config: LayerOptions) -> None:
         """Decide by the features of ``experts``, which belong to their own layer."""
         self._experts = unregistered(experts)
         self.build_decision(layer, config, experts.features)

@@ -11,8 +11,9 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from talklora_pl.errors import UserError
-from talklora_pl.names import base_parameters, in_base, layer_index, leaf
+from talklora_pl.names import in_base, layer_index, leaf
 from talklora_pl.registry import did_you_mean
+from talklora_pl.sites.base_experts import base_mixtures, why_not
 
 
 def widths(module: nn.Module) -> tuple[int, int]:
@@ -43,7 +44,8 @@ def parse_layers(layers: list[int] | str | None) -> list[range] | None:
     return out
 
 
-def _matches(name: str, pattern: list[str] | str) -> bool:
+def matches(name: str, pattern: list[str] | str) -> bool:
+    """Whether a module's name is among leaf or whole names, or matches a regular expression."""
     if isinstance(pattern, str):
         return re.fullmatch(pattern, name) is not None
     return any(name == p or name.endswith("." + p) for p in pattern)
@@ -74,17 +76,12 @@ def select(
     found: dict[str, nn.Module] = {}
     for name, module in modules.items():
         index = layer_index(name)
-        if not _matches(name, targets) or _matches(name, exclude):
+        if not matches(name, targets) or matches(name, exclude):
             continue
         if ranges is not None and (index is None or not any(index in r for r in ranges)):
             continue
         found[name] = module
     return found
-
-
-def stacked_parameters(module: nn.Module) -> list[str]:
-    """Names of parameters that stack the experts of a base model's own mixture."""
-    return [name for name, p in base_parameters(module).items() if p.dim() == 3]
 
 
 def find_targets(
@@ -93,7 +90,7 @@ def find_targets(
     exclude: list[str] | str = "",
     layers: list[int] | str | None = None,
 ) -> dict[str, nn.Module]:
-    """The Linears to adapt, by full name, in model order.
+    """The Linears to adapt, and the fused experts of the base that are named, by full name, in model order.
 
     Args:
         targets: leaf names, a regular expression over whole names, or ``all-linear`` (of the numbered layers).
@@ -104,25 +101,35 @@ def find_targets(
         UserError: a name or the whole selection matches nothing; lists near misses.
     """
     linears = {n: m for n, m in model.named_modules() if is_linear(m) and in_base(n)}
+    mixtures = base_mixtures(model)
     if targets == "all-linear":
         heads = output_heads(model)
         body = {n: m for n, m in linears.items() if layer_index(n) is not None and id(m) not in heads}
         found = select(body, ".*", exclude, layers)
     else:
-        found = select(linears, targets, exclude, layers)
+        both = {n: m for n, m in model.named_modules() if n in linears or n in mixtures}
+        found = select(both, targets, exclude, layers)
+        # an expression for whatever is below a mixture is about the Linears there
+        found = {n: m for n, m in found.items() if n in linears or not matches(f"{n}.", targets)}
+    for name in found.keys() & mixtures.keys():
+        if reason := why_not(mixtures[name]):
+            raise UserError(f"targets: {name!r} holds the experts of this base's own mixture, but {reason}.")
     leaves = Counter(map(leaf, linears))
-    overview = f"Linear layers (count): {', '.join(f'{name} ({count})' for name, count in leaves.items())}."
-    if stacked := stacked_parameters(model):
+    overview = (
+        f"Linear layers (count): {', '.join(f'{name} ({count})' for name, count in leaves.items())}. targets: "
+        "all-linear takes all Linears in the layers of any model."
+    )
+    if mixtures:
         overview += (
-            f" The experts of this base model's own mixture are fused three-dimensional tensors ({stacked[0]!r}); they "
-            "cannot be adapted, its other Linears can."
+            f" The experts of this base's own mixture are fused tensors ({next(iter(mixtures))!r}), which take plain "
+            f"LoRA by their name: plain: {{targets: [{leaf(next(iter(mixtures)))}], rank: 8}}."
         )
     kind = type(model).__name__
     if not isinstance(targets, str):
         for target in targets:
-            if any(_matches(n, [target]) for n in linears):
+            if any(matches(n, [target]) for n in [*linears, *mixtures]):
                 continue
-            other = next((m for n, m in model.named_modules() if n and _matches(n, [target])), None)
+            other = next((m for n, m in model.named_modules() if n and matches(n, [target])), None)
             if other is None:
                 why = f"No layer of this {kind} is called {target!r}."
             else:

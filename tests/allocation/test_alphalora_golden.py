@@ -6,12 +6,14 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from talklora_pl.allocation import LayerTargets, top_k_of
+from talklora_pl.allocation import LayerTargets
 from talklora_pl.allocation.alpha import Alpha, apportion
 from talklora_pl.allocation.rules import Published
 from talklora_pl.allocation.spectra import eigenvalues, exponents_of, hill, median, peak
 from talklora_pl.base.weights import SafetensorsWeights
 from talklora_pl.errors import UserError
+from talklora_pl.routers.top_k import TopK
+from talklora_pl.spec import LayerSpec
 from tests.golden import cases
 
 
@@ -63,6 +65,12 @@ def test_layer_mean(golden, tmp_path, matrices):
     ]
     expected = [case["alpha"] for case in golden["layer_mean"]]
     assert Alpha().layer_alphas(layers, weights) == pytest.approx(expected, abs=1e-4)
+
+
+def top_k_of(num_experts: int) -> int:
+    """K that the router with the published K = 2 uses in a layer of so many experts: ``2 if n > 1 else 1``."""
+    layer = LayerSpec("layers.0.q", "q-2x2", 0, 2, 2, num_experts, num_experts, rank=1)
+    return TopK(k=2).build(layer, 1).k
 
 
 def test_allocations(golden):

@@ -357,7 +357,7 @@ def test_a_mistake_before_the_base_is_not_blamed_on_it(folder: Path, capsys: Any
         ),
         (
             ["--model.adapter.router=noisy_top_k", "--model.adapter.router.k={8: 3, 2: 1}"],
-            "router 'noisy_top_k': k has no entry for the 4 experts of 'model.layers.0.self_attn.q_proj',",
+            "k has no entry for the 4 experts of 'model.layers.0.self_attn.q_proj', only for 2, 8.",
         ),
         (["--model.optimizer", "AdamW", "--model.optimizer.lr", "-1"], "model.optimizer: Invalid learning rate: -1"),
         (["--model.lr_scheduler=OneCycleLR", "--model.lr_scheduler.max_lr=1"], "model.lr_scheduler: You must define"),

@@ -1,7 +1,7 @@
 """A run of version 0.1, half-way through: its config, checkpoint and adapter folder are still good.
 
-``v0.1`` was written by that version: three of six steps, with a head that is trained along (``also_train`` then), and the
-losses of the six steps in one go.
+``v0.1`` was written by that version: three of six steps, with a head that is trained along (``also_train`` then), and
+the losses of the six steps in one go.
 """
 
 from __future__ import annotations

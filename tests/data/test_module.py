@@ -15,7 +15,7 @@ from talklora_pl.base import BaseModel
 from talklora_pl.data import Source, TextData
 from talklora_pl.data.tokens import NO_LOSS
 from talklora_pl.errors import UserError
-from tests.data.tiny import tokenizer
+from tests.data.tiny import save_model, tokenizer
 
 Jsonl = Callable[..., str]
 QA = [{"prompt": f"{i}+{i}=", "completion": f"{2 * i}"} for i in range(20)]
@@ -51,6 +51,63 @@ def test_the_last_token_of_every_row_is_a_learned_eos_and_pads_are_never_learned
         assert batch["labels"].gather(1, ends[:, None]).eq(257).all()
         assert batch["labels"][batch["attention_mask"] == 0].eq(NO_LOSS).all()
         assert batch["input_ids"][:, 0].eq(256).all()
+
+
+CHATS = [
+    {
+        "messages": [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a</s>", "name": "Ann"}],
+        "tools": [{"function": {"name": "f"}}],
+        "origin": "web",
+        "task": "talk",
+        "id": i,
+        "empty": None,
+    }
+    for i in range(3)
+]
+
+
+def test_what_is_left_out_is_said_once_for_each_source(
+    base: BaseModel, jsonl: Jsonl, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(Path(jsonl(CHATS)).parent)
+    for _ in range(2):  # also where the rows come from the cache
+        with caplog.at_level("INFO", "lightning.pytorch.utilities.rank_zero"):
+            data(base, train=["rows.jsonl", jsonl(CHATS[:1], "more.jsonl")], val_size=0, rows="chat")
+        said = [record.message for record in caplog.records if record.message.startswith("Warning: rows.jsonl")]
+        caplog.clear()
+        assert len(said) == 4
+        for text in (
+            "name of a turn is left out",
+            "tools are left out",
+            "column 'origin' is not used",
+            "'</s>', which is",
+        ):
+            assert [line for line in said if text in line and line.endswith("(3 rows)")]
+
+
+def test_an_input_that_no_row_fills(base: BaseModel, jsonl: Jsonl) -> None:
+    rows = [{"instruction": "i", "output": "o"}]
+    with pytest.raises(UserError, match=r"no column fills \{input\}"):
+        data(base, train=jsonl(rows), rows="instruction", format="{input}: {prompt}", val_size=0)
+    data(
+        base,
+        train=jsonl([*rows, {**rows[0], "input": "x"}]),
+        rows="instruction",
+        format="{input}: {prompt}",
+        val_size=0,
+    )
+
+
+def test_generation_ends_as_the_format_does(base: BaseModel, jsonl: Jsonl, tmp_path: Path) -> None:
+    folder = tmp_path / "other"
+    other = save_model(folder)
+    tok = tokenizer(chat=str(tokenizer().chat_template).replace("eos_token", "bos_token"))
+    tok.save_pretrained(folder)
+    assert data(other, train=jsonl(CHATS), val_size=0, rows="chat").eos_id == 256
+    assert data(other, train=jsonl(QA), val_size=0).eos_id == 257
+    last = data(other, train=jsonl([{"messages": CHATS[0]["messages"] * 2}]), val_size=0, rows="chat", train_on="last")
+    (batch,) = last.train_dataloader()
+    assert tok.decode([t for t in batch["labels"][0].tolist() if t != NO_LOSS]) == "a</s><s>"
 
 
 def test_choices_train_on_the_right_one_and_are_all_there_in_evaluation(base: BaseModel, jsonl: Jsonl) -> None:
@@ -257,7 +314,7 @@ def test_classification(base: BaseModel, jsonl: Jsonl, tmp_path: Path) -> None:
     assert batch["step_tokens"] == 5
     (batch,) = module.val_dataloader()
     assert torch.equal(batch["labels"], batch["answer"])
-    with pytest.raises(UserError, match="2 classes, but the model has 3"):
+    with pytest.raises(UserError, match=r"data.labels: 2 classes, but model.base.num_labels is 3"):
         data(classifier, train=jsonl(rows), labels=["a", "b"])
     with pytest.raises(UserError, match="completion rows do not fit"):
         data(classifier, train=jsonl(QA), rows="completion")

@@ -74,7 +74,8 @@ def test_variables_in_paths(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
         ),
         ("a.csv", b'a,b\n1,"x"y\n', r"a.csv, line 2: the row that begins here is broken CSV"),
         ("a.csv", b"a,b,a\n1,2,3\n", r"a.csv, line 1: more than one column has the name 'a'"),
-        ("a.txt", b"text", r"unknown file type '.txt'. Known: .jsonl"),
+        ("a.pdf", b"text", r"unknown file type '.pdf'. Known: .jsonl"),
+        ("a.parquet.gz", b"text", r"unknown file type '.parquet.gz'. .*all but .parquet compressed"),
     ],
 )
 def test_files_that_cannot_be_read(tmp_path: Path, name: str, content: bytes, message: str) -> None:
@@ -140,7 +141,7 @@ def test_kinds_of_rows() -> None:
     assert example("instruction", {"instruction": "i", "input": "x", "output": "o"}).input == "x"
     assert example("completion", {"prompt": "", "completion": "o"}) == Example("", "", [], ["o"], 0)
     messages = [{"role": "user", "content": "u"}, {"role": "assistant", "content": "a", "more": 1}]
-    assert example("chat", {"messages": messages}).messages[1] == {"role": "assistant", "content": "a"}
+    assert example("chat", {"messages": messages}).messages == messages  # every key
     row = {"question": "q", "choices": ["x", "y"], "label": 1}
     assert example("choice", row) == Example("q", "", [], ["x", "y"], 1)
     assert example("classification", {"text": "t", "label": 3}, num_classes=4) == Example("t", label=3)
@@ -244,7 +245,7 @@ def test_kind_and_format_are_decided_together() -> None:
         ({"rows": "chat", "format": "cloze"}, "chat rows need format: chat"),
         (
             {"rows": "classification"},
-            "causal_lm; set model.base.task: sequence_classification and model.base.num_labels",
+            r"causal_lm; set model.base.task: sequence_classification \(.*model.base.num_labels or data.labels",
         ),
         ({"columns": {"promt": "x"}}, "Did you mean 'prompt'"),
     ],
@@ -271,3 +272,228 @@ def test_task_names(jsonl: Callable[..., str]) -> None:
     assert Source("a/b/my-set.train.jsonl").task_name == "my_set_train"
     assert Source("tau/commonsense_qa").task_name == "commonsense_qa"
     assert Source("x.csv", task="T").task_name == "T"
+
+
+# -- rows that are Python objects
+
+
+class Mapped:
+    """A data set in PyTorch's way: indexed, never iterated."""
+
+    def __len__(self) -> int:
+        return len(ROWS)
+
+    def __getitem__(self, i: int) -> dict[str, Any]:
+        return ROWS[i]
+
+
+def test_rows_in_python_hold_what_a_file_holds() -> None:
+    import datasets
+    import pandas
+
+    dataset = datasets.Dataset.from_list(ROWS)
+    given = [ROWS, tuple(ROWS), dataset, dataset.with_format("torch"), dataset.to_iterable_dataset()]
+    for rows in (*given, pandas.DataFrame(ROWS), iter(ROWS), (dict(row) for row in ROWS), Mapped()):
+        source = Source(rows, limit=9)
+        assert [row for _, row in Reader(source)] == [row for _, row in Reader(source)] == ROWS, type(rows)
+        assert source.task_name == "data"
+
+
+def test_rows_in_python_are_told_by_their_content() -> None:
+    import datasets
+
+    def identity(rows: Any) -> str:
+        return Reader(Source(rows)).identity
+
+    copies = (list(ROWS), [dict(row) for row in ROWS])
+    assert identity(copies[0]) == identity(copies[1]) != identity(ROWS[::-1])
+    saved = [datasets.Dataset.from_list(rows) for rows in (ROWS, ROWS, ROWS[::-1])]
+    assert identity(saved[0]) == identity(saved[1]) != identity(saved[2])
+
+
+def test_numbers_of_numpy_and_missing_values_of_pandas() -> None:
+    import numpy as np
+    import pandas
+
+    rows = [{"text": "a", "label": np.int64(1), "more": (np.float32(0.5), np.array([1, 2]))}]
+    assert [row for _, row in Reader(Source(rows))] == [{"text": "a", "label": 1, "more": [0.5, [1, 2]]}]
+    frame = pandas.DataFrame({"prompt": ["a", None], "label": [1.0, float("nan")]})
+    assert [row for _, row in Reader(Source(frame))] == [{"prompt": "a", "label": 1}, {"prompt": None, "label": None}]
+
+
+def test_rows_in_python_have_a_short_name_that_survives_copies() -> None:
+    import copy
+    import pickle
+    from dataclasses import asdict, replace
+
+    source = replace(Source(ROWS), rows="completion")
+    assert str(source.path) == "2 rows in Python" and asdict(source)["path"] == "2 rows in Python"
+    for same in (source, copy.deepcopy(source), pickle.loads(pickle.dumps(source))):
+        assert [row for _, row in Reader(same)] == ROWS
+    assert Source(iter(ROWS)).path == "list_iterator in Python"
+    assert Source(Path("a") / "b.jsonl").path == "a/b.jsonl"
+
+
+def test_objects_that_are_no_rows() -> None:
+    import datasets
+
+    for wrong in (3, b"rows", None):
+        with pytest.raises(UserError, match=f"{type(wrong).__name__} is not what data can be: .*list of dicts"):
+            Source(wrong)  # type: ignore[arg-type]
+    with pytest.raises(UserError, match=r"DatasetDict names its splits: give one, such as data\['train'\]"):
+        Source(datasets.DatasetDict(train=datasets.Dataset.from_list(ROWS)))
+    with pytest.raises(UserError, match="dict is one row: give a list"):
+        Source(ROWS[0])
+    (_, row), *_ = Reader(Source(["text"]))
+    assert isinstance(row, BadRow) and row.problem == "a row must be a dict, got str"
+
+
+# -- folders, compressed files, texts
+
+
+def test_folders_of_save_to_disk(tmp_path: Path) -> None:
+    import datasets
+
+    one, other = datasets.Dataset.from_list(ROWS), datasets.Dataset.from_list(ROWS[1:])
+    one.save_to_disk(tmp_path / "one")
+    datasets.DatasetDict(train=one, validation=other).save_to_disk(tmp_path / "both")
+    assert read(tmp_path / "one") == read(tmp_path / "both") == ROWS
+    assert read(tmp_path / "both", split="validation") == ROWS[1:]
+    with pytest.raises(UserError, match=r"both: there is no split 'validatoin'. Did you mean 'validation'\?"):
+        read(tmp_path / "both", split="validatoin")
+    with pytest.raises(UserError, match="one: a data set without splits, so leave out split: test"):
+        read(tmp_path / "one", split="test")
+    assert len({Reader(Source(str(tmp_path / name))).identity for name in ("one", "both")}) == 1
+
+
+def test_compressed_files_hold_the_same(tmp_path: Path) -> None:
+    import bz2
+    import gzip
+    import lzma
+
+    import pyarrow
+
+    contents = {
+        "a.jsonl": "\n".join(map(json.dumps, ROWS)),
+        "a.json": json.dumps(ROWS),
+        "a.csv": "prompt,completion\nüber,a\nq,b\n",
+    }
+    zstd = pyarrow.Codec("zstd")
+    pack = {".gz": gzip.compress, ".bz2": bz2.compress, ".xz": lzma.compress, ".zst": zstd.compress}
+    for name, content in contents.items():
+        for ending, compress in pack.items():
+            path = tmp_path / (name + ending)
+            path.write_bytes(bytes(compress(content.encode())))
+            assert read(path) == ROWS, path.name
+            assert Source(str(path)).task_name == "a"
+            path.write_bytes(path.read_bytes()[:-9])
+            with pytest.raises(UserError, match=rf"{path.name}: cannot be decompressed as {ending}"):
+                read(path)
+            path.write_text("not compressed")
+            with pytest.raises(UserError, match=rf"{path.name}: cannot be decompressed as {ending}"):
+                read(path)
+
+
+def test_a_text_is_a_document_or_its_paragraphs_or_lines(tmp_path: Path) -> None:
+    path = tmp_path / "a.txt"
+    path.write_bytes("\n\nOne\r\ntwo\n \n\n  three über\n".encode())
+
+    def places(**options: Any) -> list[tuple[str, str]]:
+        return [(place, row["text"]) for place, row in Reader(Source(str(path), **options))]  # type: ignore[index]
+
+    assert places() == [("line 1", "\n\nOne\ntwo\n \n\n  three über\n")]
+    assert places(sample_by="paragraph") == [("line 3", "One\ntwo"), ("line 7", "  three über")]
+    assert places(sample_by="line") == [("line 3", "One"), ("line 4", "two"), ("line 7", "  three über")]
+    path.write_bytes(b"a\n\xff")
+    with pytest.raises(UserError, match=r"a.txt, line 2: invalid UTF-8"):
+        places()
+
+
+def test_a_folder_of_texts(tmp_path: Path) -> None:
+    import gzip
+
+    (tmp_path / "b").mkdir()
+    (tmp_path / "b" / "two.md").write_text("# two")
+    (tmp_path / "a.txt").write_text("one")
+    (tmp_path / "c.txt.gz").write_bytes(gzip.compress(b"three"))
+    (tmp_path / "picture.png").write_bytes(b"")
+    with pytest.warns(UserWarning, match="1 file is no text and is not read: picture.png"):
+        reader = Reader(Source(str(tmp_path)))
+    assert list(reader) == [
+        ("file a.txt", {"text": "one"}),
+        ("file b/two.md", {"text": "# two"}),
+        ("file c.txt.gz", {"text": "three"}),
+    ]
+    (tmp_path / "a.txt").write_text("other")
+    with pytest.warns(UserWarning):
+        assert Reader(Source(str(tmp_path))).identity != reader.identity
+
+
+# -- conversations in the shapes of others ---------------------------------------------------------------------------
+
+
+def test_sharegpt() -> None:
+    row = {
+        "conversations": [
+            {"from": "system", "value": "s"},
+            {"from": "human", "value": "rain?"},
+            {"from": "function_call", "value": '{"name": "weather", "arguments": {"city": "Rome"}}'},
+            {"from": "observation", "value": "no"},
+            {"from": "gpt", "value": "No.", "weight": 0},
+        ]
+    }
+    got = example("chat", row)
+    assert [turn["role"] for turn in got.messages] == ["system", "user", "assistant", "tool", "assistant"]
+    assert got.messages[2]["tool_calls"][0]["function"] == {"name": "weather", "arguments": {"city": "Rome"}}
+    assert got.messages[4] == {"role": "assistant", "content": "No.", "weight": 0} and got.answers == ["No."]
+    assert example("chat", {"talk": row["conversations"]}, columns={"messages": "talk"}).messages == got.messages
+    assert example("chat", {"messages": None, **row}).messages == got.messages
+    with pytest.raises(BadRow, match="JSON of a call"):
+        example("chat", {"conversations": [{"from": "function_call", "value": "rain"}]})
+
+
+def test_what_a_chat_row_says_beside_messages() -> None:
+    turns = [{"role": "user", "content": "u"}, {"role": "assistant", "content": "a"}]
+    tools = [{"type": "function", "function": {"name": "f"}}]
+    for given in (tools, json.dumps(tools), [json.dumps(tools[0])]):
+        assert example("chat", {"messages": turns, "tools": given}).tools == tools
+    assert example("chat", {"messages": turns, "tools": []}).tools is None
+    got = example("chat", {"messages": turns, "system": "s", "chat_template_kwargs": {"x": 1}, "documents": [{"a": 1}]})
+    assert got.messages[0] == {"role": "system", "content": "s"}
+    assert got.variables == {"x": 1, "documents": [{"a": 1}]}
+    with pytest.raises(BadRow, match="second system text"):
+        example("chat", {"messages": [{"role": "system", "content": "t"}, *turns], "system": "s"})
+    for wrong in ("weather", {"name": "f"}, ["f"]):
+        with pytest.raises(BadRow, match="must be a list of objects"):
+            example("chat", {"messages": turns, "tools": wrong})
+    parts = [{"type": "text", "text": "a"}, {"type": "text", "text": "b"}]
+    assert example("chat", {"messages": [turns[0], {"role": "assistant", "content": parts}]}).answers == ["a\nb"]
+    with pytest.raises(BadRow, match="type 'image'"):
+        example("chat", {"messages": [{"role": "user", "content": [{"type": "image", "url": "x"}]}, turns[1]]})
+    call = {"role": "assistant", "content": None, "tool_calls": [{"function": {"name": "f", "arguments": {}}}]}
+    assert example("chat", {"messages": [turns[0], call]}).answers == [""]
+
+
+def test_prompt_and_completion_as_turns() -> None:
+    old = [{"role": role, "content": role} for role in ("user", "assistant", "user")]
+    new = [{"role": "assistant", "content": "a"}]
+    got = example("chat", {"prompt": old, "completion": new})
+    assert [turn.get("train") for turn in got.messages] == [None, False, None, None] and got.answers == ["a"]
+    assert example("chat", {"prompt": old}, require_answers=False).messages[-1]["role"] == "user"
+    with pytest.raises(BadRow, match="rows: chat"):
+        example("completion", {"prompt": old, "completion": new})
+
+
+@pytest.mark.parametrize(
+    "rows, template, place",
+    [
+        ("instruction", "{context}\n{prompt}", "context"),
+        ("completion", "{prompt}\n{input}:", "input"),
+        ("choice", "{question}{prompt}", "question"),
+    ],
+)
+def test_a_place_that_no_column_fills(rows: str, template: str, place: str) -> None:
+    with pytest.raises(UserError, match=f"no column fills {{{place}}}"):
+        resolve_source(Source("f", rows=rows, format=template), SFT())
+    resolve_source(Source("f", rows=rows, format=template.replace(f"{{{place}}}", f"{{{{{place}}}}}")), SFT())
+    resolve_source(Source("f", rows="instruction", format="{input}{prompt}"), SFT())

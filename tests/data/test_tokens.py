@@ -41,7 +41,7 @@ def test_formats(bos: bool) -> None:
         "4</s>",
     )
     assert "### Input:\nmore\n\n### Response:\n" in one(tok, Example("x", input="more", answers=["y"]), "alpaca")[0]
-    assert one(tok, question, "chat")[:2] == (start + "[user]2+2?\n[assistant]4</s>", "4</s>")
+    assert one(tok, question, "chat")[:2] == (start + "[user]2+2?\n[assistant]4</s>\n", "4</s>")
     assert "None" not in one(tok, question, "chat")[0]
 
 
@@ -67,7 +67,7 @@ def test_chat_learns_every_assistant_turn_and_nothing_else() -> None:
         {"role": "assistant", "content": "second"},
     ]
     text, loss, tokens = one(tokenizer(), Example(messages=messages), "chat")
-    assert text == "<s>[system]S\n[user]u\n[assistant]first</s>\n[user]v\n[assistant]second</s>"
+    assert text == "<s>[system]S\n[user]u\n[assistant]first</s>\n[user]v\n[assistant]second</s>\n"
     assert loss == "first</s>second</s>"
     assert tokenizer().decode(tokens.input_ids[0][: tokens.prompt_length]).endswith("[user]v\n[assistant]")
     asked = Tokenize(tokenizer(), 500)(Example(messages=messages[:4]), "chat")
@@ -99,7 +99,7 @@ def test_truncation_keeps_bos_marker_and_answer(format: str) -> None:
     marker = {
         "alpaca": "end\n\n### Response:\nanswer</s>",
         "cloze": "end\nAnswer: answer</s>",
-        "chat": "end\n[assistant]answer</s>",
+        "chat": "end\n[assistant]answer</s>\n",
     }
     assert text.startswith("<s>") and text.endswith(marker[format])
     assert loss.strip() == "answer</s>"
@@ -139,6 +139,59 @@ def test_no_eos() -> None:
 def test_an_answer_that_gives_no_token_is_a_bad_row() -> None:
     with pytest.raises(BadRow, match="no token"):
         Tokenize(tokenizer(), 20)(Example(prompt="q", answers=[""]), "plain")
+
+
+@pytest.mark.parametrize("format", ["plain", "cloze", "alpaca", "chat", "Q: {prompt}\nA:"])
+def test_special_tokens_that_the_data_spell(format: str) -> None:
+    tok = tokenizer()
+    example = Example(prompt="is <s>12</s> or", answers=["<s>12</s> 9 euros"])
+    text, loss, tokens = one(tok, example, format)
+    assert loss.strip() == "<s>12</s> 9 euros</s>"
+    (ids,) = tokens.input_ids
+    assert (ids.count(256), ids.count(257)) == (1, 1) and ids[0] == 256  # BOS and the end alone
+    assert text.count("<s>12</s>") == 2
+    assert ["'</s>'" in n or "'<s>'" in n for n in tokens.notices] == [True, True]
+    control = Tokenize(tok, 500, special_tokens_in_data="control")(example, format)
+    assert control.notices == [] and control.input_ids[0].count(257) == 3
+    assert tok.decode([label for label in control.labels[0] if label != NO_LOSS]).strip() == "<s>12</s> 9 euros</s>"
+
+
+def test_special_tokens_of_a_template_of_ones_own_are_tokens() -> None:
+    tok = tokenizer()
+    text, loss, tokens = one(tok, Example(prompt="<s>a", answers=["b"]), "<s>{prompt}</s>\n")
+    assert text == "<s><s>a</s>\nb</s>" and tokens.input_ids[0].count(256) == 1 and tokens.input_ids[0].count(257) == 2
+    assert loss == "b</s>"
+
+
+def test_a_text_to_classify_spells_no_special_token() -> None:
+    tok = tokenizer()
+    tokens = Tokenize(tok, 50, ends=False).text(Example(prompt="a</s>"), "plain")
+    assert tokens.input_ids[0].count(257) == 0 and tok.decode(tokens.input_ids[0]) == "<s>a</s>" and tokens.notices
+    assert Tokenize(tok, 4, ends=False).text(Example(prompt="a</s>"), "plain").input_ids[0][1:] == [64, 27, 14]
+
+
+def test_train_on_last() -> None:
+    turns = [{"role": role, "content": c} for role, c in (("user", "u"), ("assistant", "a"))] * 2
+    assert one(tokenizer(), Example(messages=turns), "chat")[1] == "a</s>a</s>"
+    tokens = Tokenize(tokenizer(), 500, train_on="last")(Example(messages=turns), "chat")
+    assert learned(tokenizer(), tokens.labels[0]) == "a</s>"
+
+
+def test_the_end_of_a_format() -> None:
+    tokenize = Tokenize(tokenizer(chat=str(tokenizer().chat_template).replace("eos_token", "'<s>'")), 500)
+    assert (tokenize.end("chat"), tokenize.end("plain")) == (256, 257)
+
+
+def test_cutting_leaves_something_to_learn() -> None:
+    turns = [
+        {"role": "user", "content": "u"},
+        {"role": "assistant", "content": "learned"},
+        {"role": "user", "content": "v" * 40},
+        {"role": "assistant", "content": "not", "weight": 0},
+    ]
+    assert learned(tokenizer(), Tokenize(tokenizer(), 200)(Example(messages=turns), "chat").labels[0]) == "learned</s>"
+    with pytest.raises(BadRow, match="leaves no room"):
+        Tokenize(tokenizer(), 50)(Example(messages=turns), "chat")
 
 
 def test_classification_is_the_tokenizers_own() -> None:

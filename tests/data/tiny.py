@@ -6,9 +6,17 @@ from pathlib import Path
 
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
-from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedTokenizerFast
+from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedModel, PreTrainedTokenizerFast
 
 from talklora_pl.base import BaseModel
+
+SIZES: dict[str, float] = {
+    "hidden_size": 16,
+    "intermediate_size": 24,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+}
+"""Of the tiny models of all tests."""
 
 CHAT = (
     "{{ bos_token or '' }}{% for m in messages %}[{{ m.role }}]{{ m.content }}"
@@ -38,17 +46,13 @@ def tokenizer(
 
 def save_model(folder: Path, **changes: float) -> BaseModel:
     """A random Llama with the tokenizer above, as a folder."""
-    options: dict[str, float] = {
-        "vocab_size": 264,
-        "hidden_size": 16,
-        "intermediate_size": 24,
-        "num_hidden_layers": 2,
-        "num_attention_heads": 2,
-        "max_position_embeddings": 128,
-        "bos_token_id": 256,
-        "eos_token_id": 257,
-    }
-    torch.manual_seed(0)
-    AutoModelForCausalLM.from_config(LlamaConfig(**options | changes)).save_pretrained(folder)
+    llama(**changes).save_pretrained(folder)
     tokenizer().save_pretrained(folder)
     return BaseModel(str(folder))
+
+
+def llama(attn_implementation: str | None = None, **changes: float) -> PreTrainedModel:
+    """A random Llama of these sizes."""
+    options = SIZES | {"vocab_size": 264, "max_position_embeddings": 128, "bos_token_id": 256, "eos_token_id": 257}
+    torch.manual_seed(0)
+    return AutoModelForCausalLM.from_config(LlamaConfig(**options | changes), attn_implementation=attn_implementation)

@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 import torch
 
-from talklora_pl.adapter.io import FORMAT_VERSION
+from talklora_pl.adapter.files import FORMAT_VERSION
 from talklora_pl.distributed.checkpoint import (
     KEY,
     DurableCheckpointIO,

@@ -14,16 +14,13 @@ from transformers import AutoModelForCausalLM, AutoModelForSequenceClassificatio
 from talklora_pl.adapter import Adapter, AdapterConfig, inject
 from talklora_pl.allocation.rules import Listed
 from talklora_pl.routers.top_k import TopK
-from tests.data.tiny import tokenizer
+from tests.data.tiny import SIZES, tokenizer
 from tests.methods.test_configs import METHODS, config_of
 
 VOCABULARY = 264
 SMALL: dict[str, Any] = {
+    **SIZES,
     "vocab_size": VOCABULARY,
-    "hidden_size": 16,
-    "intermediate_size": 24,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 2,
     "max_position_embeddings": 64,
     "pad_token_id": 258,
     "bos_token_id": 256,

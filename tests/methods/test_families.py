@@ -17,27 +17,27 @@ from talklora_pl import UserError
 from talklora_pl.adapter import AdapterConfig, RoutingCollector, inject
 from talklora_pl.adapter.io import load_adapter, save_adapter
 from talklora_pl.sites.targets import find_targets
+from tests.data.tiny import SIZES
 from tests.methods.test_configs import config_of
 
-LLAMA = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2, "num_attention_heads": 2}
-GATED = {**LLAMA, "num_key_value_heads": 1, "head_dim": 8}
+GATED = {**SIZES, "num_key_value_heads": 1, "head_dim": 8}
 DECODERS: dict[str, tuple[dict[str, Any], int]] = {
     "llama": (GATED, 14),
     "mistral": (GATED, 14),
-    "qwen2": ({**LLAMA, "num_key_value_heads": 1}, 14),
+    "qwen2": ({**SIZES, "num_key_value_heads": 1}, 14),
     "qwen3": (GATED, 14),
     "gemma": (GATED, 14),
     "gpt2": ({"n_embd": 16, "n_layer": 2, "n_head": 2, "n_inner": 24}, 8),
-    "gpt_neox": (LLAMA, 8),
-    "phi": (LLAMA, 12),
-    "opt": ({**LLAMA, "ffn_dim": 24, "word_embed_proj_dim": 16}, 12),
+    "gpt_neox": (SIZES, 8),
+    "phi": (SIZES, 12),
+    "opt": ({**SIZES, "ffn_dim": 24, "word_embed_proj_dim": 16}, 12),
 }
 ENCODERS = {"bert": 12, "roberta": 12}
 IDS = torch.arange(2, 14).reshape(2, 6)
 
 
 def build(kind: str) -> PreTrainedModel:
-    sizes = DECODERS[kind][0] if kind in DECODERS else LLAMA
+    sizes = DECODERS[kind][0] if kind in DECODERS else SIZES
     config = AutoConfig.for_model(
         kind, vocab_size=32, max_position_embeddings=32, pad_token_id=1, bos_token_id=0, eos_token_id=0, **sizes
     )

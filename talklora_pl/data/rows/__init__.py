@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import re
 from abc import abstractmethod
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -17,6 +18,8 @@ from talklora_pl.data.source import BadRow, Source
 from talklora_pl.errors import UserError
 
 if TYPE_CHECKING:
+    from collections.abc import Iterable
+
     from talklora_pl.data.tokens import Tokenize, Tokens
 
 
@@ -30,13 +33,17 @@ class Example:
         messages: a conversation instead of a prompt; its last message is the answer, if by the assistant.
         answers: one completion, or all choices; empty where there is none.
         label: index of the right answer, or the class; None where unknown.
+        tools: functions that the assistant of a conversation may call.
+        variables: what else the chat template is told.
     """
 
     prompt: str = ""
     input: str = ""
-    messages: list[dict[str, str]] = field(default_factory=list)
+    messages: list[dict[str, Any]] = field(default_factory=list)
     answers: list[str] = field(default_factory=list)
     label: int | None = None
+    tools: list[Any] | None = None
+    variables: dict[str, Any] = field(default_factory=dict)
 
 
 class RowKind(registry.Component):
@@ -68,6 +75,12 @@ class RowKind(registry.Component):
         """The tokens of an example, one sequence per answer. Raises BadRow: it has none, or too many."""
         return tokenize(example, format)
 
+    def sequences(self, example: Example, format: str, tokenize: Tokenize) -> Iterable[Tokens]:
+        """What becomes of an example: one row of sequences, or several rows, the pieces of a long text.
+
+        Raises BadRow: as :meth:`tokens`."""
+        return [self.tokens(example, format, tokenize)]
+
 
 def row_kind(name: str) -> RowKind:
     """The kind of that name. Raises UserError: there is none."""
@@ -95,6 +108,7 @@ class RowReader:
         require_answers: the answer must be there.
         classes: names of the classes, where `label` may be a name.
         num_classes: how many classes there are; None: any number.
+        trained: the classes are those of the training data, and a label is one of their names.
 
     Raises:
         UserError: unknown kind, or it has no such fields.
@@ -106,10 +120,11 @@ class RowReader:
         require_answers: bool = True,
         classes: list[str] | None = None,
         num_classes: int | None = None,
+        trained: bool = False,
     ) -> None:
         self.kind = row_kind(source.rows or "completion")
         self.columns, self.require_answers, self.classes = source.columns, require_answers, classes
-        self.num_classes = len(classes) if classes else num_classes
+        self.num_classes, self.trained = len(classes) if classes else num_classes, trained
         known = [*self.kind.question, *self.kind.answer, *self.kind.optional, "id", "task"]
         for name in self.columns:
             if name not in known:
@@ -120,10 +135,16 @@ class RowReader:
         """Raises BadRow: a field is missing, empty or of a wrong type, a label out of range."""
         return self.kind.read(Row(values, self))
 
+    def used(self) -> set[str]:
+        """Columns that rows are read from, whether they are there or not."""
+        names = (*self.kind.question, *self.kind.answer, *self.kind.optional, "id", "task")
+        columns = [column for name in names for column in _listed(self.columns.get(name, name))]
+        return {*columns, *(column.split(".")[0] for column in columns)}
+
     def mapped(self) -> dict[str, str]:
         """Columns that the user names and that must be somewhere in the data -> their fields."""
         optional = () if self.require_answers else self.kind.answer
-        lists = {f: [c] if isinstance(c, str) else c for f, c in self.columns.items() if f not in optional}
+        lists = {f: _listed(c) for f, c in self.columns.items() if f not in optional}
         return {column: name for name, columns in lists.items() for column in columns}
 
 
@@ -136,11 +157,12 @@ class Row:
         require_answers: the answer must be there.
         classes: names of the classes, if the user lists them.
         num_classes: how many there are; None: any number.
+        trained: they are those of the training data.
     """
 
     def __init__(self, values: dict[str, Any], reader: RowReader) -> None:
         self.values, self.columns, self.require_answers = values, reader.columns, reader.require_answers
-        self.classes, self.num_classes = reader.classes or [], reader.num_classes
+        self.classes, self.num_classes, self.trained = reader.classes or [], reader.num_classes, reader.trained
 
     def column(self, name: str) -> str:
         """Where a field is, for a message."""
@@ -200,6 +222,8 @@ class Row:
             value = int(value)
         if str(value) in listed:
             return listed.index(str(value))
+        if self.trained and listed:
+            raise BadRow(f"{short(value)} is none of the {what} of the training data: {listing(listed)}", column)
         if isinstance(value, str):
             meant = {i for names in texts for i, name in enumerate(names) if name == value}
             if re.fullmatch(r"-?\d{1,9}", value.strip()) and (not meant or int(value) < (count or 0)):
@@ -212,20 +236,27 @@ class Row:
                 )
             value = meant.pop() if meant else value
         if isinstance(value, str) and not listed and not texts:
-            raise BadRow(f"is no index of the {what}; names of {what} need data.labels", column)
+            raise BadRow(f"{short(value)} is no index of the {what}; names of {what} need data.labels", column)
         if any(name.isdecimal() for name in listed):
-            raise BadRow(f"{short(value)} is none of the {what}: {', '.join(listed)}", column)
+            raise BadRow(f"{short(value)} is none of the {what}: {listing(listed)}", column)
         if isinstance(value, bool) or not isinstance(value, int):
-            raise BadRow(f"{short(value)} is neither an index nor one of the {what}", column)
+            known = f": {listing(listed)}" if listed else ""
+            raise BadRow(f"{short(value)} is neither an index nor one of the {what}{known}", column)
         if value < 0 or (count is not None and value >= count):
             raise BadRow(f"{value} is out of range: there are {count} {what}, counted from 0", column)
         return value
 
 
+def _listed(columns: str | list[str]) -> list[str]:
+    return [columns] if isinstance(columns, str) else columns
+
+
 def check_text(value: Any, column: str, empty: bool = False) -> str:
     """The value, if it is text. Raises BadRow."""
     if not isinstance(value, str):
-        raise BadRow(f"must be text, got {type(value).__name__}", column)
+        turns = isinstance(value, list) and value and isinstance(value[0], dict)
+        hint = " (turns of a conversation are rows: chat)" if turns else ""
+        raise BadRow(f"must be text, got {type(value).__name__}{hint}", column)
     if not value.strip() and not empty:
         raise BadRow("is empty", column)
     try:
@@ -233,6 +264,12 @@ def check_text(value: Any, column: str, empty: bool = False) -> str:
     except UnicodeEncodeError:  # "\ud800" is valid in JSON
         raise BadRow("holds half a surrogate pair, which is no text", column) from None
     return value
+
+
+def listing(names: Sequence[str]) -> str:
+    """Names for a message, not too many of them."""
+    more = f", ... ({len(names)} in all)" if len(names) > 20 else ""
+    return ", ".join(names[:20]) + more
 
 
 def short(value: Any) -> str:

@@ -1,0 +1,130 @@
+"""Plain LoRA on the experts of the base's own mixture, whose weights are fused into three-dimensional tensors.
+
+T tokens, S (token, expert) pairs, t those of one expert, D input and output width, H hidden width, G = 2H of gate and
+up (H where there is no gate), E experts of the base, K chosen per token, R rank.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from talklora_pl.errors import UserError
+from talklora_pl.names import in_base
+from talklora_pl.sites import LowRank
+from talklora_pl.sites.mixture import Mixture
+from talklora_pl.spec import Bank, LayerOptions, LayerSpec
+
+
+def is_mixture(module: nn.Module) -> bool:
+    """Whether the module itself holds the weights of several experts of the base."""
+    stacked = any(p.dim() >= 2 for p in module.parameters(recurse=False))
+    return stacked and "Expert" in type(module).__name__ and not isinstance(module, nn.Linear)
+
+
+def base_mixtures(model: nn.Module) -> dict[str, nn.Module]:
+    """The modules of ``model`` for which :func:`is_mixture` holds, by name."""
+    return {n: m for n, m in model.named_modules() if in_base(n) and is_mixture(m)}
+
+
+def why_not(module: Any) -> str | None:
+    """Why :class:`AdaptedExperts` cannot adapt a module for which :func:`is_mixture` holds; None if it can."""
+    if not all(hasattr(module, flag) for flag in ("has_gate", "is_transposed", "has_bias", "num_experts")):
+        return f"a {type(module).__name__} is not written for transformers' common interface of experts"
+    for name in parts(module):
+        weight = getattr(module, name, None)
+        if type(weight) is not nn.Parameter or weight.dim() != 3 or not weight.is_floating_point():
+            return f"its {name} is no plain floating-point tensor (quantised?)"
+        if weight.element_size() < 2:
+            return f"its {name} is stored in 8 bits"
+    return None
+
+
+def parts(module: Any) -> tuple[str, str]:
+    """Names of the parameters of the first and of the second projection."""
+    return ("gate_up_proj" if module.has_gate else "up_proj"), "down_proj"
+
+
+def part_widths(module: Any, part: str) -> tuple[int, int]:
+    """(in, out) of one expert's projection."""
+    rows, columns = getattr(module, part).shape[1:]
+    return (rows, columns) if module.is_transposed else (columns, rows)
+
+
+class AdaptedExperts(Mixture):
+    """Each expert e of the base computes with W_e + s B_e A_e, in both of its projections.
+
+    One expert after the other works on the tokens that the base's router sends to it; no matrix W_e + s B_e A_e is
+    made. An expert that got no token has a zero gradient.
+
+    Raises:
+        UserError: the adapter's experts are more than plain LoRA.
+    """
+
+    def __init__(self, layer: LayerSpec, config: LayerOptions, bank: Bank, frozen: Any) -> None:
+        super().__init__(layer, config)
+        if config.experts.name != "lora" or config.num_experts > 1 or layer.num_experts > 1:
+            raise UserError(
+                f"targets: {layer.name!r} holds the experts of this base's own mixture, and they take plain LoRA only: "
+                f"what its router has sent to one of them is not routed again (experts {config.experts.name!r}, "
+                f"num_experts {config.num_experts}, router {config.router.name!r}). Give them plain LoRA beside this "
+                "method (plain: {targets: [experts], rank: 8}), or use --config method/lora."
+            )
+        self.scale = config.scale()
+        self.dropout_input = config.dropout_input
+        self.dropout_output = config.dropout_output
+        for part in parts(frozen):
+            D, O = part_widths(frozen, part)
+            spec = replace(layer, num_experts=frozen.num_experts, in_features=D, out_features=O)
+            self.add_module(part, config.experts.build(spec, bank))
+
+    def forward(self, frozen: Any, x_TD: Tensor, index_TK: Tensor, weights_TK: Tensor) -> Tensor:
+        """Output (T, D) of the base's experts for the tokens x, the chosen experts and their weights."""
+        T, K = index_TK.shape
+        expert_S, order_S = index_TK.reshape(-1).sort(stable=True)
+        # a number past the last expert marks a pair that another process computes; they are last
+        counts_E: list[int] = torch.bincount(expert_S, minlength=frozen.num_experts)[: frozen.num_experts].tolist()
+        order_S = order_S[: sum(counts_E)]
+        first, second = parts(frozen)
+        h_SG = self._project(frozen, first, x_TD[order_S // K], counts_E)
+        z_SH = frozen._apply_gate(h_SG) if frozen.has_gate else frozen.act_fn(h_SG)
+        y_SD = self._project(frozen, second, z_SH, counts_E)
+        if frozen.has_post_expert_norm:
+            y_SD = frozen.post_expert_norm(y_SD)
+        y_SD = y_SD * weights_TK.reshape(-1)[order_S].unsqueeze(-1)
+        pairs_SD = y_SD.new_zeros(T * K, y_SD.shape[-1]).index_copy(0, order_S, y_SD)
+        return pairs_SD.view(T, K, -1).sum(1).to(x_TD.dtype)
+
+    def _project(self, frozen: Any, part: str, x_SD: Tensor, counts_E: Sequence[int]) -> Tensor:
+        """(W_e + s B_e A_e) x + b_e, the pairs in the order of their experts."""
+        lora: Any = self.get_submodule(part)
+        W_EOD, b_EO = getattr(frozen, part), getattr(frozen, part + "_bias") if frozen.has_bias else None
+        # unbound once: an index per expert would give each a gradient of the whole stack
+        A_ERD, B_ERO = lora.A.unbind(), lora.B.unbind()
+        out = []
+        for e, x_tD in enumerate(x_SD.split(list(counts_E))):
+            if counts_E[e] == 0:
+                continue
+            W_OD = W_EOD[e].t() if frozen.is_transposed else W_EOD[e]
+            y_tO = F.linear(x_tD, W_OD, None if b_EO is None else b_EO[e])
+            r_tR = F.linear(self._drop(x_tD, self.dropout_input), A_ERD[e].to(x_tD.dtype))
+            if self.dropout_output > 0 and self.training:
+                delta_tO = r_tR.to(y_tO.dtype) @ B_ERO[e].to(y_tO.dtype)
+                y_tO = y_tO + self.scale * self._drop(delta_tO, self.dropout_output)
+            else:
+                y_tO = torch.addmm(y_tO, r_tR.to(y_tO.dtype), B_ERO[e].to(y_tO.dtype), alpha=self.scale)
+            out.append(y_tO)
+        return torch.cat(out)
+
+    def _drop(self, v: Tensor, p: float) -> Tensor:
+        return F.dropout(v, p) if self.training and p > 0 else v
+
+    def low_rank(self, name: str) -> dict[str, LowRank]:
+        """What is added to the experts' parameters, by the parameters' names."""
+        loras: dict[str, Any] = dict(self.named_children())
+        return {f"{name}.{part}": LowRank(lora.A, self.scale * lora.B) for part, lora in loras.items()}
