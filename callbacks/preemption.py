@@ -34,7 +34,8 @@ class Preemption(L.Callback):
 
     Args:
         requeue: on SIGUSR1 inside a SLURM job (``#SBATCH --signal=USR1@90``) also run ``scontrol requeue``, before the
-            first step too. The job script should pass ``--ckpt_path last``, which finds nothing at the first start and the saved state later.
+            first step too. The job script should pass ``--ckpt_path last``, which finds nothing at the first start and
+            the saved state later.
     """
 
     def __init__(self, requeue: bool = True) -> None:
