@@ -35,6 +35,8 @@ REFUSED: dict[type[L.Callback], str] = {
     ModelPruning: "it renames the tensors that it prunes, so the adapter could be neither saved nor resumed",
     OnExceptionCheckpoint: "it resumes by itself from amid a step; last.ckpt is kept anyway, see --ckpt_path last",
 }
+IN_TRAINING = ("train_", "load/", "balance/", "alerts/")
+"""Beginnings of the names of metrics that may come later than the first validation."""
 DTYPES = {"16-true": "float16", "bf16-true": "bfloat16", "64-true": "float64"}
 
 
@@ -75,7 +77,8 @@ class OtherCallbacks(L.Callback):
 
     1. EarlyStopping waits for the first validation, however late it comes; after it the metric must be there.
     2. ReduceLROnPlateau looks at its metric after every validation, before the checkpoint of that is written.
-    3. A finder's own checkpoint is not taken for one that the run is resumed from.
+    3. A finder's own checkpoint is not taken for one that the run is resumed from, and a schedule begins at its own
+       first rate.
     """
 
     def __init__(self) -> None:
@@ -102,14 +105,19 @@ class OtherCallbacks(L.Callback):
                 )
         if any(isinstance(c, FINDERS) for c in trainer.callbacks):  # type: ignore[attr-defined]
             trainer.ckpt_path = None
+            for (
+                config
+            ) in trainer.lr_scheduler_configs:  # LearningRateFinder leaves its rate, without the schedule's share
+                for group, rate in zip(config.scheduler.optimizer.param_groups, config.scheduler.get_last_lr()):
+                    group["lr"] = rate
 
     def on_validation_end(self, trainer: L.Trainer, pl_module: FineTuner) -> None:
         if trainer.state.fn != "fit" or trainer.sanity_checking:
             return
         metrics = trainer.callback_metrics
         for metric, who in self._waits.items():
-            if metric not in metrics:
+            if metric not in metrics and not metric.startswith(IN_TRAINING):
                 raise UserError(f"{who} watches {metric!r}, which is not logged.{did_you_mean(metric, metrics)}")
         for config in trainer.lr_scheduler_configs:
-            if isinstance(config.scheduler, ReduceLROnPlateau):
-                config.scheduler.step(metrics[str(config.monitor)])
+            if isinstance(config.scheduler, ReduceLROnPlateau) and config.monitor in metrics:
+                config.scheduler.step(metrics[config.monitor])

@@ -96,7 +96,7 @@ class ExactResume(L.Callback):
         checkpoint[KEY] = {
             "options": self._now,
             "parts": self._parts,
-            "data": _data(trainer),
+            "data": _data(trainer, trainer.accumulate_grad_batches),
             "rows": self._rows,
             "accumulate": trainer.accumulate_grad_batches,
         }
@@ -129,6 +129,8 @@ class ExactResume(L.Callback):
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         self._trained = True
+        # a GradientAccumulationScheduler sets it at the start of an epoch, which a run that is resumed amid one is past
+        trainer.accumulate_grad_batches = accumulation(trainer, trainer.current_epoch)
         loop: Any = trainer.fit_loop
         epoch = loop.epoch_progress.current
         if loop.restarted_mid_epoch and epoch.started == epoch.processed:
@@ -167,7 +169,7 @@ class ExactResume(L.Callback):
                 "Leave it out, and give the value that it found."
             )
         self._saved = saved
-        trainer.accumulate_grad_batches = accumulation(trainer, checkpoint["epoch"])
+        accumulate = accumulation(trainer, checkpoint["epoch"])
         written = AdapterMetadata.from_dict(checkpoint[METADATA], path)
         then, now = _methods(written, pl_module.adapter_metadata(like=written.base.fingerprint))
         refuse_differences(then, now, path)
@@ -183,8 +185,8 @@ class ExactResume(L.Callback):
                 "The checkpoint was written in the middle of an optimiser step, whose gradients it does not hold. Use "
                 "last.ckpt, or the callbacks Checkpoint and Preemption, which save between steps."
             )
-        refuse_differences({"data": saved["data"]}, {"data": _data(trainer)}, path, other_data=True)
-        ratio = trainer.accumulate_grad_batches / saved["accumulate"]
+        refuse_differences({"data": saved["data"]}, {"data": _data(trainer, accumulate)}, path, other_data=True)
+        ratio = accumulate / saved["accumulate"]
         if ratio != 1:
             for count in (current, total):
                 done, running = math.ceil(count["processed"] * ratio), count["processed"] - count["completed"]
@@ -203,7 +205,7 @@ def _methods(*metadata: AdapterMetadata) -> list[dict[str, Any]]:
     return [{"base": base, **m.method()} for base, m in zip(bases, metadata)]
 
 
-def _data(trainer: L.Trainer) -> dict[str, Any]:
+def _data(trainer: L.Trainer, accumulate: int) -> dict[str, Any]:
     """What the order of the rows within an epoch depends on."""
     data: Any = getattr(trainer, "datamodule", None)
     if not hasattr(data, "batch_size"):
@@ -211,7 +213,7 @@ def _data(trainer: L.Trainer) -> dict[str, Any]:
     return {
         "rows of an optimiser step (batch_size x processes x accumulate_grad_batches)": data.batch_size
         * trainer.world_size
-        * trainer.accumulate_grad_batches,
+        * accumulate,
         **{name: getattr(data, name) for name in ("seed", "length_grouped") if hasattr(data, name)},
         "rows": {name: len(table) for name, table in getattr(data, "tables", {}).items() if name == "train"},
     }

@@ -110,7 +110,7 @@ class SavedAdapter:
         about["model_type of the base"] = (info.model_type, getattr(getattr(model, "config", None), "model_type", None))
         before, now = dict(flatten(_comparable(own))), dict(flatten(_comparable(config)))
         pairs = {k: (before.get(k), now.get(k)) for k in sorted(before.keys() | now.keys())}
-        for key, (old, new) in [*((k, p) for k, p in about.items() if p[0] is not None), *pairs.items()]:
+        for key, (old, new) in [*((k, p) for k, p in about.items() if None not in p), *pairs.items()]:
             if old != new:
                 yield f"{key}: {old!r} in the adapter, {new!r} in this run"
         plain = config.plain_config()

@@ -98,7 +98,7 @@ def main(verb: str, argv: list[str]) -> None:
     action, *rest = argv or ["--help"]
     if action in ("-h", "--help") or {"-h", "--help"} & {*rest}:
         print(USAGE)
-        return
+        raise SystemExit(0)  # as the other verbs do
     if action != "preview":
         raise UserError(f"data: there is only data preview, not {action!r}.")
     limit, others = "3", []

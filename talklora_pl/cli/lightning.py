@@ -21,6 +21,7 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from lightning_utilities.core.enums import StrEnum
 
 from talklora_pl import callbacks, registry
+from talklora_pl.callbacks.others import refuse_callbacks
 from talklora_pl.callbacks.progress import EpochProgress
 from talklora_pl.cli.check import Check
 from talklora_pl.cli.options import Option, plugins, right, shipped_configs, split, start_options
@@ -192,6 +193,7 @@ class CLI(LightningCLI):
         return trainer
 
     def after_instantiate_classes(self) -> None:
+        refuse_callbacks(self.trainer, self.model)
         try:
             self.model.check()
         except UserError:

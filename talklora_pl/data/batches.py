@@ -40,6 +40,7 @@ class Batches(torch.utils.data.Dataset[dict[str, Any]]):
             if batch.filler:
                 rows |= {
                     "input_ids": [[row[:1] for row in answers] for answers in rows["input_ids"]],
+                    "token_type_ids": [row[:1] for row in rows["token_type_ids"]],
                     "labels": [[[NO_LOSS] for _ in answers] for answers in rows["labels"]],
                     "label": [-1] * len(batch.rows),
                 }

@@ -178,7 +178,8 @@ class ChatTemplate:
 
     def _turn(self, turn: Turn) -> Turn:
         """A turn as the template takes it: without null, without our keys, content as text or parts."""
-        turn = {key: value for key, value in turn.items() if value is not None and key not in LEARN}
+        absent: tuple[Any, ...] = (None, [], {})
+        turn = {key: value for key, value in turn.items() if value not in absent and key not in LEARN}
         turn |= self.encoder.protect({key: value for key, value in turn.items() if key != "role"})
         content = turn.get("content")
         if isinstance(content, list):

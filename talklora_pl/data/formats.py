@@ -10,11 +10,8 @@ from __future__ import annotations
 import re
 from typing import TYPE_CHECKING, NamedTuple
 
-from talklora_pl.errors import UserError
-from talklora_pl.registry import did_you_mean
-
 if TYPE_CHECKING:
-    from talklora_pl.data.rows import Example, RowKind
+    from talklora_pl.data.example import Example
 
 # format -> (template, template where there is an input)
 _PLACES = re.compile(r"\{\{(\w+)\}\}|\{(prompt|input)\}")  # {{name}} stands for the text {name}
@@ -42,35 +39,6 @@ class Text(NamedTuple):
     prompt: str
     answers: list[str]
     marker: str
-
-
-def check_format(name: str, kind: RowKind, has_template: bool = True) -> None:
-    """Raise UserError unless `name` is a format (or a template) that can write such rows with this tokenizer."""
-    if name not in NAMES and "{prompt}" not in name:
-        raise UserError(
-            f"unknown format {name!r}.{did_you_mean(name, NAMES)} A template of your own must contain {{prompt}}."
-        )
-    if not kind.by_template and not kind.by_chat:
-        if name != "plain":
-            raise UserError(f"{kind.name} rows are read as they are; leave the format out or say plain, not {name!r}")
-        return
-    fields = (*kind.question, *kind.answer, *kind.optional)
-    places = re.findall(r"(?<!\{)\{(\w+)\}", name) if name not in NAMES else []
-    if wrong := [p for p in places if p not in ("prompt", "input") or (p == "input" and "input" not in fields)]:
-        raise UserError(
-            f"format: no column fills {{{wrong[0]}}}: a template has {{prompt}}, and {{input}} for rows: instruction "
-            f"(map your column to one of them). The text {{{wrong[0]}}} itself is written {{{{{wrong[0]}}}}}."
-        )
-    if not kind.by_template and name != "chat":
-        raise UserError(f"{kind.name} rows need format: chat, not {name!r}")
-    if not kind.by_chat and name == "chat":
-        raise UserError(f"format: chat cannot write {kind.name} rows; use plain or a template with {{prompt}}")
-    if name == "chat" and not has_template:
-        other = ", or another format" if kind.by_template else ""
-        raise UserError(
-            "format: chat needs a tokenizer with a chat template, and this model's has none; name a model tuned for "
-            f"chat (often called -Instruct or -it) as model.base.path{other}."
-        )
 
 
 def write(example: Example, name: str) -> Text:

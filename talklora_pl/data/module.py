@@ -179,6 +179,7 @@ class TextData(L.LightningDataModule):
             ends=not base.head.classifies,
             train_on=self.train_on,
             special_tokens_in_data=self.special_tokens_in_data,
+            token_types=getattr(config, "type_vocab_size", None) or 1,
         )
         given = self.sources
         wanted = {

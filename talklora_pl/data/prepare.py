@@ -16,8 +16,8 @@ from typing import TYPE_CHECKING, Any
 from talklora_pl import registry
 from talklora_pl.base.heads import HEADS
 from talklora_pl.cache import cache_root, cached_folder
-from talklora_pl.data.formats import check_format
-from talklora_pl.data.rows import ABSENT, Row, RowKind, RowReader, find, row_kind
+from talklora_pl.data.example import Example, Tokens
+from talklora_pl.data.rows import ABSENT, Row, RowKind, RowReader, check_format, find, row_kind
 from talklora_pl.data.source import BadRow, Reader, Source, check_path, text_files
 from talklora_pl.data.tokens import Tokenize
 from talklora_pl.errors import UserError
@@ -38,8 +38,8 @@ class Prepared:
     """The rows of one source.
 
     Attributes:
-        table: columns `id`, `task`, `input_ids`, `labels`, `label`, `prompt_length`, `answers`, `length` (tokens of the
-            longest sequence) and `loss_tokens` (what the objective averages over).
+        table: columns `id`, `task`, `input_ids`, `labels`, `token_type_ids`, `label`, `prompt_length`, `answers`,
+            `length` (tokens of the longest sequence) and `loss_tokens` (what the objective averages over).
         bad: rows that were left out.
         cut_rows, cut_tokens: how many prompts were too long, and by how many tokens in all.
         documents: how many texts the rows are made of where nothing is asked.
@@ -261,9 +261,10 @@ def _rows(
                 "task": source.task or (source.task_name if task in (None, "") else str(task)),
                 "input_ids": tokens.input_ids,
                 "labels": tokens.labels,
+                "token_type_ids": tokens.token_type_ids,
                 "label": label,
                 "prompt_length": tokens.prompt_length,
-                "answers": example.answers if tokens.prompt_length else [],
+                "answers": _answers(example, tokens),
                 "length": max(map(len, tokens.input_ids)),
                 "loss_tokens": _counted(tokens.labels, label, objective),
             }
@@ -301,6 +302,13 @@ def _packed(rows: Iterable[dict[str, Any]], max_length: int, objective: Objectiv
         yield held
 
 
+def _answers(example: Example, tokens: Tokens) -> list[str]:
+    """Texts to compare a generated answer with, or of the choices; none where there is no prompt to answer."""
+    if not tokens.prompt_length:
+        return []
+    return example.answers if tokens.answer is None else [tokens.answer]
+
+
 def _columns(row: dict[str, Any]) -> Iterator[str]:
     """What a mapping can name in a row."""
     for column, value in row.items():
@@ -319,6 +327,7 @@ def _features() -> datasets.Features:
             "task": Value("string"),
             "input_ids": ids,
             "labels": ids,
+            "token_type_ids": [Value("int32")],
             "label": Value("int32"),
             "prompt_length": Value("int32"),
             "answers": [Value("string")],

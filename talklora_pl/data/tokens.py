@@ -3,41 +3,20 @@
 from __future__ import annotations
 
 import hashlib
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from functools import cached_property
 from typing import TYPE_CHECKING, Any, Literal
 
 from talklora_pl.data import formats
 from talklora_pl.data.chat import ChatTemplate, Conversation
 from talklora_pl.data.encode import Encoder
+from talklora_pl.data.example import Example, Tokens
 from talklora_pl.data.source import BadRow
 from talklora_pl.errors import UserError
 from talklora_pl.inputs import NO_LOSS
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
-
-    from talklora_pl.data.rows import Example
-
-
-@dataclass
-class Tokens:
-    """One example as tokens.
-
-    Attributes:
-        input_ids: one sequence, or one per choice.
-        labels: of the same shapes, -100 where there is no loss (not shifted); empty for classification.
-        prompt_length: how many tokens of the first sequence come before the (last) answer: what generation starts from;
-            0 where nothing is asked.
-        cut: prompt tokens that did not fit.
-        notices: what was left out or replaced, one sentence each.
-    """
-
-    input_ids: list[list[int]] = field(default_factory=list)
-    labels: list[list[int]] = field(default_factory=list)
-    prompt_length: int = 0
-    cut: int = 0
-    notices: list[str] = field(default_factory=list)
 
 
 class Tokenize:
@@ -48,6 +27,7 @@ class Tokenize:
     ends: answers end with that token, so there must be one.
     train_on: of a conversation, learn `all` answers or the `last`.
     special_tokens_in_data: read special tokens that the data spell as `text`, or as the tokens that they are.
+    token_types: how many kinds of tokens the model tells apart.
 
     Raises:
         UserError: no end-of-sequence token.
@@ -61,6 +41,7 @@ class Tokenize:
         ends: bool = True,
         train_on: Literal["all", "last"] = "all",
         special_tokens_in_data: Literal["text", "control"] = "text",
+        token_types: int = 1,
     ) -> None:
         self.tokenizer, self.max_length, self.train_on = tokenizer, max_length, train_on
         self.encoder = Encoder(tokenizer, special_tokens_in_data)
@@ -76,7 +57,8 @@ class Tokenize:
         full = list(tokenizer("a").input_ids)
         start = next((i for i in range(len(full)) if full[i : i + len(bare)] == bare), 0)
         self.bos, self._after = full[:start], full[start + len(bare) :]
-        self.identity = _identity(tokenizer, train_on, special_tokens_in_data)
+        self.token_types = token_types
+        self.identity = _identity(tokenizer, train_on, special_tokens_in_data, str(token_types))
 
     @cached_property
     def chat(self) -> ChatTemplate:
@@ -94,10 +76,44 @@ class Tokenize:
     def text(self, example: Example, format: str) -> Tokens:
         """A prompt alone, with the tokenizer's own special tokens."""
         (text, _, _), notices = self._written(example, format)
+        if not notices:
+            ids = list(self.tokenizer(text, verbose=False).input_ids)
+            cut = max(0, len(ids) - self.max_length)
+            if cut:
+                ids = list(self.tokenizer(text, truncation=True, max_length=self.max_length).input_ids)
+            return Tokens([ids], cut=cut)
         ids = self.encoder.ids(text)
         cut = max(0, len(self.bos) + len(ids) + len(self._after) - self.max_length)
         kept = ids[cut:] if self.tokenizer.truncation_side == "left" else ids[: len(ids) - cut]
         return Tokens([[*self.bos, *kept, *self._after]], cut=cut, notices=notices)
+
+    def pair(self, example: Example, format: str) -> Tokens:
+        """Two texts in the tokenizer's own form for them; where they are too long, the longer one is cut first."""
+        (text, _, _), notices = self._written(example, format)
+        pair = self.encoder.protect(example.pair)
+        notices = [*notices, *self.encoder.notices(pair)]
+        frame, a, b = self.tokenizer("a", "b"), self.encoder.ids("a"), self.encoder.ids("b")
+        full = list(frame.input_ids)
+        first = _find(full, a, 0)
+        second = _find(full, b, first + len(a))
+        between = full[first + len(a) : second]
+        if not between:
+            notices.append("the tokenizer puts nothing between text and text_pair; a format can: '{prompt} ... '")
+        texts = [self.encoder.ids(text), self.encoder.ids(pair)]
+        room = self.max_length - (len(full) - len(a) - len(b))
+        lengths = [len(ids) for ids in texts]
+        cut = max(0, sum(lengths) - room)
+        if cut:
+            short = min(*lengths, room // 2)
+            lengths = [short, room - short] if lengths[0] <= lengths[1] else [room - short, short]
+        left = self.tokenizer.truncation_side == "left"
+        texts = [ids[len(ids) - n :] if left else ids[:n] for ids, n in zip(texts, lengths)]
+        ids = [*full[:first], *texts[0], *between, *texts[1], *full[second + len(b) :]]
+        kinds: list[int] = []
+        if self.token_types > 1 and (types := list(frame.get("token_type_ids") or ())):
+            kinds = types[:first] + [types[first]] * lengths[0] + types[first + len(a) : second]
+            kinds += [types[second]] * lengths[1] + types[second + len(b) :]
+        return Tokens([ids], cut=cut, notices=notices, token_type_ids=kinds)
 
     def _written(self, example: Example, format: str) -> tuple[formats.Text, list[str]]:
         prompt, more, answers = self.encoder.protect([example.prompt, example.input, example.answers])
@@ -156,7 +172,18 @@ class Tokenize:
             raise BadRow(
                 f"the last answer leaves no room for those to learn in {self.max_length} tokens (data.max_length)"
             )
-        return Tokens(ids, labels, start - cut, cut, [notice for row in rows for notice in row.notices])
+        notices = [notice for row in rows for notice in row.notices]
+        tokens = Tokens(ids, labels, start - cut, cut, notices)
+        if len(rows) == 1 and start < len(rows[0].ids):
+            tokens.answer = str(self.tokenizer.decode(rows[0].ids[start:], skip_special_tokens=True)).strip()
+        return tokens
+
+
+def _find(ids: list[int], part: list[int], start: int) -> int:
+    for i in range(start, len(ids) - len(part) + 1):
+        if ids[i : i + len(part)] == part:
+            return i
+    raise BadRow("has a text_pair, and in this tokenizer's form for pairs the two texts cannot be found")
 
 
 def _identity(tokenizer: PreTrainedTokenizerBase, *options: str) -> str:

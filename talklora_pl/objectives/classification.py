@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from talklora_pl.evaluation import BatchScores, Generation
-from talklora_pl.inputs import NO_LOSS, masked, model_inputs, summed_cross_entropy
+from talklora_pl.inputs import NO_LOSS, masked, model_inputs, pad, summed_cross_entropy
 from talklora_pl.objectives import Batch, Objective
 from talklora_pl.registry import register
 
@@ -27,9 +27,13 @@ class Classification(Objective):
     base_has_score = False
 
     def collate(self, rows: Mapping[str, list[Any]], pad_id: int, training: bool) -> dict[str, Tensor]:
-        """``labels`` (B,) are classes, -100 where unknown."""
+        """``labels`` (B,) are classes, -100 where unknown; ``token_type_ids`` (B,S) where a row has two texts."""
         label_B = torch.tensor(rows["label"])
-        return masked([ids for (ids,) in rows["input_ids"]], pad_id) | {"labels": label_B.where(label_B >= 0, NO_LOSS)}
+        batch = masked([ids for (ids,) in rows["input_ids"]], pad_id)
+        if any(types := rows.get("token_type_ids", ())):
+            types = [row or [0] * len(ids) for row, (ids,) in zip(types, rows["input_ids"])]
+            batch["token_type_ids"] = pad(types, 0)
+        return batch | {"labels": label_B.where(label_B >= 0, NO_LOSS)}
 
     def loss(self, model: Any, batch: Batch) -> tuple[Tensor, int]:
         logits_BC = model(**model_inputs(batch)).logits

@@ -63,7 +63,9 @@ def test_mistakes(folder: Path, capsys: pytest.CaptureFixture[str], argv: list[s
 
 
 def test_only_preview(capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["data", "view"]) == 2 and main(["data", "--help"]) == 0
+    assert main(["data", "view"]) == 2
+    with pytest.raises(SystemExit):
+        main(["data", "preview", "--help"])
     assert "usage: python -m talklora_pl data preview" in capsys.readouterr().out
 
 

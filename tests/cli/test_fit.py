@@ -335,7 +335,7 @@ def test_a_mistake_before_the_base_is_not_blamed_on_it(folder: Path, capsys: Any
         (["--data.max_length", "0", "--data.num_workers", "-1"], "data.num_workers: -1 is less than 0"),
         (["--trainer.accumulate_grad_batches", "0"], "accumulate_grad_batches: 0 is less than 1"),
         (["--trainer.devices", "1.5"], "trainer: `devices`"),
-        (["--trainer.val_check_interval", "1000"], "trainer: `val_check_interval`"),
+        (["--trainer.limit_train_batches", "0.001"], "trainer: You requested to check 0.001 of the"),
         (["--checkpoint.dirpath", "/proc/nowhere"], "checkpoint.dirpath: /proc/nowhere cannot be made"),
         (["--trainer.default_root_dir", "/proc/nowhere"], "trainer.default_root_dir: /proc/nowhere cannot be made"),
         (["--model.adapter.router.temperature", "0"], "model.adapter.router.temperature: temperature must be > 0"),

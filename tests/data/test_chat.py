@@ -314,7 +314,8 @@ def test_half_a_weight_is_refused(key: dict[str, Any]) -> None:
 def test_keys_of_a_turn() -> None:
     with pytest.raises(BadRow, match="'mood'"):
         chat("chatml")[1](Conversation([U("a", mood="sad"), A("b")]))
-    chat("chatml")[1](Conversation([U("a", mood=None), A("b")]))  # null is as absent
+    for absent in (None, [], {}):
+        chat("chatml")[1](Conversation([U("a", mood=absent), A("b")]))
     named = Family(
         FAMILIES["chatml"].template.replace("m['content']", "m['content'] ~ (m.mood or '')"),
         FAMILIES["chatml"].tokens,

@@ -9,9 +9,8 @@ from typing import Any
 
 import pytest
 
-from talklora_pl.data.formats import check_format
 from talklora_pl.data.prepare import resolve_source
-from talklora_pl.data.rows import Example, RowReader, row_kind
+from talklora_pl.data.rows import Example, RowReader, check_format, row_kind
 from talklora_pl.data.source import BadRow, Reader, Source
 from talklora_pl.errors import UserError
 from talklora_pl.objectives.classification import Classification

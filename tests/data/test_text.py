@@ -144,8 +144,7 @@ def test_a_text_to_predict_for_is_continued(base: BaseModel) -> None:
 
 
 def test_a_format_that_writes_more_than_the_text() -> None:
-    from talklora_pl.data.formats import check_format
-    from talklora_pl.data.rows import row_kind
+    from talklora_pl.data.rows import check_format, row_kind
 
     check_format("plain", row_kind("text"))
     for name in ("chat", "alpaca", "Q: {prompt}"):

@@ -170,6 +170,20 @@ def test_a_text_to_classify_spells_no_special_token() -> None:
     assert Tokenize(tok, 4, ends=False).text(Example(prompt="a</s>"), "plain").input_ids[0][1:] == [64, 27, 14]
 
 
+def test_the_answer_is_what_generation_has_to_write() -> None:
+    from tests.data.templates import FAMILIES
+    from tests.data.templates import tokenizer as of
+
+    turns = [{"role": "user", "content": "1+2"}, {"role": "assistant", "content": " 3 "}]
+    wanted = {"qwen3": "<think>\n\n</think>\n\n 3", "llama3": "3", "harmony": "final 3", "phi3": "3"}
+    for name, text in wanted.items():
+        assert Tokenize(of(FAMILIES[name]), 500)(Example(messages=turns), "chat").answer == text
+    assert Tokenize(of(FAMILIES["phi3"]), 500)(Example(messages=turns[:1]), "chat").answer is None
+    call = {"role": "assistant", "tool_calls": [{"function": {"name": "f", "arguments": {}}}]}
+    tokens = Tokenize(of(FAMILIES["llama3.1"]), 500)(Example(messages=[turns[0], call]), "chat")
+    assert tokens.answer == '{"name": "f", "parameters": {}}'
+
+
 def test_train_on_last() -> None:
     turns = [{"role": role, "content": c} for role, c in (("user", "u"), ("assistant", "a"))] * 2
     assert one(tokenizer(), Example(messages=turns), "chat")[1] == "a</s>a</s>"

@@ -10,10 +10,11 @@ import json
 import re
 from abc import abstractmethod
 from collections.abc import Sequence
-from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from talklora_pl import registry
+from talklora_pl.data import formats
+from talklora_pl.data.example import Example
 from talklora_pl.data.source import BadRow, Source
 from talklora_pl.errors import UserError
 
@@ -21,29 +22,6 @@ if TYPE_CHECKING:
     from collections.abc import Iterable
 
     from talklora_pl.data.tokens import Tokenize, Tokens
-
-
-@dataclass
-class Example:
-    """A row in the common form.
-
-    Attributes:
-        prompt: what the model is asked; the text to classify.
-        input: second part of the prompt (of `instruction` rows).
-        messages: a conversation instead of a prompt; its last message is the answer, if by the assistant.
-        answers: one completion, or all choices; empty where there is none.
-        label: index of the right answer, or the class; None where unknown.
-        tools: functions that the assistant of a conversation may call.
-        variables: what else the chat template is told.
-    """
-
-    prompt: str = ""
-    input: str = ""
-    messages: list[dict[str, Any]] = field(default_factory=list)
-    answers: list[str] = field(default_factory=list)
-    label: int | None = None
-    tools: list[Any] | None = None
-    variables: dict[str, Any] = field(default_factory=dict)
 
 
 class RowKind(registry.Component):
@@ -80,6 +58,36 @@ class RowKind(registry.Component):
 
         Raises BadRow: as :meth:`tokens`."""
         return [self.tokens(example, format, tokenize)]
+
+
+def check_format(name: str, kind: RowKind, has_template: bool = True) -> None:
+    """Raise UserError unless `name` is a format (or a template) that can write such rows with this tokenizer."""
+    if name not in formats.NAMES and "{prompt}" not in name:
+        raise UserError(
+            f"unknown format {name!r}.{registry.did_you_mean(name, formats.NAMES)} A template of your own must contain "
+            "{prompt}."
+        )
+    if not kind.by_template and not kind.by_chat:
+        if name != "plain":
+            raise UserError(f"{kind.name} rows are read as they are; leave the format out or say plain, not {name!r}")
+        return
+    fields = (*kind.question, *kind.answer, *kind.optional)
+    places = re.findall(r"(?<!\{)\{(\w+)\}", name) if name not in formats.NAMES else []
+    if wrong := [p for p in places if p not in ("prompt", "input") or (p == "input" and "input" not in fields)]:
+        raise UserError(
+            f"format: no column fills {{{wrong[0]}}}: a template has {{prompt}}, and {{input}} for rows: instruction "
+            f"(map your column to one of them). The text {{{wrong[0]}}} itself is written {{{{{wrong[0]}}}}}."
+        )
+    if not kind.by_template and name != "chat":
+        raise UserError(f"{kind.name} rows need format: chat, not {name!r}")
+    if not kind.by_chat and name == "chat":
+        raise UserError(f"format: chat cannot write {kind.name} rows; use plain or a template with {{prompt}}")
+    if name == "chat" and not has_template:
+        other = ", or another format" if kind.by_template else ""
+        raise UserError(
+            "format: chat needs a tokenizer with a chat template, and this model's has none; name a model tuned for "
+            f"chat (often called -Instruct or -it) as model.base.path{other}."
+        )
 
 
 def row_kind(name: str) -> RowKind:

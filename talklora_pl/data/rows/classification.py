@@ -1,4 +1,4 @@
-"""Rows of `text` and `label`: index or name of the class."""
+"""Rows of `text`, maybe with a `text_pair`, and `label`: index or name of the class."""
 
 from __future__ import annotations
 
@@ -15,15 +15,17 @@ if TYPE_CHECKING:
 @register("classification")
 @dataclass
 class Classification(RowKind):
-    """A text and its class."""
+    """A text, or two, and the class."""
 
     question = ("text",)
     answer = ("label",)
+    optional = ("text_pair",)
     by_chat = False
     gives = "class"
 
     def read(self, row: Row) -> Example:
-        return Example(prompt=row.text("text"), label=row.label("classes", row.num_classes, row.classes, []))
+        label = row.label("classes", row.num_classes, row.classes, [])
+        return Example(prompt=row.text("text"), pair=row.text("text_pair", required=False), label=label)
 
     def tokens(self, example: Example, format: str, tokenize: Tokenize) -> Tokens:
-        return tokenize.text(example, format)
+        return tokenize.pair(example, format) if example.pair else tokenize.text(example, format)
