@@ -183,7 +183,7 @@ class CLI(LightningCLI):
         if config.get("enable_progress_bar") is not False and not any(isinstance(c, ProgressBar) for c in own):
             kwargs["callbacks"] = [*own, EpochProgress()]
         try:
-            trainer = super().instantiate_trainer(**kwargs)
+            trainer: Any = super().instantiate_trainer(**kwargs)
         except (MisconfigurationException, ModuleNotFoundError, TypeError, ValueError) as e:
             raise UserError(f"trainer: {' '.join(str(e).split())}") from e
         if not config.get("fast_dev_run"):
