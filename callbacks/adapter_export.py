@@ -4,17 +4,15 @@ from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import lightning as L
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.utilities import rank_zero_info
 
 from talklora_pl.adapter.io import adapter_tensors
+from talklora_pl.adapter_module import AdapterModule
 from talklora_pl.export.run import export_checkpoint, export_tensors, facts_of, gather_full, store_facts
-
-if TYPE_CHECKING:
-    from talklora_pl.module import FineTuner
 
 
 class AdapterExport(L.Callback):
@@ -47,10 +45,10 @@ class AdapterExport(L.Callback):
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         self._trained = True
 
-    def on_train_batch_start(self, trainer: L.Trainer, pl_module: FineTuner, batch: Any, batch_idx: int) -> None:
+    def on_train_batch_start(self, trainer: L.Trainer, pl_module: AdapterModule, batch: Any, batch_idx: int) -> None:
         self._export_best(trainer, pl_module)  # Lightning saves checkpoints after all other callbacks had their turn
 
-    def on_fit_end(self, trainer: L.Trainer, pl_module: FineTuner) -> None:
+    def on_fit_end(self, trainer: L.Trainer, pl_module: AdapterModule) -> None:
         if trainer.fast_dev_run or (trainer.ckpt_path and not self._trained):  # type: ignore[attr-defined]
             return
         self._export_best(trainer, pl_module)
@@ -60,7 +58,7 @@ class AdapterExport(L.Callback):
             folder = export_tensors(self._folder / "last", tensors, metadata, pl_module.base, facts)
             rank_zero_info(f"Adapter: {folder}")
 
-    def _export_best(self, trainer: L.Trainer, pl_module: FineTuner) -> None:
+    def _export_best(self, trainer: L.Trainer, pl_module: AdapterModule) -> None:
         checkpoint = trainer.checkpoint_callback
         if not (self.best and trainer.is_global_zero and isinstance(checkpoint, ModelCheckpoint)):
             return

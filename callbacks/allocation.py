@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import lightning as L
 from lightning.pytorch.utilities import rank_zero_info
@@ -10,6 +10,7 @@ from lightning.pytorch.utilities import rank_zero_info
 from talklora_pl import registry
 from talklora_pl.adapter.allocation import decide, layer_targets
 from talklora_pl.adapter.metadata import AdapterMetadata
+from talklora_pl.adapter_module import AdapterModule
 from talklora_pl.allocation.alpha import Alpha
 from talklora_pl.allocation.report import figure, layer_list, markdown, total
 from talklora_pl.allocation.rules import UniformAllocation
@@ -18,11 +19,8 @@ from talklora_pl.base.weights import SafetensorsWeights
 from talklora_pl.cache import cache_root
 from talklora_pl.errors import UserError
 
-if TYPE_CHECKING:
-    from talklora_pl.module import FineTuner
 
-
-def refuse_other_allocation(metadata: AdapterMetadata, pl_module: FineTuner) -> None:
+def refuse_other_allocation(metadata: AdapterMetadata, pl_module: AdapterModule) -> None:
     """Raise a `UserError` if a checkpoint gives other numbers of experts to the layers of this run.
 
     Args:
@@ -61,7 +59,7 @@ class ExpertAllocation(L.Callback):
         self.cache = cache
         self.alphas: list[float] | None = None
 
-    def setup(self, trainer: L.Trainer, pl_module: FineTuner, stage: str) -> None:
+    def setup(self, trainer: L.Trainer, pl_module: AdapterModule, stage: str) -> None:
         if pl_module.model is not None or pl_module.allocation is not None:
             return
         outcome: Any = None
@@ -75,7 +73,7 @@ class ExpertAllocation(L.Callback):
             raise outcome
         pl_module.allocation = outcome
 
-    def _decide(self, pl_module: FineTuner) -> dict[str, int] | None:
+    def _decide(self, pl_module: AdapterModule) -> dict[str, int] | None:
         """The rule's answer; None for the uniform one, which needs no look at the model."""
         config = pl_module.adapter_config
         config.validate()
@@ -91,7 +89,7 @@ class ExpertAllocation(L.Callback):
             self.alphas = config.allocation.layer_alphas(layers, weights)
         return counts
 
-    def on_fit_start(self, trainer: L.Trainer, pl_module: FineTuner) -> None:
+    def on_fit_start(self, trainer: L.Trainer, pl_module: AdapterModule) -> None:
         config = pl_module.adapter_config
         layers = layer_targets(pl_module.model, config.targets, config.exclude, config.layers, config.experts.site)
         counts = pl_module.adapter.experts_per_layer

@@ -4,20 +4,18 @@ from __future__ import annotations
 
 import zlib
 from contextlib import ExitStack
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
 import lightning as L
 import torch
 from torch import Tensor
 
+from talklora_pl.adapter_module import AdapterModule
 from talklora_pl.monitoring.alerts import AlertRules, Alerts
 from talklora_pl.monitoring.metrics import Load, RoutingLoad, overlap, top_experts
 from talklora_pl.monitoring.sensitivity import DecisionInputs, communication_matrices
 from talklora_pl.monitoring.tensorboard import Board
 from talklora_pl.routing import RoutingCollector, RoutingRecord
-
-if TYPE_CHECKING:
-    from talklora_pl.module import FineTuner
 
 PROBE_TOKENS = 2048
 
@@ -75,7 +73,7 @@ class LoadBalance(L.Callback):
 
     # --- training
 
-    def on_fit_start(self, trainer: L.Trainer, pl_module: FineTuner) -> None:
+    def on_fit_start(self, trainer: L.Trainer, pl_module: AdapterModule) -> None:
         layers = pl_module.adapter.routed_layers()
         self.train_load = RoutingLoad(layers).to(pl_module.device) if layers else None
         board = Board(trainer)
@@ -85,12 +83,12 @@ class LoadBalance(L.Callback):
 
             board.figure("experts/allocation", figures.allocation(pl_module.adapter.experts_per_layer))
 
-    def on_train_batch_start(self, trainer: L.Trainer, pl_module: FineTuner, batch: Any, batch_idx: int) -> None:
+    def on_train_batch_start(self, trainer: L.Trainer, pl_module: AdapterModule, batch: Any, batch_idx: int) -> None:
         self._step, every = trainer.global_step, _log_every(trainer)  # 0: never
         self._observing = self.train_load is not None and every > 0 and (self._step + 1) % every == 0
 
     def on_train_batch_end(
-        self, trainer: L.Trainer, pl_module: FineTuner, outputs: Any, batch: Any, batch_idx: int
+        self, trainer: L.Trainer, pl_module: AdapterModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         if not self._observing:
             return
@@ -118,7 +116,7 @@ class LoadBalance(L.Callback):
 
     # --- evaluation
 
-    def on_validation_start(self, trainer: L.Trainer, pl_module: FineTuner) -> None:
+    def on_validation_start(self, trainer: L.Trainer, pl_module: AdapterModule) -> None:
         layers = pl_module.adapter.routed_layers()
         self.val_load = RoutingLoad(layers).to(pl_module.device) if layers and not trainer.sanity_checking else None
         self._probe, self._probe_text = {}, 0
@@ -126,7 +124,7 @@ class LoadBalance(L.Callback):
         self._probe_left = PROBE_TOKENS if trainer.is_global_zero else 0
 
     def on_validation_batch_start(
-        self, trainer: L.Trainer, pl_module: FineTuner, batch: Any, batch_idx: int, dataloader_idx: int = 0
+        self, trainer: L.Trainer, pl_module: AdapterModule, batch: Any, batch_idx: int, dataloader_idx: int = 0
     ) -> None:
         if self.val_load is None:
             return
@@ -138,7 +136,7 @@ class LoadBalance(L.Callback):
     def on_validation_batch_end(
         self,
         trainer: L.Trainer,
-        pl_module: FineTuner,
+        pl_module: AdapterModule,
         outputs: Any,
         batch: Any,
         batch_idx: int,
@@ -152,7 +150,7 @@ class LoadBalance(L.Callback):
             self._add_probe(self._collector.records, batch)
         del self._collector
 
-    def on_validation_epoch_end(self, trainer: L.Trainer, pl_module: FineTuner) -> None:
+    def on_validation_epoch_end(self, trainer: L.Trainer, pl_module: AdapterModule) -> None:
         if self.val_load is None:
             return
         load = self.val_load.summary()
@@ -171,19 +169,19 @@ class LoadBalance(L.Callback):
         if self.figures:
             self._draw(pl_module, board, load)
 
-    def on_exception(self, trainer: L.Trainer, pl_module: FineTuner, exception: BaseException) -> None:
+    def on_exception(self, trainer: L.Trainer, pl_module: AdapterModule, exception: BaseException) -> None:
         self._evaluation.close()
 
     # --- parts
 
-    def _log(self, pl_module: FineTuner, board: Board, prefix: str, load: Load) -> None:
+    def _log(self, pl_module: AdapterModule, board: Board, prefix: str, load: Load) -> None:
         self.latest = load
         values = load.aggregates(self.dead_below)
         pl_module.log_dict({f"{prefix}/{key}": value for key, value in values.items()}, batch_size=1)
         if self.mode == "detailed":
             board.layers(prefix, load, self.dead_below)
 
-    def _draw(self, pl_module: FineTuner, board: Board, load: Load) -> None:
+    def _draw(self, pl_module: AdapterModule, board: Board, load: Load) -> None:
         if not board.pictures:
             return
         from talklora_pl.monitoring import figures

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import lightning as L
 from lightning.pytorch.callbacks import (
@@ -20,11 +20,9 @@ from lightning.pytorch.plugins.precision import DoublePrecision, HalfPrecision, 
 from lightning.pytorch.utilities import rank_zero_info
 from torch.optim.lr_scheduler import ReduceLROnPlateau
 
+from talklora_pl.adapter_module import AdapterModule
 from talklora_pl.errors import UserError
 from talklora_pl.registry import did_you_mean
-
-if TYPE_CHECKING:
-    from talklora_pl.module import FineTuner
 
 FINDERS = (BatchSizeFinder, LearningRateFinder)
 AVERAGES = "it averages a second copy of the whole model, frozen base included, and would put it into every checkpoint"
@@ -40,7 +38,7 @@ IN_TRAINING = ("train_", "load/", "balance/", "alerts/")
 DTYPES = {"16-true": "float16", "bf16-true": "bfloat16", "64-true": "float64"}
 
 
-def refuse_callbacks(trainer: L.Trainer, pl_module: FineTuner) -> None:
+def refuse_callbacks(trainer: L.Trainer, pl_module: AdapterModule) -> None:
     """Raise a `UserError` about callbacks that cannot do what they say on a model with an adapter."""
     callbacks: list[Any] = trainer.callbacks  # type: ignore[attr-defined]
     lines = [
@@ -58,7 +56,7 @@ def refuse_callbacks(trainer: L.Trainer, pl_module: FineTuner) -> None:
         raise UserError("\n".join(lines))
 
 
-def whole_precision(trainer: L.Trainer, pl_module: FineTuner) -> None:
+def whole_precision(trainer: L.Trainer, pl_module: AdapterModule) -> None:
     """``16-true``, ``bf16-true`` and ``64-true`` are about the frozen base; adapters are no less than float32."""
     plugin = trainer.precision_plugin
     if not isinstance(plugin, (HalfPrecision, DoublePrecision)):
@@ -84,7 +82,7 @@ class OtherCallbacks(L.Callback):
     def __init__(self) -> None:
         self._waits: dict[str, str] = {}  # metric -> who needs it
 
-    def setup(self, trainer: L.Trainer, pl_module: FineTuner, stage: str) -> None:
+    def setup(self, trainer: L.Trainer, pl_module: AdapterModule, stage: str) -> None:
         if stage != "fit":
             return
         for callback in trainer.callbacks:  # type: ignore[attr-defined]
@@ -92,7 +90,7 @@ class OtherCallbacks(L.Callback):
                 callback.strict = False  # it would end the run before there is anything to judge by
                 self._waits[callback.monitor] = f"trainer.callbacks: {type(callback).__name__}"
 
-    def on_fit_start(self, trainer: L.Trainer, pl_module: FineTuner) -> None:
+    def on_fit_start(self, trainer: L.Trainer, pl_module: AdapterModule) -> None:
         for config in trainer.lr_scheduler_configs:
             if isinstance(config.scheduler, ReduceLROnPlateau):
                 self._waits[str(config.monitor)] = "model.lr_scheduler: ReduceLROnPlateau"
@@ -111,7 +109,7 @@ class OtherCallbacks(L.Callback):
                 for group, rate in zip(config.scheduler.optimizer.param_groups, config.scheduler.get_last_lr()):
                     group["lr"] = rate
 
-    def on_validation_end(self, trainer: L.Trainer, pl_module: FineTuner) -> None:
+    def on_validation_end(self, trainer: L.Trainer, pl_module: AdapterModule) -> None:
         if trainer.state.fn != "fit" or trainer.sanity_checking:
             return
         metrics = trainer.callback_metrics

@@ -12,6 +12,7 @@ from lightning.pytorch.utilities import rank_zero_info
 
 from talklora_pl.adapter.fingerprint import agree
 from talklora_pl.adapter.metadata import AdapterMetadata
+from talklora_pl.adapter_module import AdapterModule
 from talklora_pl.callbacks.others import FINDERS
 from talklora_pl.data.sampler import accumulation
 from talklora_pl.distributed.checkpoint import KEY as METADATA
@@ -30,7 +31,6 @@ from talklora_pl.internals.lightning import (
 if TYPE_CHECKING:
     import datasets
 
-    from talklora_pl.module import FineTuner
 
 KEY = "talklora_resume"
 
@@ -150,7 +150,7 @@ class ExactResume(L.Callback):
 
     # ------------------------------------------------------------------ 4, 6
 
-    def on_load_checkpoint(self, trainer: L.Trainer, pl_module: FineTuner, checkpoint: dict[str, Any]) -> None:
+    def on_load_checkpoint(self, trainer: L.Trainer, pl_module: AdapterModule, checkpoint: dict[str, Any]) -> None:
         if trainer.state.fn != "fit":
             return
         if "optimizer_states" not in checkpoint:

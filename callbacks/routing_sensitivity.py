@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import lightning as L
 import torch
 
+from talklora_pl.adapter_module import AdapterModule
 from talklora_pl.monitoring.sensitivity import DecisionInputs, Sensitivity
 from talklora_pl.monitoring.tensorboard import Board
-
-if TYPE_CHECKING:
-    from talklora_pl.module import FineTuner
 
 
 class RoutingSensitivity(L.Callback):
@@ -37,13 +35,13 @@ class RoutingSensitivity(L.Callback):
         self._sensitivity: Sensitivity | None = None
         self._inputs: DecisionInputs | None = None
 
-    def on_validation_start(self, trainer: L.Trainer, pl_module: FineTuner) -> None:
+    def on_validation_start(self, trainer: L.Trainer, pl_module: AdapterModule) -> None:
         layers = pl_module.adapter.routed_layers()
         measure = layers and not trainer.sanity_checking
         self._sensitivity = Sensitivity(layers, self.eps, self.directions).to(pl_module.device) if measure else None
 
     def on_validation_batch_start(
-        self, trainer: L.Trainer, pl_module: FineTuner, batch: Any, batch_idx: int, dataloader_idx: int = 0
+        self, trainer: L.Trainer, pl_module: AdapterModule, batch: Any, batch_idx: int, dataloader_idx: int = 0
     ) -> None:
         if self._sensitivity is not None and batch_idx < self.batches and dataloader_idx == 0:
             self._inputs = DecisionInputs(pl_module.adapter, batch["attention_mask"], self.tokens).__enter__()
@@ -51,7 +49,7 @@ class RoutingSensitivity(L.Callback):
     def on_validation_batch_end(
         self,
         trainer: L.Trainer,
-        pl_module: FineTuner,
+        pl_module: AdapterModule,
         outputs: Any,
         batch: Any,
         batch_idx: int,
@@ -62,7 +60,7 @@ class RoutingSensitivity(L.Callback):
             self._sensitivity.update(self._inputs)
             self._inputs = None
 
-    def on_validation_epoch_end(self, trainer: L.Trainer, pl_module: FineTuner) -> None:
+    def on_validation_epoch_end(self, trainer: L.Trainer, pl_module: AdapterModule) -> None:
         if self._sensitivity is None:
             return
         board = Board(trainer)
@@ -72,7 +70,7 @@ class RoutingSensitivity(L.Callback):
             board.scalars({f"sensitivity_layers/{key}/{name}": v for name, v in values.items() if v == v})
         self._sensitivity = None
 
-    def on_exception(self, trainer: L.Trainer, pl_module: FineTuner, exception: BaseException) -> None:
+    def on_exception(self, trainer: L.Trainer, pl_module: AdapterModule, exception: BaseException) -> None:
         if self._inputs is not None:
             self._inputs.__exit__()
             self._inputs = None

@@ -18,9 +18,10 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import ReduceLROnPlateau
 
-from talklora_pl.adapter import Adapter, AdapterConfig, disable_adapter, inject
+from talklora_pl.adapter import AdapterConfig, disable_adapter, inject
 from talklora_pl.adapter.io import adapter_metadata, base_fingerprint, state_tensors
 from talklora_pl.adapter.metadata import AdapterMetadata
+from talklora_pl.adapter_module import AdapterModule
 from talklora_pl.balance import balance_losses
 from talklora_pl.base import BaseModel, describe_base, load_base, load_generation, load_tokenizer, portable
 from talklora_pl.base.description import Description
@@ -34,12 +35,12 @@ from talklora_pl.evaluation import BatchScores, Evaluation, Generation, TaskScor
 from talklora_pl.internals.lightning import step_ends, trainer_of
 from talklora_pl.objectives import Objective, choose
 from talklora_pl.optim import ParamGroup, grouped, try_optimizer, watched
-from talklora_pl.routing import RoutingCollector, RoutingRecord
+from talklora_pl.routing import RoutingCollector
 from talklora_pl.sites.left_out import summary
 from talklora_pl.warm_start import SavedAdapter
 
 
-class FineTuner(L.LightningModule):
+class FineTuner(AdapterModule):
     """Fine-tunes a frozen Hugging Face model through an adapter.
 
     Args:
@@ -81,11 +82,9 @@ class FineTuner(L.LightningModule):
         self.compile_model = compile
         self.evaluation = evaluation
         self._told_of_idle = False
-        # experts by module name, decided by the callback before the adapter is built; None: as the adapter's rule says
-        self.allocation: dict[str, int] | None = self.start.metadata.experts_per_layer if self.start else None
-        self.model: Any = None
-        # routing of the newest training micro-step, for callbacks
-        self.routing: list[RoutingRecord] = []
+        self.allocation = self.start.metadata.experts_per_layer if self.start else None
+        self.model = None
+        self.routing = []
         # checkpoints hold what is trained; on_load_checkpoint checks that all of it is there
         self.strict_loading = False
         self._fingerprint: str | None = None
@@ -180,11 +179,6 @@ class FineTuner(L.LightningModule):
         inject(model, config, allocation=self.allocation, device=device)
         if self.start:
             self.start.check_tensors(model)
-
-    @property
-    def adapter(self) -> Adapter:
-        """The adapter that is trained."""
-        return self.model.talklora["default"]
 
     def trained(self) -> dict[str, nn.Parameter]:
         """Trained tensors by name, without the prefix that all of them have."""
@@ -406,11 +400,6 @@ class FineTuner(L.LightningModule):
     # --- checkpoints
 
     def adapter_metadata(self, like: str | None = None) -> AdapterMetadata:
-        """What a checkpoint and an exported folder hold of the run's method.
-
-        Args:
-            like: a fingerprint that the base's will be compared with, maybe of an earlier version.
-        """
         base: dict[str, Any] = {
             "name_or_path": portable(self.base.path),
             "task": self.base.task,
