@@ -1,10 +1,10 @@
-"""Stop cleanly when the machine is taken away: SIGTERM and SIGUSR1 save a checkpoint and end the run."""
+"""Stop cleanly when the machine is taken away or the user asks: a signal saves a checkpoint and ends the run."""
 
 import os
 import signal
-import subprocess
 import sys
 import threading
+import time
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -15,32 +15,32 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.plugins.environments import LightningEnvironment
 from lightning.pytorch.utilities import rank_zero_info
 
+from talklora_pl import stopping
 from talklora_pl.internals.lightning import log_now, step_ends, without_signal_handlers
-
-EXIT_CODE = 143
-"""What a shell reports for a process that SIGTERM ended: schedulers take it for "asked to stop", not for a failure."""
 
 
 class Preemption(L.Callback):
-    """Save and end when any rank receives SIGTERM or SIGUSR1.
+    """Save and end when any rank receives SIGTERM, SIGUSR1 or SIGINT (Ctrl-C).
 
     While training, the signal only sets a flag; the ranks agree on it by one all-reduce of a number after each
     optimiser step and before each validation batch, save ``last.ckpt`` beside the other checkpoints, and every worker
-    exits with 143. A signal during the writing of a checkpoint therefore lets the writing finish. Before the first
-    step there is nothing to save and the process ends at once; after the last one the run simply finishes.
-    The grace time must cover one optimiser step and the writing of one checkpoint.
+    exits with 143, or 130 after Ctrl-C. A signal during the writing of a checkpoint therefore lets the writing finish.
+    Before the first step there is nothing to save and the process ends at once; after the last one the run simply
+    finishes. A second Ctrl-C ends the run without saving. The grace time must cover one optimiser step and the writing
+    of one checkpoint.
 
     Lightning's own handlers for both signals are not installed: the one for SIGTERM waits for the other ranks *inside*
     the signal handler and can hang there, the one for SLURM would requeue a second time.
 
     Args:
-        requeue: on SIGUSR1 inside a SLURM job (``#SBATCH --signal=USR1@90``) also run ``scontrol requeue``. The job
-            script should pass ``--ckpt_path last``, which finds nothing at the first start and the saved state later.
+        requeue: on SIGUSR1 inside a SLURM job (``#SBATCH --signal=USR1@90``) also run ``scontrol requeue``, before the
+            first step too. The job script should pass ``--ckpt_path last``, which finds nothing at the first start and
+            the saved state later.
     """
 
     def __init__(self, requeue: bool = True) -> None:
         self.requeue = requeue
-        self._received = 0
+        self._received, self._since, self._process = 0, 0.0, os.getpid()
         self._phase = "before"  # the first step; then "training", then "after" the last
         self._previous: dict[int, Any] = {}
 
@@ -49,9 +49,10 @@ class Preemption(L.Callback):
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         if threading.current_thread() is not threading.main_thread():
             return
-        self._trainer, self._phase = trainer, "before"
+        self._trainer, self._phase, self._process = trainer, "before", os.getpid()
+        stopping.requeues = self.requeue
         without_signal_handlers(trainer)
-        for number in (signal.SIGTERM, signal.SIGUSR1):
+        for number in stopping.SIGNALS:
             self._previous[number] = signal.signal(number, self._on_signal)
 
     def teardown(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
@@ -62,11 +63,22 @@ class Preemption(L.Callback):
         self.teardown(trainer, pl_module, "fit")
 
     def _on_signal(self, number: int, frame: FrameType | None) -> None:
+        if os.getpid() != self._process:
+            return  # a loader process: Ctrl-C in a terminal goes to all
         first, self._received = not self._received, max(self._received, number)
         if first:
+            self._since = time.monotonic()
             self._pass_on(number)
         if self._phase == "before":
+            if self._launched_by_rank_zero():
+                os._exit(0)
+            if callable(before := self._previous[number]):  # the command line knows how to end
+                before(number, frame)
             sys.exit(self._exit_code())
+        if number == signal.SIGINT and self._phase == "training":
+            if time.monotonic() - self._since > 1:  # the first may come twice, from the terminal and from a peer
+                raise KeyboardInterrupt
+            rank_zero_info("Ctrl-C: saving after this step. Once more to end without saving.")
 
     def _pass_on(self, number: int) -> None:
         """Processes that Lightning's script launcher made know of each other what torchrun and SLURM know."""
@@ -82,7 +94,7 @@ class Preemption(L.Callback):
 
     def _exit_code(self) -> int:
         # rank zero's observer of the processes it launched kills rank zero if one of them "fails"
-        return 0 if self._launched_by_rank_zero() else EXIT_CODE
+        return 0 if self._launched_by_rank_zero() else stopping.exit_code(self._received)
 
     # ------------------------------------------------------------------ places to stop at
 
@@ -121,9 +133,8 @@ class Preemption(L.Callback):
             f"{signal.Signals(self._received).name}: saved {path} after step {trainer.global_step}. "
             "Resume with --ckpt_path last."
         )
-        job = slurm_job()
-        if self.requeue and self._received == signal.SIGUSR1 and job and trainer.is_global_zero:
-            subprocess.run(["scontrol", "requeue", job], check=False)
+        if self.requeue and trainer.is_global_zero:
+            stopping.requeue(self._received)
         sys.exit(self._exit_code())
 
 
@@ -133,10 +144,3 @@ def directory(trainer: L.Trainer) -> Path:
         if isinstance(callback, ModelCheckpoint) and callback.dirpath:
             return Path(callback.dirpath)
     return Path(trainer.default_root_dir) / "checkpoints"
-
-
-def slurm_job() -> str | None:
-    """Id of the SLURM job this process runs in, as ``scontrol requeue`` wants it."""
-    if array := os.environ.get("SLURM_ARRAY_JOB_ID"):
-        return f"{array}_{os.environ['SLURM_ARRAY_TASK_ID']}"
-    return os.environ.get("SLURM_JOB_ID")

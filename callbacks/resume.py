@@ -19,8 +19,10 @@ from talklora_pl.distributed.checkpoint import refuse_differences
 from talklora_pl.distributed.seeding import seed_step
 from talklora_pl.errors import UserError
 from talklora_pl.internals.lightning import (
+    back_to_the_last_step,
     first_validation_batch_started,
     logged_step,
+    step_ends,
     training_batches,
     validation_follows,
 )
@@ -37,7 +39,8 @@ class ExactResume(L.Callback):
     """Makes "interrupted and resumed" equal "uninterrupted", and lets what the user typed win.
 
     1. Random numbers are reseeded before every micro-batch from (seed, micro-batch, rank), so dropout resumes exactly.
-    2. A checkpoint that is written while a validation is due or running says so; Lightning would leave it out.
+    2. A checkpoint that is written while a validation is due or running says so; Lightning would leave it out. One
+       that is written amid an optimiser step goes on from the end of the step before, whose weights it holds.
     3. Optimiser and scheduler options that differ from those of the interrupted run win over the checkpoint's.
     4. Another adapter, base, allocation, optimiser or schedule than that of the interrupted run is refused by name.
     5. Logged values keep their steps; Lightning's own count is off by one after some resumes.
@@ -98,7 +101,11 @@ class ExactResume(L.Callback):
             "accumulate": trainer.accumulate_grad_batches,
         }
         loops = checkpoint.get("loops", {}).get("fit_loop")
-        if loops is not None and not trainer.sanity_checking and validation_due(trainer):
+        if loops is None or trainer.sanity_checking:
+            return
+        if not step_ends(trainer):
+            back_to_the_last_step(loops, trainer.accumulate_grad_batches)
+        elif validation_due(trainer):
             first_validation_batch_started(loops)
 
     # ------------------------------------------------------------------ 3

@@ -32,6 +32,8 @@ _lazy = {
     "PlainLoRA": "talklora_pl.adapter",
     "inject": "talklora_pl.adapter",
     "disable_adapter": "talklora_pl.adapter",
+    "RoutingCollector": "talklora_pl.routing",
+    "balance_loss": "talklora_pl.adapter",
     "load_adapter": "talklora_pl.adapter.io",
     "save_adapter": "talklora_pl.adapter.io",
     "set_adapter": "talklora_pl.adapter",

@@ -21,6 +21,7 @@ from torch.optim.lr_scheduler import ReduceLROnPlateau
 from talklora_pl.adapter import Adapter, AdapterConfig, disable_adapter, inject
 from talklora_pl.adapter.io import adapter_metadata, base_fingerprint, state_tensors
 from talklora_pl.adapter.metadata import AdapterMetadata
+from talklora_pl.balance import balance_losses
 from talklora_pl.base import BaseModel, describe_base, load_base, load_generation, load_tokenizer, portable
 from talklora_pl.base.description import Description
 from talklora_pl.base.loading import new_modules, settle
@@ -277,13 +278,9 @@ class FineTuner(L.LightningModule):
 
     def balance_loss(self) -> Tensor:
         """Weighted sum of the balance losses of the newest micro-step, each logged by name."""
-        total = torch.zeros((), device=self.device)
-        with torch.autocast(self.device.type, enabled=False):  # sums over tokens need more than bf16's 8 bits
-            for options in self.adapter.config.balance:
-                loss: Any = self.adapter.balance[options.name]
-                value = loss([r for r in self.routing if r.layer in loss.group])
-                self.log(f"balance/{options.name}", value.detach(), batch_size=1)
-                total = total + options.weight * value
+        total, each = balance_losses(self.adapter, self.routing)
+        for name, value in each.items():
+            self.log(f"balance/{name}", value.detach(), batch_size=1)
         return total
 
     def _count_of_all_ranks(self, count: int) -> int:

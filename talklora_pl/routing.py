@@ -7,6 +7,7 @@ Outside of the context nothing is kept, so a layer that gradient checkpointing r
 
 from __future__ import annotations
 
+import warnings
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -80,6 +81,21 @@ class RoutingRecord:
         """Share of all selections that went to every expert, shape (E,); dense routers: top-1 choices."""
         counts_E = self.selections().sum(0)
         return counts_E / counts_E.sum().clamp(min=1)
+
+
+class Collectors(list["RoutingCollector"]):
+    """Open collectors of one adapter, innermost last.
+
+    Attributes:
+        advice: what a training loop without a collector has to be told; empty if nothing is lost in it.
+    """
+
+    advice = ""
+
+    def give_advice(self) -> None:
+        """Once per adapter."""
+        warnings.warn(self.advice, stacklevel=2)
+        self.advice = ""
 
 
 class RoutingCollector:

@@ -2,7 +2,7 @@
 
 from talklora_pl.adapter.config import AdapterConfig, PlainLoRA
 from talklora_pl.adapter.host import adapter_set, disable_adapter, remove_adapter, set_adapter
-from talklora_pl.adapter.inject import Adapter, inject
+from talklora_pl.adapter.inject import Adapter, balance_loss, inject
 from talklora_pl.routing import Routing, RoutingCollector, RoutingRecord
 
 __all__ = [
@@ -13,6 +13,7 @@ __all__ = [
     "RoutingCollector",
     "RoutingRecord",
     "adapter_set",
+    "balance_loss",
     "disable_adapter",
     "inject",
     "remove_adapter",

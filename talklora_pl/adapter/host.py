@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from inspect import currentframe
 from typing import Any
 
 from torch import Tensor, nn
@@ -107,23 +108,56 @@ class Adapted:
         """The module's own forward, without any adapter."""
         return self.frozen_class.forward(self, *args, **kwargs)
 
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        """For pickle and ``copy``: the class has no name to import it by, so that of the frozen one is given."""
+        _, _, *state = self.frozen_class.__reduce_ex__(self, protocol)  # type: ignore[arg-type]
+        return _empty, (self.frozen_class,), *state
+
+    @property
+    def base_layer(self) -> Any:
+        """There is none; but PEFT, whose layers ask this of the one that they are about to wrap, learns why it may not.
+
+        Raises:
+            UserError: for PEFT, which has not changed the model yet.
+        """
+        caller = currentframe()
+        if caller is not None and caller.f_back is not None and caller.f_back.f_code.co_name == "get_base_layer":
+            raise UserError(
+                f"This {self.frozen_class.__name__} has an adapter of talklora_pl, and PEFT cannot put its own around "
+                "it. Take ours out (remove_adapter) or merge it (merge_adapter) first, or give PEFT other modules."
+            )
+        raise AttributeError("base_layer")
+
 
 _classes: dict[type, type] = {}
 
 
 def _adapted_class(cls: type) -> type:
+    """Raises: TypeError if nothing can be derived from ``cls``."""
     if cls not in _classes:
-        names = {"frozen_class": cls, "__module__": cls.__module__, "forward": Adapted.forward}
+        names = {"frozen_class": cls, "__module__": cls.__module__}
+        names |= {name: vars(Adapted)[name] for name in ("forward", "__reduce_ex__")}
         # the class's own bases come first: with another in front, objects of the two can differ in layout
         _classes[cls] = type(f"Adapted{cls.__name__}", (cls, Adapted), names)
     return _classes[cls]
 
 
-class AdapterSet(nn.ModuleDict):
-    """All adapters of one model, registered as ``model.talklora``."""
+def _empty(frozen_class: type) -> Any:
+    """An adapted module before unpickling or copying gives it its state."""
+    cls = _adapted_class(frozen_class)
+    return cls.__new__(cls)
 
-    def __init__(self) -> None:
+
+class AdapterSet(nn.ModuleDict):
+    """All adapters of one model, registered as ``model.talklora``.
+
+    Args:
+        base_path: hub name or full path of the base, empty if unknown.
+    """
+
+    def __init__(self, base_path: str) -> None:
         super().__init__()
+        self.base_path = base_path
         self.switch = ActiveAdapter()
 
 
@@ -152,15 +186,41 @@ def get_adapter(model: nn.Module, name: str = "default") -> Any:
 
 
 def check_attachable(name: str, module: nn.Module) -> None:
-    """Refuse a module whose class's forward is not what runs: exchanging the class would do nothing.
+    """Refuse a module whose class cannot be exchanged, or whose forward is not that of its class.
 
     Raises:
         UserError: names the module.
     """
+    cls = type(module)
+    if not isinstance(module, Adapted):
+        try:
+            module.__class__ = _adapted_class(cls)
+            module.__class__ = cls
+        except TypeError as e:
+            raise UserError(
+                f"{name!r} is a {cls.__module__}.{cls.__qualname__}, a class that no adapter can be put on ({e}). "
+                f"Leave it out: exclude: [{name}]."
+            ) from e
     if "forward" in module.__dict__ and not isinstance(module, Adapted) and not has_accelerate_hook(module):
         raise UserError(
             f"The forward of {name!r} was replaced by other code, past which no adapter comes; load the adapter before."
         )
+
+
+def check_no_peft(model: nn.Module) -> None:
+    """Refuse a model that PEFT has put layers of its own into.
+
+    Raises:
+        UserError: says how to get the base back.
+    """
+    for name, module in model.named_modules():
+        if any(c.__module__.partition(".")[0] == "peft" for c in type(module).__mro__):
+            where = repr(name) if name else f"it is a {type(module).__name__}"
+            raise UserError(
+                f"This model carries an adapter of PEFT ({where}), and talklora_pl's works on the plain base only. Get "
+                "that from the PeftModel, with its adapter in the weights (merge_and_unload()) or without it "
+                "(unload()); where there is none, as after add_adapter of transformers, load the base anew."
+            )
 
 
 def attach(module: Any, switch: ActiveAdapter, name: str, layer: nn.Module) -> None:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import os
 import zlib
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from itertools import chain
@@ -14,14 +15,15 @@ from torch import Tensor, nn
 from talklora_pl import registry
 from talklora_pl.adapter.allocation import decide
 from talklora_pl.adapter.config import AdapterConfig
-from talklora_pl.adapter.host import Adapted, AdapterSet, attach, check_attachable
-from talklora_pl.balance import Balance
+from talklora_pl.adapter.host import Adapted, AdapterSet, attach, check_attachable, check_no_peft, detach, get_adapter
+from talklora_pl.balance import Balance, balance_losses
+from talklora_pl.base import portable
 from talklora_pl.base.weights import ModuleWeights
 from talklora_pl.errors import UserError
 from talklora_pl.names import ADAPTERS, base_parameters, layer_index, leaf, num_layers
 from talklora_pl.ranks import sum_over_ranks
 from talklora_pl.routers import RouterModule
-from talklora_pl.routing import RoutingCollector, RoutingRecord
+from talklora_pl.routing import Collectors, RoutingRecord
 from talklora_pl.sites.left_out import say_which_experts_are_left_out
 from talklora_pl.sites.mixture import BlockMixture, Mixture
 from talklora_pl.sites.targets import is_linear, widths
@@ -48,7 +50,7 @@ class Adapter(nn.Module):
         self.experts_per_layer: dict[str, int] = {}
         self.decisions: dict[str, int] = {}
         self.plain_layers: list[str] = []
-        self.collectors: list[RoutingCollector] = []
+        self.collectors = Collectors()
         self._loads: dict[str, Tensor] = {}
         self.bank = Bank()
         self.layers = nn.Module()
@@ -135,6 +137,7 @@ def build(
         UserError: bad options, or targets that match nothing.
     """
     config.validate()
+    check_no_peft(model)
     if allocation is None:
         allocation = decide(config, model, ModuleWeights(model))
     adapter = Adapter(config)
@@ -165,20 +168,65 @@ def build(
 
 
 def install(model: nn.Module, adapter: Adapter, built: Layers, name: str) -> Adapter:
-    """Freeze ``model``, register ``adapter`` under ``name`` and turn it on."""
+    """Freeze ``model``, register ``adapter`` under ``name`` and turn it on. On any error the model is as it was."""
+    adapters = getattr(model, ADAPTERS, None)
+    if not isinstance(adapters, AdapterSet):
+        adapters = AdapterSet(_place_of_base(model))
+    try:
+        for module, layer in built.values():
+            attach(module, adapters.switch, name, layer)
+        model.add_module(ADAPTERS, adapters)
+    except BaseException:
+        for module, _ in built.values():
+            detach(module, name)
+        raise
     trained = selected_parameters(adapter.config.modules_to_save, model)
     for n, p in base_parameters(model).items():
         p.requires_grad_(n in trained)
-    adapters = getattr(model, ADAPTERS, None)
-    if not isinstance(adapters, AdapterSet):
-        adapters = AdapterSet()
-        model.add_module(ADAPTERS, adapters)
-    for module, layer in built.values():
-        attach(module, adapters.switch, name, layer)
     adapters[name] = adapter
     adapters.switch.active = name
+    adapter.collectors.advice = _advice(adapter, name)
     adapter.train(model.training)
     return adapter
+
+
+def _place_of_base(model: nn.Module) -> str:
+    """Hub name of a model, or full path of its folder: the working directory may change later."""
+    place = getattr(getattr(model, "config", None), "name_or_path", None) or ""
+    # a folder that happens to have the hub name, but holds no model, is not where it came from
+    return portable(place) if os.path.isfile(os.path.join(place, "config.json")) else place
+
+
+def _advice(adapter: Adapter, name: str) -> str:
+    """What a training loop that collects no routing has to be told; empty if the adapter needs none collected."""
+    losses = [f"balance loss {loss.name!r}" for loss in adapter.config.balance]
+    loads = any(isinstance(m, RouterModule) and m.wants_loads for m in adapter.modules())
+    if not losses and not loads:
+        return ""
+    what = losses + [f"the balancing of router {adapter.config.router.name!r}"] * loads
+    calls = [f"add talklora_pl.balance_loss(model, collector.records, {name!r}) to the loss"] if losses else []
+    if loads:
+        calls += [
+            f"call model.talklora[{name!r}].count_loads(collector.records)",
+            f"after every optimiser step call model.talklora[{name!r}].after_optimizer_step()",
+        ]
+    return (
+        f"This training leaves out {' and '.join(what)}: nothing collects the routing. Run the model inside of "
+        f"`with talklora_pl.RoutingCollector(model, attention_mask) as collector:`; {', and '.join(calls)}. An example "
+        "for transformers.Trainer is in docs/export.md, under 'Training with another loop'."
+    )
+
+
+def balance_loss(model: nn.Module, records: Sequence[RoutingRecord], name: str = "default") -> Tensor:
+    """Weighted sum of an adapter's balance losses (scalar), for a training loop other than ``FineTuner``'s.
+
+    Args:
+        records: of a :class:`~talklora_pl.routing.RoutingCollector` around one forward pass in training mode.
+
+    Raises:
+        UserError: the model has no such adapter, or nothing was collected.
+    """
+    return balance_losses(get_adapter(model, name), records)[0]
 
 
 def selected_parameters(modules_to_save: list[str], model: nn.Module) -> set[str]:

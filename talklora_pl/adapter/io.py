@@ -21,10 +21,11 @@ from talklora_pl.adapter.files import (
     short,
 )
 from talklora_pl.adapter.fingerprint import agree, fingerprint
-from talklora_pl.adapter.host import adapter_set, base_alone, get_adapter
+from talklora_pl.adapter.host import adapter_set, base_alone, check_no_peft, get_adapter
 from talklora_pl.adapter.hub import local_folder
 from talklora_pl.adapter.inject import Adapter, Layers, build, check_name, install, selected_parameters
 from talklora_pl.adapter.metadata import AdapterMetadata, BaseInfo, read_metadata, write_files
+from talklora_pl.base import portable
 from talklora_pl.base.loading import vocabulary
 from talklora_pl.errors import UserError
 from talklora_pl.names import ADAPTERS, base_parameters, in_base
@@ -73,23 +74,26 @@ def adapter_metadata(model: nn.Module, name: str = "default", **base: Any) -> Ad
 
     Args:
         base: fields of :class:`~talklora_pl.adapter.metadata.BaseInfo` in place of what the model knows of itself, such
-            as ``name_or_path`` and ``revision``.
+            as ``name_or_path`` and ``revision``. A local folder is stored by its full path.
 
     Raises:
-        UserError: the model has no such adapter, or there is no such field.
+        UserError: the model has no such adapter, it also has one of PEFT, or there is no such field.
     """
     adapter = get_adapter(model, name)
+    check_no_peft(model)
     if unknown := base.keys() - {f.name for f in fields(BaseInfo)}:
         raise UserError(f"The metadata of a base have no entry {sorted(unknown)[0]!r}.")
     config = getattr(model, "config", None)
     known = {
-        "name_or_path": getattr(config, "name_or_path", None) or "",
+        "name_or_path": adapter_set(model).base_path,
         "revision": None,  # transformers does not say which it loaded; who asked for one passes it
         "model_type": getattr(config, "model_type", None),
         # FSDP2 puts a class of its own, FSDPxyz, in front of the model's
         "class_name": type(model).__name__.removeprefix("FSDP"),
         **base,
     }
+    if "name_or_path" in base:
+        known["name_or_path"] = portable(os.fspath(base["name_or_path"]))
     if "fingerprint" not in known:
         known["fingerprint"] = base_fingerprint(model, name)
     return AdapterMetadata(

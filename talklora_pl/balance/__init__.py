@@ -8,7 +8,7 @@ from __future__ import annotations
 from abc import abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -117,6 +117,28 @@ class Balance(Component):
     @abstractmethod
     def build(self, layers: Mapping[str, int]) -> BalanceLoss:
         """The loss of one model, given the number of experts of every routed layer by name."""
+
+
+def balance_losses(adapter: Any, records: Sequence[RoutingRecord]) -> tuple[Tensor, dict[str, Tensor]]:
+    """Weighted sum of the balance losses of an adapter, and each by name without its weight: scalars.
+
+    Raises:
+        UserError: nothing was collected.
+    """
+    if not adapter.config.balance:
+        return torch.zeros(()), {}
+    if not records:
+        raise UserError(
+            "There is no routing to balance: run the model inside of `with RoutingCollector(model, attention_mask)`."
+        )
+    device = records[0].routing.weights_TE.device
+    total, each = torch.zeros((), device=device), {}
+    with torch.autocast(device.type, enabled=False):  # sums over tokens need more than bf16's 8 bits
+        for options in adapter.config.balance:
+            loss = adapter.balance[options.name]
+            each[options.name] = loss([r for r in records if r.layer in loss.group])
+            total = total + options.weight * each[options.name]
+    return total, each
 
 
 import_siblings(__name__)

@@ -219,7 +219,7 @@ def resolve(path: str) -> str:
 def portable(path: str) -> str:
     """``path`` as another process can use it, whatever its working directory: local folders and files in full."""
     local = Path(os.path.expanduser(path))
-    return str(local.resolve()) if local.exists() else path
+    return str(local.resolve()) if path and local.exists() else path
 
 
 def _from_gguf(file: Path) -> Path:

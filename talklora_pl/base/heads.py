@@ -36,9 +36,11 @@ class Head:
         """
         import transformers
 
+        from talklora_pl.internals.transformers import has_model
+
         auto = getattr(transformers, self.auto_class)
         also = transformers.AutoModelForImageTextToText
-        if not self.classifies and type(config) not in auto._model_mapping and type(config) in also._model_mapping:
+        if not self.classifies and not has_model(auto, config) and has_model(also, config):
             return also
         return auto
 

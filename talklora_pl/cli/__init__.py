@@ -1,14 +1,16 @@
 """``python -m talklora_pl VERB``: a table of verbs. fit, validate, test and predict are Lightning's command line.
 
-Exit status: 0 done, 2 a mistake in what was asked (one message, no traceback), 143 stopped by a signal after saving,
-1 anything else.
+Exit status: 0 done, 2 a mistake in what was asked (one message, no traceback), 143 stopped by a signal after saving
+what there was to save (130 by Ctrl-C), 1 anything else.
 """
 
 from __future__ import annotations
 
 import importlib
 import sys
+from contextlib import nullcontext
 
+from talklora_pl import stopping
 from talklora_pl.errors import UserError
 
 VERBS = {
@@ -21,6 +23,7 @@ VERBS = {
     "data": ("data", "data preview: print rows as the model reads them, with what is learned marked"),
     "export": ("export", "write the adapter folder of a checkpoint"),
     "inspect": ("inspect", "see what the experts of an adapter do"),
+    "runs": ("runs", "list the runs of a folder: method, data, seed, state, scores"),
     "quickstart": ("quickstart", "train on a small generated task and show what the experts learned"),
 }
 """Verb -> module of this folder, whose ``main(verb, argv)`` it is, and a line of help."""
@@ -36,7 +39,10 @@ def main(argv: list[str] | None = None) -> int:
             lines = "\n".join(f"  {name:<11}{text}" for name, (_, text) in VERBS.items())
             print(f"usage: {USAGE} [options]\n\n{lines}\n\nOptions of a verb: {USAGE} --help")
         elif verb in VERBS:
-            importlib.import_module(f"talklora_pl.cli.{VERBS[verb][0]}").main(verb, rest)
+            # a signal may come at any time from here on
+            stopping.requeues = "--preemption.requeue=false" not in "=".join(rest).lower()
+            with stopping.nothing_to_keep() if verb == "fit" else nullcontext():
+                importlib.import_module(f"talklora_pl.cli.{VERBS[verb][0]}").main(verb, rest)
         else:
             from talklora_pl.registry import did_you_mean
 

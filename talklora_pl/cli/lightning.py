@@ -15,8 +15,8 @@ import yaml
 from jsonargparse import ArgumentError
 from jsonargparse.typing import register_type
 from lightning.pytorch.callbacks import ProgressBar
-from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
-from lightning.pytorch.loggers import TensorBoardLogger
+from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
+from lightning.pytorch.utilities import rank_zero_info
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from lightning_utilities.core.enums import StrEnum
 
@@ -24,19 +24,21 @@ from talklora_pl import callbacks, registry
 from talklora_pl.callbacks.others import refuse_callbacks
 from talklora_pl.callbacks.progress import EpochProgress
 from talklora_pl.cli.check import Check
-from talklora_pl.cli.options import plugins, right, split, start_options
+from talklora_pl.cli.options import Option, plugins, right, shipped_configs, split, start_options
+from talklora_pl.cli.trainer import Place, RunLogger, RunRecord, Trainer
 from talklora_pl.data import TextData
-from talklora_pl.distributed.launch import allocation_of, classes_of, resume_from, trainer_arguments, version_of
+from talklora_pl.distributed.launch import allocation_of, classes_of, place_of, resume_from, trainer_arguments
 from talklora_pl.errors import UserError
 from talklora_pl.internals.lightning import raised_by_lightning
 from talklora_pl.module import FineTuner
+from talklora_pl.runs import RUNS
 
 # so that options with such values can be kept in a config.yaml
 register_type(torch.device)
 yaml.SafeDumper.add_multi_representer(StrEnum, lambda dumper, value: dumper.represent_str(value.value))
 
-RUNS = "runs"
-"""Where runs are kept unless ``--trainer.default_root_dir`` says otherwise."""
+EPOCHS = 3
+"""How long a fit trains that is given no end."""
 
 ALWAYS: dict[str, type[L.Callback]] = {
     "checkpoint": callbacks.Checkpoint,
@@ -56,16 +58,6 @@ BESIDE = {
 """Options that do not matter to the check of the model and of the data."""
 
 
-class SaveConfig(SaveConfigCallback):
-    """Writes ``config.yaml`` when training begins: a run that is refused, or over, leaves the one that is there."""
-
-    def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
-        pass
-
-    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        super().setup(trainer, pl_module, "fit")
-
-
 class CLI(LightningCLI):
     """fit, validate, test and predict for :class:`FineTuner` and :class:`TextData`.
 
@@ -83,10 +75,19 @@ class CLI(LightningCLI):
         registry.import_plugins(plugins(options))
         self.check = Check(
             {"trainer": L.Trainer, "model": FineTuner, "data": TextData, **ALWAYS},
-            {"seed_everything": bool | int, "plugins": list[str], **self._arguments_of_verb()},
+            {
+                "seed_everything": bool | int,
+                "plugins": list[str],
+                "run_name": str | None,
+                **self._arguments_of_verb(),
+            },
             linked=("data.base", "data.objective"),
         )
         args = right([*start_options(options), *options], self.check)
+        if verb == "fit" and not self._has_end():
+            args = [*args, f"--trainer.max_epochs={EPOCHS}"]
+            if not any(option.asks for option in options):
+                rank_zero_info(f"No end is given: training ends after {EPOCHS} epochs (--trainer.max_epochs).")
         if not any(self._checks(part) for part in BESIDE):
             raise self._refusal()
         super().__init__(
@@ -97,8 +98,9 @@ class CLI(LightningCLI):
             parser_kwargs={"prog": "python -m talklora_pl", "exit_on_error": False, verb: {"exit_on_error": False}},
             seed_everything_default=42,
             # an evaluation writes into the folder of the run whose checkpoint it reads: the config there is the fit's
-            save_config_callback=SaveConfig if verb == "fit" else None,
-            save_config_kwargs={"overwrite": True},
+            save_config_callback=RunRecord if verb == "fit" else None,
+            save_config_kwargs={"overwrite": True, "about": {"method": _method(options)}},
+            trainer_class=Trainer,
             auto_configure_optimizers=False,
             load_from_checkpoint_support=False,
             trainer_defaults={"use_distributed_sampler": False, "log_every_n_steps": 10},
@@ -113,9 +115,23 @@ class CLI(LightningCLI):
         takes = inspect.signature(getattr(L.Trainer, self.verb)).parameters
         return {name: p.annotation for name, p in takes.items() if name not in skipped}
 
+    def _has_end(self) -> bool:
+        """Whether the options say when training ends."""
+        given = [chosen.options for chosen in self.check.chosen["trainer"]]
+        nothing = {
+            "max_steps": (None, -1),
+            "max_epochs": (None,),
+            "max_time": (None,),
+            "fast_dev_run": (None, False, 0),
+        }
+        return any(options.get(name) not in no for options in given for name, no in nothing.items())
+
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         parser.add_argument(
             "--plugins", type=list[str], default=[], help="modules or .py files with your own components"
+        )
+        parser.add_argument(
+            "--run_name", type=str | None, default=None, help="folder of the run; by default version_N, a new number"
         )
         parser.link_arguments("model.base", "data.base")
         parser.link_arguments("model.objective", "data.objective")
@@ -138,9 +154,14 @@ class CLI(LightningCLI):
             except (ValueError, UserError):
                 raise self._refusal() from None
             raise self._refusal(*self._check(built.model, built.data))
-        root = config.trainer.default_root_dir or RUNS
+        root, name = Path(config.trainer.default_root_dir or RUNS), config.run_name
+        if name is not None and (Path(name).name != name or name.startswith(".")):
+            raise UserError(f"--run_name: {name!r} is not the name of a folder in {root}.")
+        dirpath, fits = config.checkpoint.dirpath, self.verb == "fit"
         trained = config.model.adapter_path is not None
-        config.ckpt_path = resume_from(self.ckpt_path, root, config.checkpoint.dirpath, self.verb, trained)
+        config.ckpt_path = resume_from(self.ckpt_path, root, dirpath, self.verb, trained, name)
+        run = place_of(config.ckpt_path, root, name, self.ckpt_path, dirpath, fits)
+        self.place = Place(root, name, run, config.ckpt_path, fits)
 
     def instantiate_classes(self) -> None:
         try:
@@ -156,17 +177,20 @@ class CLI(LightningCLI):
         config = self.config_init[self.verb].trainer
         kwargs |= trainer_arguments(config)
         if config.get("logger") in (None, True):
-            root = config.get("default_root_dir") or RUNS
-            version = version_of(self.config_init[self.verb].ckpt_path, root)
-            kwargs["logger"] = TensorBoardLogger(root, name="", version=version)
+            kwargs["logger"] = RunLogger(str(self.place.root))
         own = config.get("callbacks") or []
         own = own if isinstance(own, list) else [own]
         if config.get("enable_progress_bar") is not False and not any(isinstance(c, ProgressBar) for c in own):
             kwargs["callbacks"] = [*own, EpochProgress()]
         try:
-            return super().instantiate_trainer(**kwargs)
+            trainer = super().instantiate_trainer(**kwargs)
         except (MisconfigurationException, ModuleNotFoundError, TypeError, ValueError) as e:
             raise UserError(f"trainer: {' '.join(str(e).split())}") from e
+        if not config.get("fast_dev_run"):
+            trainer.place = self.place
+        # the others log as soon as there is something to log to
+        trainer.callbacks.sort(key=lambda callback: not isinstance(callback, RunRecord))
+        return trainer
 
     def after_instantiate_classes(self) -> None:
         refuse_callbacks(self.trainer, self.model)
@@ -226,6 +250,13 @@ def run(verb: str, argv: list[str], cli: type[CLI] = CLI) -> CLI:
 def main(verb: str, argv: list[str]) -> None:
     """The verb."""
     run(verb, argv)
+
+
+def _method(options: list[Option]) -> str | None:
+    """Name of the shipped method among the configs."""
+    folder = shipped_configs() / "method"
+    names = [Path(option.file).stem for option in options if Path(option.file).parent == folder]
+    return names[-1] if names else None
 
 
 def _first_line(error: Exception) -> str:

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from contextlib import suppress
+from dataclasses import dataclass
 from itertools import islice
-from typing import Any, NamedTuple
+from typing import Any
 
 from talklora_pl.data.prepare import resolve_source
 from talklora_pl.data.rows import find, listing
@@ -14,7 +15,8 @@ from talklora_pl.errors import UserError
 from talklora_pl.objectives import Objective
 
 
-class Classes(NamedTuple):
+@dataclass(frozen=True)
+class Classes:
     """How many classes there are, and their names, if they have any."""
 
     count: int

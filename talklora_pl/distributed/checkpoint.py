@@ -8,7 +8,7 @@ Reading: the checksums that every checkpoint carries are verified, and no pickle
 import os
 import re
 import zipfile
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +18,7 @@ from lightning.pytorch.plugins.io import TorchCheckpointIO
 from talklora_pl.adapter.files import FORMAT_VERSION
 from talklora_pl.durable import remove_leftovers, write_whole
 from talklora_pl.errors import UserError
+from talklora_pl.runs import all_runs
 
 KEY = "talklora"
 """Entry of a checkpoint with its format version and what the run was, see ``FineTuner.describe``."""
@@ -148,9 +149,5 @@ def _chain(error: BaseException | None) -> Iterator[BaseException]:
 
 def last_checkpoint(root: str | os.PathLike[str], name: str = "last") -> Path | None:
     """The newest ``last.ckpt`` (or other `name`) of the runs under `root`."""
-    return newest(Path(root).glob(f"**/checkpoints/{name}*.ckpt"))
-
-
-def newest(paths: Iterable[Path]) -> Path | None:
-    """The file that was written last."""
-    return max((p for p in paths if p.is_file()), key=lambda p: p.stat().st_mtime, default=None)
+    found = [path for run in all_runs(root) if (path := run.newest(name))]
+    return max(found, key=lambda p: p.stat().st_mtime, default=None)

@@ -8,10 +8,12 @@ from typing import Any
 from lightning.pytorch.plugins.io import CheckpointIO
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 
-from talklora_pl.distributed.checkpoint import KEY, DurableCheckpointIO, last_checkpoint, newest, read_checkpoint
+from talklora_pl.distributed.checkpoint import KEY, DurableCheckpointIO, last_checkpoint, read_checkpoint
 from talklora_pl.distributed.ddp import AdapterDDPStrategy
 from talklora_pl.distributed.fsdp import AdapterFSDP2Strategy
 from talklora_pl.errors import UserError
+from talklora_pl.runs import Run, newest, run_of, to_go_on
+from talklora_pl.stopping import slurm_job
 
 
 def trainer_arguments(trainer: Mapping[str, Any]) -> dict[str, Any]:
@@ -53,29 +55,41 @@ def resume_from(
     dirpath: str | None = None,
     verb: str = "fit",
     trained: bool = False,
+    run_name: str | None = None,
 ) -> str | None:
     """The verified checkpoint file that ``--ckpt_path`` means, or None: a fit starts anew, another verb has the base.
 
     Args:
-        ckpt_path: a file, or ``last`` or ``best``: the newest of that name, if there is one.
+        ckpt_path: a file, or ``last`` or ``best``: that of the run to go on with (a fit), or the newest (other verbs).
         root: the folder of all runs.
         dirpath: where this run keeps its checkpoints, if not in its folder under `root`.
         verb: ``fit``, or one that cannot do without what it was told to read.
         trained: the adapter has been trained before (``model.adapter_path``).
+        run_name: the run that is meant.
 
     Raises:
-        UserError: the file is missing, damaged or not ours. Nothing was loaded or written by then.
+        UserError: the file is missing, damaged or not ours, several runs could be meant, or the run is still going on.
+            Nothing was loaded or written by then.
     """
     if ckpt_path is None and verb != "fit" and not trained:
         rank_zero_warn(f"{verb} without --ckpt_path (a file, last or best): the adapter is untrained.")
     if ckpt_path is None or "://" in str(ckpt_path):
         return ckpt_path
     if ckpt_path in ("last", "best"):
-        path = last_checkpoint(root, ckpt_path) if dirpath is None else newest(Path(dirpath).glob(f"{ckpt_path}*.ckpt"))
+        if dirpath is not None:
+            path = newest(Path(dirpath), ckpt_path)
+        elif run_name is not None:
+            path = Run(Path(root) / run_name).newest(ckpt_path)
+        elif verb == "fit":
+            found = to_go_on(root, ckpt_path, slurm_job())
+            path = found.newest(ckpt_path) if found else None
+        else:
+            path = last_checkpoint(root, ckpt_path)
+        where = dirpath or Path(root, run_name or "")
         if path is None and verb != "fit":
-            raise UserError(f"--ckpt_path {ckpt_path}: there is none in {dirpath or root}.")
+            raise UserError(f"--ckpt_path {ckpt_path}: there is none in {where}.")
         if path is None:
-            rank_zero_info(f"--ckpt_path {ckpt_path}: there is none in {dirpath or root} yet, training starts anew.")
+            rank_zero_info(f"--ckpt_path {ckpt_path}: there is none in {where} yet, training starts anew.")
             return None
         ckpt_path = str(path)
     if any((Path(ckpt_path) / name).is_file() for name in ("talklora.json", "adapter_config.json")):
@@ -84,8 +98,8 @@ def resume_from(
             f"(with a new optimiser and counters): --model.adapter_path {ckpt_path}."
         )
     if Path(ckpt_path).is_dir():
-        found = last_checkpoint(ckpt_path)
-        raise UserError(f"--ckpt_path: {ckpt_path} is a folder." + (f" Do you mean {found}?" if found else ""))
+        inside = last_checkpoint(ckpt_path)
+        raise UserError(f"--ckpt_path: {ckpt_path} is a folder." + (f" Do you mean {inside}?" if inside else ""))
     read_checkpoint(ckpt_path)
     return ckpt_path
 
@@ -105,10 +119,36 @@ def classes_of(ckpt_path: str | None) -> dict[str, Any]:
     return dict(read_checkpoint(ckpt_path).get("TextData", {}))
 
 
-def version_of(ckpt_path: str | None, root: str | os.PathLike[str]) -> int | None:
-    """Number of the run under `root` that a checkpoint belongs to, so that the resumed run continues its folder."""
-    if ckpt_path is None:
-        return None
-    folder = Path(ckpt_path).absolute().parent.parent
-    number = folder.name.removeprefix("version_")
-    return int(number) if folder.parent == Path(root).absolute() and number.isdigit() else None
+def place_of(
+    ckpt_path: str | None, root: Path, name: str | None, asked: str | None, dirpath: str | None, fits: bool
+) -> Run | None:
+    """The run in whose folder a command goes on; None: it gets a new one.
+
+    Args:
+        ckpt_path: what it begins from.
+        root: the folder of all runs.
+        name: of the run, if it was given.
+        asked: what ``--ckpt_path`` was.
+        dirpath: where checkpoints go, if not into the folder of the run.
+        fits: it trains, and so needs the run for itself.
+
+    Raises:
+        UserError: that would replace what another run has written, or the run is still going on.
+    """
+    run = run_of(ckpt_path, root) if ckpt_path and "://" not in ckpt_path else None
+    if name is not None and (run is None or run.name != name):
+        run = Run(root / name) if (root / name).exists() else None
+        # one that was stopped before it had a checkpoint begins again
+        if run is not None and fits and (asked != "last" or run.newest()):
+            raise UserError(
+                f"--run_name {name}: there is {run.folder} already. Choose another name, or go on with it by "
+                "--ckpt_path last."
+            )
+    if run is not None and fits:
+        run.refuse_live()
+    if run is None and fits and dirpath and not ckpt_path and (kept := newest(Path(dirpath), "last")):
+        raise UserError(
+            f"checkpoint.dirpath: {kept} is there already, of another run. Choose another folder, or go on with it by "
+            "--ckpt_path last."
+        )
+    return run

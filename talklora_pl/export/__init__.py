@@ -93,7 +93,8 @@ def config_json(config: PretrainedConfig, metadata: AdapterMetadata) -> dict[str
     data: dict[str, Any] = json.loads(config.to_json_string(use_diff=True))
     head = HEADS[metadata.base.task or "causal_lm"]
     return {k: v for k, v in data.items() if k not in NOT_OURS} | {
-        "architectures": [metadata.base.class_name],
+        # no class of transformers, so that programs which look for one there take the auto class
+        "architectures": [head.exported],
         "auto_map": {head.auto_class: f"{MODELING.removesuffix('.py')}.{head.exported}"},
         BASE: metadata.base.name_or_path,
         REVISION: metadata.base.revision,

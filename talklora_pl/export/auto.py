@@ -34,6 +34,7 @@ def from_pretrained(
     revision: str | None = None,
     check_base: bool = True,
     plugins: list[str] | str | None = None,
+    trainable: bool = False,
     **options: Any,
 ) -> Any:
     """The base model with the adapter of ``folder`` on, in eval mode; an instance of the base's own class.
@@ -45,7 +46,7 @@ def from_pretrained(
         base: another place of the base (hub name, folder), or the loaded base itself.
         base_revision: of the base on the hub.
         revision: of the adapter on the hub.
-        check_base, plugins: as in :func:`talklora_pl.load_adapter`.
+        check_base, plugins, trainable: as in :func:`talklora_pl.load_adapter`.
         options: of the base's ``from_pretrained`` (dtype, device_map, attn_implementation, ...). The base's own remote
             code is never run; load such a base yourself and pass it as ``base``.
 
@@ -71,7 +72,7 @@ def from_pretrained(
         loaded = _load(head.auto(base_config), path, config=base_config, **hub, **options)
         model, info = loaded if options.get("output_loading_info") else (loaded, None)
     plugins = [plugins] if isinstance(plugins, str) else plugins
-    load_adapter(model, here, check_base=check_base, plugins=plugins)
+    load_adapter(model, here, check_base=check_base, plugins=plugins, trainable=trainable)
     model.eval()
     return model if info is None else (model, info)
 

@@ -15,7 +15,7 @@ from torch import Tensor
 from transformers import AutoTokenizer
 
 from talklora_pl.adapter.metadata import AdapterMetadata
-from talklora_pl.base import BaseModel, load_config, load_tokenizer
+from talklora_pl.base import BaseModel, load_config, load_tokenizer, portable
 from talklora_pl.base.description import describe, pool_before
 from talklora_pl.base.heads import HEADS
 from talklora_pl.distributed.checkpoint import read_checkpoint
@@ -91,7 +91,7 @@ def export_checkpoint(
     if metadata.base.task not in HEADS or not all(isinstance(t, Tensor) for t in data["state_dict"].values()):
         raise UserError(f"{path} is damaged: it is no checkpoint of a run with an adapter.")
     if base is not None:
-        metadata = replace(metadata, base=replace(metadata.base, name_or_path=base, revision=None))
+        metadata = replace(metadata, base=replace(metadata.base, name_or_path=portable(base), revision=None))
     info: Any = metadata.base
     model = BaseModel(
         path=info.name_or_path,

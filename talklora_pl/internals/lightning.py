@@ -83,6 +83,22 @@ def first_validation_batch_started(loops: dict[str, Any]) -> None:
         count["completed"] = count["processed"]
 
 
+def back_to_the_last_step(loops: dict[str, Any], accumulate: int) -> None:
+    """Change a checkpoint's loop counters, taken amid an optimiser step, to those at the end of the step before.
+
+    Args:
+        loops: ``checkpoint["loops"]["fit_loop"]``.
+        accumulate: micro-batches of a step. What those of the unfinished one gave is in no checkpoint.
+    """
+    total, current, _ = training_batches(loops)
+    amid = current["processed"] % accumulate
+    for count in (total, current):
+        done = count["processed"] - amid
+        count.update(ready=done, started=done, processed=done, completed=done)
+    none = dict.fromkeys(("ready", "started", "processed", "completed"), 0)
+    loops["epoch_loop.val_loop.batch_progress"].update(total=dict(none), current=dict(none), is_last_batch=False)
+
+
 def training_batches(loops: dict[str, Any]) -> tuple[dict[str, int], dict[str, int], bool]:
     """Counters of training batches in a checkpoint: of all epochs, of the current one, and whether that one is over.
 

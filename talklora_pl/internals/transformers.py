@@ -5,7 +5,7 @@ from __future__ import annotations
 from types import MethodType
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
 
 def take_attention(config: Any, asked: Any) -> None:
@@ -13,6 +13,25 @@ def take_attention(config: Any, asked: Any) -> None:
     ``from_pretrained``, of which the caller is handed the outcome."""
     if (attention := getattr(asked, "_attn_implementation", None)) is not None:
         config._attn_implementation = attention
+
+
+def use_eager_attention(config: Any) -> None:
+    """Let a model that is built from ``config`` compute its attention by plain operations, which run anywhere.
+
+    ``from_config`` of the auto classes has an argument for it, the model's own class has not.
+    """
+    config._attn_implementation = "eager"
+
+
+def has_model(auto: Any, config: Any) -> bool:
+    """Whether an auto class knows a model for the class of ``config``; it tells only by failing to load one."""
+    return type(config) in auto._model_mapping
+
+
+def gate(experts: Any, h_SG: Tensor) -> Tensor:
+    """The activation that fused experts apply between their two projections; models replace this very method."""
+    z_SH: Tensor = experts._apply_gate(h_SG)
+    return z_SH
 
 
 def whole_classes(model: nn.Module) -> set[str]:

@@ -5,6 +5,7 @@ Scalars work with every Lightning logger; the rest is left out where the logger 
 
 from __future__ import annotations
 
+import os
 import warnings
 from typing import TYPE_CHECKING, Any
 
@@ -127,6 +128,8 @@ def hyperparameters(trainer: L.Trainer, pl_module: Any) -> dict[str, str | int |
     }
     for optimizer in trainer.optimizers[:1]:
         params |= {"optimizer": type(optimizer).__name__, "lr": optimizer.defaults.get("lr", 0.0)}
+    if "PL_GLOBAL_SEED" in os.environ:
+        params["seed"] = int(os.environ["PL_GLOBAL_SEED"])
     batch_size = getattr(getattr(trainer, "datamodule", None), "batch_size", None)
     if batch_size:
         params["global_batch"] = batch_size * trainer.accumulate_grad_batches * trainer.world_size

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import partial
 from typing import Literal
 
 import torch
@@ -29,7 +30,7 @@ class LossFreeRouter(ScoredRouter):
         super().__init__(layer, features, options)
         self.k = options.k_of(layer)
         self.rate = options.rate
-        self.activation = torch.sigmoid if options.activation == "sigmoid" else lambda l_TE: l_TE.softmax(-1)
+        self.activation = torch.sigmoid if options.activation == "sigmoid" else partial(torch.softmax, dim=-1)
         self.register_buffer("bias", torch.zeros(layer.num_experts, device=layer.device))
 
     def forward(self, x_TD: Tensor, m_TEF: Tensor) -> Routing:

@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from talklora_pl.errors import UserError
+from talklora_pl.internals.transformers import gate
 from talklora_pl.names import in_base
 from talklora_pl.sites import LowRank
 from talklora_pl.sites.mixture import Mixture
@@ -92,7 +93,7 @@ class AdaptedExperts(Mixture):
         order_S = order_S[: sum(counts_E)]
         first, second = parts(frozen)
         h_SG = self._project(frozen, first, x_TD[order_S // K], counts_E)
-        z_SH = frozen._apply_gate(h_SG) if frozen.has_gate else frozen.act_fn(h_SG)
+        z_SH = gate(frozen, h_SG) if frozen.has_gate else frozen.act_fn(h_SG)
         y_SD = self._project(frozen, second, z_SH, counts_E)
         if frozen.has_post_expert_norm:
             y_SD = frozen.post_expert_norm(y_SD)
@@ -103,7 +104,7 @@ class AdaptedExperts(Mixture):
     def _project(self, frozen: Any, part: str, x_SD: Tensor, counts_E: Sequence[int]) -> Tensor:
         """(W_e + s B_e A_e) x + b_e, the pairs in the order of their experts."""
         lora: Any = self.get_submodule(part)
-        W_EOD, b_EO = getattr(frozen, part), getattr(frozen, part + "_bias") if frozen.has_bias else None
+        W_EOD, b_EO = getattr(frozen, part), getattr(frozen, f"{part}_bias") if frozen.has_bias else None
         # unbound once: an index per expert would give each a gradient of the whole stack
         A_ERD, B_ERO = lora.A.unbind(), lora.B.unbind()
         out = []

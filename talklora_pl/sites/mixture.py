@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from talklora_pl.errors import UserError
-from talklora_pl.routing import Routing, RoutingCollector
+from talklora_pl.routing import Collectors, Routing
 from talklora_pl.sites.experts import LinearExperts
 from talklora_pl.spec import LayerOptions, LayerSpec, unregistered
 
@@ -37,7 +37,7 @@ class Mixture(nn.Module):
         self.name = layer.name
         self.dropout_routing = config.dropout_routing
         self.experts_see_talk = config.experts_see_talk
-        self.collectors: list[RoutingCollector] = []
+        self.collectors = Collectors()
 
     def build_decision(self, layer: LayerSpec, config: LayerOptions, features: int) -> None:
         """Make the parts. Experts come before: methods that differ only in later parts then start from the same A."""
@@ -64,9 +64,16 @@ class Mixture(nn.Module):
         routing: Routing = self.router(x_TD, m_TEG)
         if self.collectors:
             self.collectors[-1].add(self.name, routing, leading_shape)
+            if self.training:  # gradient checkpointing runs the layer again outside of the context
+                self.collectors.advice = ""
+        elif self.collectors.advice and self.training and torch.is_grad_enabled() and self._is_trained():
+            self.collectors.give_advice()
         if self.training and self.dropout_routing > 0:
             routing = routing._replace(weights_TE=F.dropout(routing.weights_TE, self.dropout_routing))
         return routing, m_TEG
+
+    def _is_trained(self) -> bool:
+        return any(p.requires_grad for p in self.parameters())
 
 
 class BlockMixture(Mixture):

@@ -22,6 +22,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.initialization import no_init_weights
 from transformers.pytorch_utils import Conv1D
 
+from talklora_pl.internals.transformers import use_eager_attention
 from talklora_pl.sites.targets import is_linear, widths
 
 TOKENS = 2
@@ -60,7 +61,7 @@ def unreached(model: nn.Module) -> frozenset[str]:
 
 def _try(cls: Any, config: PreTrainedConfig) -> frozenset[str]:
     config = copy.deepcopy(config)
-    config._attn_implementation = "eager"  # what the others need may be no CPU
+    use_eager_attention(config)  # what the others need may be no CPU
     for part in (config, *(getattr(config, name, None) for name in config.sub_configs)):
         if isinstance(part, PreTrainedConfig):
             for option in [o for o in vars(part) if o.endswith("chunk_size")]:

@@ -19,7 +19,8 @@ class SignalAt(L.Callback):
 
     Args:
         step: in which step.
-        where: ``train`` (before its first micro-batch), ``validation`` (amid the validation after it).
+        where: ``train`` (before its first micro-batch), ``validation`` (amid the validation after it), ``start``
+            (before the first step of all).
         name: of the signal.
         rank: which process gets it.
     """
@@ -31,6 +32,9 @@ class SignalAt(L.Callback):
         if trainer.global_step == self.step and where == self.where and trainer.global_rank == self.rank:
             self.step = -1
             os.kill(os.getpid(), self.number)
+
+    def on_fit_start(self, trainer: L.Trainer, *args: Any) -> None:
+        self._fire(trainer, "start")
 
     def on_train_batch_start(self, trainer: L.Trainer, *args: Any) -> None:
         self._fire(trainer, "train")

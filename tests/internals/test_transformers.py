@@ -6,7 +6,15 @@ import pytest
 import torch
 from accelerate.hooks import AlignDevicesHook, add_hook_to_module
 from torch import nn
-from transformers import AutoConfig, LlamaConfig, LlamaForCausalLM
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    LlamaConfig,
+    LlamaForCausalLM,
+    MixtralConfig,
+    MixtralForCausalLM,
+    ViTConfig,
+)
 
 from talklora_pl.internals import transformers as internals
 
@@ -23,6 +31,28 @@ def test_an_asked_attention_is_used(model: LlamaForCausalLM) -> None:
     assert LlamaForCausalLM(config).model.config._attn_implementation == "sdpa"
     internals.take_attention(config, LlamaConfig(attn_implementation="eager"))
     assert LlamaForCausalLM(config).model.config._attn_implementation == "eager"
+
+
+def test_attention_of_a_config_can_be_made_eager() -> None:
+    config = LlamaConfig(hidden_size=8, intermediate_size=8, num_attention_heads=2, num_hidden_layers=1, vocab_size=8)
+    internals.use_eager_attention(config)
+    assert LlamaForCausalLM(config).model.config._attn_implementation == "eager"
+
+
+def test_an_auto_class_tells_whether_it_has_a_model() -> None:
+    assert internals.has_model(AutoModelForCausalLM, LlamaConfig())
+    assert not internals.has_model(AutoModelForCausalLM, ViTConfig())
+
+
+def test_fused_experts_apply_their_gate_between_the_projections() -> None:
+    sizes = {"hidden_size": 8, "intermediate_size": 6, "num_attention_heads": 2, "vocab_size": 8}
+    mixtral = MixtralForCausalLM(
+        MixtralConfig(num_hidden_layers=1, num_key_value_heads=1, num_local_experts=2, **sizes)
+    )
+    experts = mixtral.model.layers[0].mlp.experts
+    h_SG = torch.randn(3, 12)
+    gate_SH, up_SH = h_SG.chunk(2, dim=-1)
+    assert torch.allclose(internals.gate(experts, h_SG), nn.functional.silu(gate_SH) * up_SH)
 
 
 def test_a_model_names_its_decoder_layers(model: LlamaForCausalLM) -> None:

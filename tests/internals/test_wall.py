@@ -41,6 +41,7 @@ def uses(tree: ast.Module) -> Iterator[tuple[int, str]]:
     own = set(_defined(tree))
     lists = (node.elts for node in ast.walk(tree) if isinstance(node, ast.Tuple))
     keys = {id(word) for words in lists for word in words if isinstance(word, ast.Constant) and word.value in KEYS}
+    keys |= {id(part) for node in ast.walk(tree) if isinstance(node, ast.JoinedStr) for part in node.values}
     for node in ast.walk(tree):
         match node:
             case ast.ImportFrom(module=str(module), names=names) if module.split(".")[0] in FOREIGN:

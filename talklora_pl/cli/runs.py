@@ -1,0 +1,56 @@
+"""``python -m talklora_pl runs``: the runs of a folder, told apart."""
+
+from __future__ import annotations
+
+from json import dumps, loads
+from pathlib import Path
+from typing import Any
+
+from talklora_pl.cli.parse import parse
+from talklora_pl.runs import RUNS, Run, all_runs
+
+
+def row(run: Run) -> dict[str, Any]:
+    """What there is to say of a run."""
+    record = run.record
+    scores = dict(record.get("scores") or {})
+    try:
+        tested = loads((run.folder / "test_scores.json").read_text(encoding="utf-8"))
+        mean: dict[str, float] = tested["adapter"]["mean"]
+        scores |= {f"test_{name}": value for name, value in mean.items() if name != "questions"}
+    except (OSError, ValueError, KeyError, TypeError):
+        pass
+    told = {name: record.get(name) for name in ("method", "data", "base", "seed")}
+    return {"name": run.name, **told, "state": run.state, "scores": scores, "folder": str(run.folder)}
+
+
+def show(root: str = RUNS, json: bool = False) -> None:
+    """List runs, oldest first: method, data, seed, state, scores, folder.
+
+    Args:
+        root: the folder of all runs, trainer.default_root_dir of the fit.
+        json: machine-readable.
+    """
+    rows = [row(run) for run in all_runs(root)]
+    if json:
+        print(dumps(rows, indent=1, ensure_ascii=False))
+        return
+    if not rows:
+        print(f"There are no runs in {Path(root).resolve()}.")
+        return
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table()
+    for title in ("run", "method", "data", "seed", "state", "scores", "folder"):
+        table.add_column(title, overflow="fold")
+    for r in rows:
+        scores = "\n".join(f"{name} {value:.4g}" for name, value in r["scores"].items())
+        told = ["" if r[key] is None else str(r[key]) for key in ("method", "data", "seed")]
+        table.add_row(r["name"], *told, r["state"], scores, r["folder"])
+    Console(markup=False).print(table)
+
+
+def main(verb: str, argv: list[str]) -> None:
+    """The verb."""
+    show(**parse(verb, show, argv))

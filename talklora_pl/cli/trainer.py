@@ -1,0 +1,231 @@
+"""A Trainer that keeps everything of a run in the run's own folder, and the record of the run."""
+
+from __future__ import annotations
+
+import math
+import os
+import socket
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.cli import LightningArgumentParser, SaveConfigCallback
+from lightning.pytorch.loggers import TensorBoardLogger
+
+from talklora_pl import stopping
+from talklora_pl.errors import UserError
+from talklora_pl.runs import Run, new_run
+
+
+@dataclass
+class Place:
+    """Where a run is kept.
+
+    Attributes:
+        root: folder of all runs.
+        name: of a new one; None: the next number.
+        run: the one to go on with.
+        ckpt_path: what the run begins from.
+        writes: it is a fit, which nobody else may write to.
+    """
+
+    root: Path
+    name: str | None
+    run: Run | None
+    ckpt_path: str | None
+    writes: bool
+
+    def enter(self) -> int | None:
+        """Make or lock the folder. One process does, when all are there."""
+        new = self.run is None
+        self.run = self.run or new_run(self.root, self.name)
+        if not self.writes:
+            return None
+        lock = self.run.lock()
+        if new:
+            stopping.at_once.append(self.run.abandon)
+        return lock
+
+
+class Nowhere:
+    """Takes scalars and keeps none; for pictures and text it is no writer at all."""
+
+    def add_scalar(self, *args: Any) -> None: ...
+
+    add_scalars = add_scalar
+
+
+class RunLogger(TensorBoardLogger):
+    """TensorBoard in the folder of the run. A resumed run writes nothing before its checkpoint is accepted."""
+
+    def __init__(self, root: str) -> None:
+        super().__init__(root, name="", version="")
+        self.folder = root
+        self.open = False
+
+    @property
+    def log_dir(self) -> str:
+        return self.folder
+
+    @property
+    def version(self) -> str:
+        return os.path.basename(self.folder)
+
+    @property
+    def experiment(self) -> Any:
+        return super().experiment if self.open else Nowhere()
+
+    def save(self) -> None:
+        if self.open:
+            super().save()
+
+
+class Trainer(L.Trainer):
+    """Lightning's, whose ``log_dir`` is the run's folder under every logger and none."""
+
+    place: Place | None = None
+    _lock: int | None = None
+    _entered = False
+
+    @property
+    def log_dir(self) -> str | None:
+        """The folder of the run, chosen by the first process. Lightning asks first when all processes are connected.
+
+        Raises:
+            UserError: another process writes to it, or it cannot be made.
+        """
+        if self.place is None:
+            return super().log_dir
+        if not self._entered:
+            self._enter(self.place)
+            self._entered = True
+        assert self.place.run is not None
+        return str(self.place.run.folder)
+
+    def _enter(self, place: Place) -> None:
+        answer: Any = None
+        if self.is_global_zero:
+            try:
+                self._lock = place.enter()
+                answer = place.run, place.ckpt_path
+            except UserError as e:  # the others wait for an answer
+                answer = e
+        answer = self.strategy.broadcast(answer)
+        if isinstance(answer, UserError):
+            raise answer
+        place.run, ckpt_path = answer
+        if ckpt_path != place.ckpt_path:
+            raise UserError(f"--ckpt_path: {ckpt_path} for the first process, {place.ckpt_path} for this one.")
+        for callback in self.checkpoint_callbacks:
+            if isinstance(callback, ModelCheckpoint) and callback.dirpath is None:
+                callback.dirpath = os.path.join(place.run.folder, "checkpoints")
+        for logger in self.loggers:
+            if isinstance(logger, RunLogger):
+                logger.folder = str(place.run.folder)
+                logger.open = not (place.writes and place.ckpt_path)
+
+    def leave(self) -> None:
+        """Let others write to the run's folder."""
+        if self._lock is not None and self.place is not None and self.place.run is not None:
+            self.place.run.unlock(self._lock)
+            self._lock = None
+
+
+class RunRecord(SaveConfigCallback):
+    """Writes ``config.yaml`` and ``run.json``: what the run is, and how far it came.
+
+    A resumed run that is refused, or over, leaves those that are there.
+
+    Args:
+        about: what tells the run from others.
+    """
+
+    def __init__(self, parser: LightningArgumentParser, config: Any, about: Mapping[str, Any], **options: Any) -> None:
+        super().__init__(parser, config, **options)
+        self.about = {
+            "method": about.get("method"),
+            "data": _data(config.data.train),
+            "base": config.model.base.path,
+            "seed": config.seed_everything,
+        }
+        self._began = False
+
+    def setup(self, trainer: Trainer, pl_module: L.LightningModule, stage: str) -> None:  # type: ignore[override]
+        if stage == "fit" and not _place(trainer).ckpt_path:
+            self._begin(trainer)
+
+    def on_train_start(self, trainer: Trainer, pl_module: L.LightningModule) -> None:  # type: ignore[override]
+        super().setup(trainer, pl_module, "fit")
+        for logger in trainer.loggers:
+            if isinstance(logger, RunLogger):
+                logger.open = True
+        if not self._began:
+            self._begin(trainer)
+        stopping.at_once.clear()  # from here on there is something to keep
+
+    def _begin(self, trainer: Trainer) -> None:
+        self._began, run = True, _run(trainer)
+        record = run.record
+        checkpoint: Any = trainer.checkpoint_callback
+        self._write(
+            trainer,
+            **self.about,
+            state="running",
+            step=trainer.global_step,
+            scores=record.get("scores", {}),
+            started=record.get("started", time.time()),
+            checkpoints=os.path.abspath(checkpoint.dirpath) if checkpoint is not None else None,
+            process=os.getpid(),
+            host=socket.gethostname(),
+            job=stopping.slurm_job(),
+        )
+
+    def _write(self, trainer: Trainer, **values: Any) -> None:
+        if trainer.is_global_zero and self._began and trainer.state.fn == "fit":
+            _run(trainer).write(**values)
+
+    def on_save_checkpoint(  # type: ignore[override]
+        self, trainer: Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]
+    ) -> None:
+        self._write(trainer, step=trainer.global_step)
+
+    def on_validation_end(self, trainer: Trainer, pl_module: L.LightningModule) -> None:  # type: ignore[override]
+        if not trainer.sanity_checking:
+            scores = {k: float(v) for k, v in trainer.callback_metrics.items() if k.startswith("val_") and "/" not in k}
+            self._write(trainer, scores={k: v for k, v in scores.items() if math.isfinite(v)})
+
+    def on_fit_end(self, trainer: Trainer, pl_module: L.LightningModule) -> None:  # type: ignore[override]
+        self._write(trainer, state="finished", step=trainer.global_step)
+
+    def on_exception(  # type: ignore[override]
+        self, trainer: Trainer, pl_module: L.LightningModule, exception: BaseException
+    ) -> None:
+        stopped = isinstance(exception, SystemExit | KeyboardInterrupt)
+        self._write(trainer, state="stopped" if stopped else "failed", step=trainer.global_step)
+        self.teardown(trainer, pl_module, "fit")
+
+    def teardown(self, trainer: Trainer, pl_module: L.LightningModule, stage: str) -> None:  # type: ignore[override]
+        if stage == "fit":
+            stopping.at_once.clear()
+            trainer.leave()
+
+
+def _place(trainer: Trainer) -> Place:
+    assert trainer.place is not None
+    return trainer.place
+
+
+def _run(trainer: Trainer) -> Run:
+    run = _place(trainer).run
+    assert run is not None
+    return run
+
+
+def _data(train: Any) -> str:
+    """What is trained on, in a few words."""
+    entries = train if isinstance(train, list) else [train]
+    return ", ".join(str(getattr(e, "path", None) or (e["path"] if isinstance(e, Mapping) else e)) for e in entries)

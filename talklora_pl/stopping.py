@@ -1,0 +1,70 @@
+"""Signals that end a run, as far as they are the same before and after Lightning is imported. Free of torch."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from types import FrameType
+
+EXIT_CODE = 143
+"""What a shell reports for a process that SIGTERM ended: schedulers take it for "asked to stop", not for a failure."""
+
+SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
+
+requeues = True
+"""Whether SIGUSR1 before the first step also requeues the SLURM job, from its first process."""
+
+at_once: list[Callable[[], object]] = []
+"""What is left to do when a signal ends the process before the first step."""
+
+
+def exit_code(number: int) -> int:
+    """The status of a process that a signal stopped: 130 after Ctrl-C, as shells expect, or 143."""
+    return 130 if number == signal.SIGINT else EXIT_CODE
+
+
+def slurm_job() -> str | None:
+    """Id of the SLURM job this process runs in, as ``scontrol requeue`` wants it."""
+    if array := os.environ.get("SLURM_ARRAY_JOB_ID"):
+        return f"{array}_{os.environ['SLURM_ARRAY_TASK_ID']}"
+    return os.environ.get("SLURM_JOB_ID")
+
+
+def requeue(number: int) -> None:
+    """Put the SLURM job back into the queue, if there is one and SIGUSR1 announced its time limit."""
+    if number == signal.SIGUSR1 and (job := slurm_job()):
+        subprocess.run(["scontrol", "requeue", job], check=False)
+
+
+@contextmanager
+def nothing_to_keep() -> Iterator[None]:
+    """While imports, the base and the data take their time: a signal ends the process, without a traceback."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    process = os.getpid()
+
+    def end(number: int, frame: FrameType | None) -> None:
+        if os.getpid() == process:  # and no process that was forked from it
+            for each in SIGNALS:
+                signal.signal(each, signal.SIG_IGN)
+            for act in at_once:
+                act()
+            if requeues and os.environ.get("SLURM_PROCID", "0") == "0":
+                requeue(number)
+            print(f"\n{signal.Signals(number).name} before the first step: there is nothing to keep.", file=sys.stderr)
+            sys.stdout.flush()
+            sys.stderr.flush()
+        os._exit(exit_code(number))
+
+    before = {number: signal.signal(number, end) for number in SIGNALS}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
