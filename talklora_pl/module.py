@@ -118,7 +118,7 @@ class FineTuner(AdapterModule):
         self._inject(self.model, self.adapter_config, self.device)
         if self.start:
             self.start.load(self.model, self.device)
-            self.start.check_base(self.adapter_metadata().base.fingerprint)
+            self.start.check_base(self.model)
         if self.gradient_checkpointing:
             self.model.activation_checkpointing_enable()
         if self.compile_model:
@@ -226,7 +226,7 @@ class FineTuner(AdapterModule):
         # while all processes are alive: the weights may be sharded
         self._fingerprint = self.adapter_metadata().base.fingerprint
         if self.start:
-            self.start.check_base(self._fingerprint)  # weights that a strategy has only now read
+            self.start.check_base(self.model)  # weights that a strategy has only now read
             if self.trainer.ckpt_path is None:
                 rank_zero_info(f"Begins from the adapter in {self.start.path}, with a new optimiser at step 0.")
             self.start = None

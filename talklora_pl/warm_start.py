@@ -13,9 +13,9 @@ from torch import Tensor, nn
 
 from talklora_pl.adapter import AdapterConfig
 from talklora_pl.adapter.files import CONFIG, TENSORS, check_digest, open_tensors, short
-from talklora_pl.adapter.fingerprint import agree
+from talklora_pl.adapter.fingerprint import agree, fingerprint
 from talklora_pl.adapter.hub import local_folder
-from talklora_pl.adapter.io import adapter_tensors
+from talklora_pl.adapter.io import adapter_tensors, base_tensors
 from talklora_pl.adapter.metadata import AdapterMetadata, read_metadata
 from talklora_pl.adapter.peft_folder import CONFIG as PEFT_CONFIG
 from talklora_pl.adapter.peft_folder import is_peft, read_peft
@@ -127,10 +127,11 @@ class SavedAdapter:
                 if these:
                     yield f"{what}: {len(these)} modules only in {where}: {', '.join(map(short, sorted(these)[:2]))}"
 
-    def check_base(self, fingerprint: str | None) -> None:
-        """Raises: UserError if the base has other weights than the adapter was trained on."""
+    def check_base(self, model: nn.Module) -> None:
+        """Raises: UserError if the base has other weights than the adapter was trained on. All processes call it."""
         want = self.metadata.base.fingerprint
-        if want is not None and fingerprint is not None and not agree(want, fingerprint):
+        got = fingerprint(model, base_tensors(model), like=want)
+        if want is not None and got is not None and not agree(want, got):
             raise UserError(
                 f"model.adapter_path: the adapter in {self.path} was trained on other weights than those of this base, "
                 f"namely on those of {short(self.metadata.base.name_or_path)}. Name that base."

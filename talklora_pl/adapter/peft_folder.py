@@ -125,7 +125,7 @@ def _one_size(where: str, options: dict[str, Any], ranks: dict[str, int]) -> tup
         expected = own[0] or r
         if rank != expected:
             raise UserError(f"{where}: {short(name)} has rank {rank}, and {CONFIG} says {expected}.")
-        sizes[name] = (rank, float(own[1] or alpha))
+        sizes[name] = (rank, float(own[1] or alpha or 0))
     if len(found := sorted(set(sizes.values()))) > 1:
         raise UserError(
             f"{where} has layers of unequal (rank, alpha), by rank_pattern or alpha_pattern: {found}. An adapter here "

@@ -134,8 +134,7 @@ def start_options(options: list[Option]) -> list[Option]:
         UserError: there is no such adapter.
     """
     model = merged(options).get("model")
-    path = model.get("adapter_path") if isinstance(model, dict) else None
-    if not isinstance(path, str):
+    if not isinstance(model, dict) or not isinstance(path := model.get("adapter_path"), str):
         return []
     given = model.get("adapter")
     found = SavedAdapter.read(path).config().to_dict()
