@@ -154,7 +154,7 @@ class Check:
                 replace(chosen.default, **chosen.options)
         except TypeError:  # arguments that come later, such as an optimiser's parameters
             pass
-        except (ValueError, MisconfigurationException) as e:
+        except (ImportError, ValueError, MisconfigurationException) as e:  # a logger whose package is not installed
             named = [place for option, place in chosen.places.items() if re.search(rf"\b{option}\b", str(e))]
             file, place = (named or [(file, key) for file, _ in chosen.places.values()] or [("", key)])[0]
             self._report(place, str(e), file)

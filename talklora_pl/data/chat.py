@@ -106,6 +106,11 @@ class ChatTemplate:
             return Written(ids, [NO_LOSS] * len(ids), len(ids), len(ids) - marker[0], notices)
         given, whole = self._write(conversation)
         notices = [*self._left_out(given, whole), *self.encoder.notices(whole)]
+        if any(json.dumps(text, ensure_ascii=False) in whole for turn in given.turns for text in _json_arguments(turn)):
+            notices.append(
+                "arguments of a call are JSON as text, which the chat template writes in quotes once more; "
+                "most servers give it an object"
+            )
         for key in LEARN:
             if any(turn.get(key) and turn["role"] != "assistant" for turn in turns):
                 notices.append(f"{key} has no effect on turns of others: the assistant's alone are learned")
@@ -502,6 +507,12 @@ def _other_arguments(turn: Turn) -> Turn:
         function = {**function, "arguments": other}
         calls.append({**call, "function": function} if "function" in call else function)
     return {**turn, "tool_calls": calls} if calls else turn
+
+
+def _json_arguments(turn: Turn) -> list[str]:
+    """The arguments of calls that are JSON as text."""
+    functions = [call.get("function", call) for call in turn.get("tool_calls") or []]
+    return [text for function in functions if isinstance(text := function.get("arguments"), str)]
 
 
 def _between(text: str, first: str, second: str) -> str:

@@ -11,6 +11,7 @@ import pandas as pd
 import pytest
 import torch
 import yaml
+from lightning_utilities.core.imports import RequirementCache
 
 from talklora_pl.cli import main
 from talklora_pl.cli.lightning import run
@@ -429,6 +430,16 @@ def test_schedules_of_the_package_by_their_bare_name(folder: Path, tmp_path: Pat
 def test_a_trainer_option_that_lightning_refuses_has_no_traceback(folder: Path, tmp_path: Path, capsys: Any) -> None:
     assert fit(folder, tmp_path, "--trainer.strategy", "dpp") == 2
     assert "error: trainer: " in capsys.readouterr().err
+
+
+def test_a_logger_whose_package_is_not_installed_is_refused(
+    folder: Path, tmp_path: Path, capsys: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    missing = RequirementCache("no_such_package")
+    monkeypatch.setattr("lightning.pytorch.loggers.wandb._WANDB_AVAILABLE", missing)
+    assert fit(folder, tmp_path, "--trainer.logger", "WandbLogger") == 2
+    said = capsys.readouterr().err
+    assert "trainer.logger" in said and "no_such_package" in said and "Traceback" not in said
 
 
 def test_evaluation_with_other_options_than_the_checkpoints_is_refused(

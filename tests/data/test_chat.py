@@ -242,6 +242,13 @@ def test_calls_of_tools_are_learned(name: str, call: str) -> None:
     assert runs(tok, last) == answers[-1:]
 
 
+def test_arguments_that_become_json_within_json_are_said() -> None:
+    as_text = {**CALL, "function": {"name": "weather", "arguments": '{"city": "Zürich"}'}}
+    turns = [CALLED[0], {**CALLED[1], "tool_calls": [as_text]}, *CALLED[2:]]
+    said = {name: str(chat(name)[1](Conversation(turns, tools=TOOLS)).notices) for name in ("qwen2.5", "qwen3")}
+    assert "JSON as text" in said["qwen2.5"] and "JSON as text" not in said["qwen3"]
+
+
 def test_calls_that_the_template_does_not_write_are_refused_by_name() -> None:
     for name in ("chatml", "llama3", "gemma", "zephyr", "parts_only"):
         with pytest.raises(BadRow, match="tool_calls"):

@@ -135,6 +135,23 @@ def example(kind: str, row: dict[str, Any], columns: dict[str, Any] | None = Non
     return RowReader(Source("f", rows=kind, columns=columns or {}), **options)(row)
 
 
+@pytest.mark.parametrize(
+    "row, kind",
+    [
+        ({"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]}, "chat"),
+        ({"conversations": [{"from": "human", "value": "a"}, {"from": "gpt", "value": "b"}]}, "chat"),
+        ({"instruction": "a", "input": "", "output": "b"}, "instruction"),
+        ({"text": "a"}, "text"),
+        ({"prompt": "a", "chosen": "b"}, None),
+        ({"text": "a", "completion": 3}, None),
+    ],
+)
+def test_rows_of_another_kind_are_told_of_it(row: dict[str, Any], kind: str | None) -> None:
+    with pytest.raises(BadRow) as error:
+        RowReader(Source("f"))(row)
+    assert str(error.value).partition("or say rows: ")[2] == (kind or "")
+
+
 def test_kinds_of_rows() -> None:
     assert example("instruction", {"instruction": "i", "input": None, "output": "o"}) == Example("i", "", [], ["o"], 0)
     assert example("instruction", {"instruction": "i", "input": "x", "output": "o"}).input == "x"

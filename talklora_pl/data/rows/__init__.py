@@ -10,6 +10,7 @@ import json
 import re
 from abc import abstractmethod
 from collections.abc import Sequence
+from contextlib import suppress
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from talklora_pl import registry
@@ -141,7 +142,22 @@ class RowReader:
 
     def __call__(self, values: dict[str, Any]) -> Example:
         """Raises BadRow: a field is missing, empty or of a wrong type, a label out of range."""
-        return self.kind.read(Row(values, self))
+        try:
+            return self.kind.read(Row(values, self))
+        except BadRow as e:
+            own = (*self.kind.question, *self.kind.answer)
+            if not self.columns and not any(name in values for name in own) and (other := self._other(values)):
+                e.problem += f", or say rows: {other}"
+            raise
+
+    def _other(self, values: dict[str, Any]) -> str | None:
+        """Another kind that can read a row as it is."""
+        for name in registry.names(RowKind):
+            if (kind := row_kind(name)).gives == self.kind.gives:
+                with suppress(BadRow):
+                    kind.read(Row(values, self))
+                    return name
+        return None
 
     def used(self) -> set[str]:
         """Columns that rows are read from, whether they are there or not."""
