@@ -19,6 +19,7 @@ STABLE = {
     *("_apply", "_buffers", "_foreach_copy_", "_foreach_norm", "_forward_hooks", "_forward_pre_hooks"),
     *("_modules", "_parameters"),
     "_replace",  # of a named tuple, documented
+    "_exit",  # of os, documented
 }
 KEYS = {"_name_or_path", "_from_auto", "_commit_hash"}
 """Words of files and of keyword arguments, where no attribute of that name is meant."""
