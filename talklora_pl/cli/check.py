@@ -436,7 +436,7 @@ def find_class(name: Any, families: tuple[type, ...]) -> tuple[str, type]:
         except (ImportError, AttributeError, ValueError):
             raise Wrong(f"There is no class {name!r}.{did_you_mean(last, _children(families))}") from None
         if not (isinstance(cls, type) and issubclass(cls, families)):
-            raise Wrong(f"{name} is not {'an' if kind[0] in 'aeiou' else 'a'} {kind}.")
+            raise Wrong(f"{name} is not a {kind}.")
         return path, cls
     children = _children(families)
     if len(same := children.get(name, [])) > 1:
