@@ -18,7 +18,7 @@ VERBS = {
     "validate": ("lightning", "evaluate on the validation data"),
     "test": ("lightning", "evaluate on the test data, beside the base model"),
     "predict": ("lightning", "write predictions as JSON lines"),
-    "allocate": ("allocate", "how many experts each layer deserves, from the spectra of its weights"),
+    "allocate": ("allocate", "how many experts each layer gets, from the spectra of its weights"),
     "components": ("components", "list all parts with their options"),
     "data": ("data", "data preview: print rows as the model reads them, with what is learned marked"),
     "export": ("export", "write the adapter folder of a checkpoint"),

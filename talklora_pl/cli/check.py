@@ -218,6 +218,9 @@ class Check:
             before = self.chosen.get(key, [])
             self.chosen[key] = before if listed else []
             out["class_path"], cls = find_class(given["class_path"], classes)
+            for name in given.keys() - {"class_path", "init_args", "dict_kwargs"}:
+                self._report(key, f"{name!r} stands beside class_path. Options of the class go under init_args.")
+                del out[name]
             chosen = Chosen.of(cls, skip, listed=listed)
             if before and not listed:  # what the new class takes, too, stays
                 kept = before[-1].options.keys() & chosen.takes.keys()
@@ -286,6 +289,7 @@ class Check:
             hint = f" Write {key}: {{path: {value}}}, or --{key}.path {value}." if key.endswith(".base") else ""
             return f"{value!r} is not a mapping of options, nor a YAML file with one.{hint}"
         hint = f" Write [{value}]." if "a list" in words and (words == ["a list"] or isinstance(value, dict)) else ""
+        hint = "" if "a mapping of int to int" in words else hint
         return f"{value} is not {' or '.join(words)}.{hint}"
 
     # --- types
@@ -316,11 +320,15 @@ class Check:
 
     def _word(self, kind: Any) -> str:
         """What a value of this type is called in a message."""
+        if get_origin(kind) is dict and get_args(kind) == (int, int):
+            return "a mapping of int to int"
         if self._is_record(kind) or get_origin(kind) is dict or kind is dict:
             return "a mapping of options"
         if classes := self._classes(kind)[0]:
             return f"the name of a {_kind_of(classes)}" if _kind_of(classes) else ""
-        if _is_list(kind) or kind is list:
+        if get_origin(kind) is tuple and ... not in get_args(kind):
+            return f"a list of {len(get_args(kind))}"
+        if _is_list(kind) or kind in (list, tuple) or get_origin(kind) is tuple:
             return "a list"
         return {NoneType: "null", str: "text", int: "int", float: "float", bool: "bool"}.get(kind, "")
 
@@ -391,6 +399,12 @@ def _is(value: Any, kind: Any) -> bool:
         return isinstance(value, list) and all(
             _is_any(v, item) or (isinstance(v, str) and _is_any(load(v), item)) for v in value
         )
+    if get_origin(kind) is tuple and ... not in get_args(kind):
+        items = get_args(kind)
+        fitting = isinstance(value, (list, tuple)) and len(value) == len(items)
+        return fitting and all(_is_any(v, item) for v, item in zip(value, items))
+    if get_origin(kind) is dict and get_args(kind) == (int, int):
+        return isinstance(value, dict) and all(_is(v, int) for pair in value.items() for v in pair)
     if get_origin(kind) in (dict, tuple) or kind in (dict, list):
         return isinstance(value, (dict, list, tuple)) and isinstance(value, dict) == (dict in (kind, get_origin(kind)))
     if isinstance(kind, type) and kind is not object:

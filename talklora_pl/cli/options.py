@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import json
 import math
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -93,6 +94,10 @@ def read_yaml(text: str | bytes, where: str) -> Any:
         loaded = load(text if isinstance(text, str) else text.decode())
     except (yaml.YAMLError, UnicodeDecodeError) as e:
         raise UserError(f"{where} is not readable as YAML: {' '.join(str(e).split())}") from None
+    try:
+        json.dumps(data, default=str, skipkeys=True)
+    except (ValueError, RecursionError):
+        raise UserError(f"{where} is not readable as YAML: something in it contains itself.") from None
     return data if isinstance(loaded, str) else loaded  # `a:` is a text to jsonargparse
 
 
