@@ -170,10 +170,10 @@ class FineTuner(AdapterModule):
             raise UserError("\n".join(problems))
 
     def _inject(self, model: Any, config: AdapterConfig, device: torch.device | None = None) -> None:
-        along = {*config.modules_to_save, *self.objective.modules_to_save(model)}
-        new = {n for n in new_modules(model) if not any(f"{n}.".startswith(f"{module}.") for module in along)}
-        if along | new:
-            config = replace(config, modules_to_save=sorted(along | new))
+        saved = {*config.modules_to_save, *self.objective.modules_to_save(model)}
+        new = {n for n in new_modules(model) if not any(f"{n}.".startswith(f"{module}.") for module in saved)}
+        if saved | new:
+            config = replace(config, modules_to_save=sorted(saved | new))
         if self.start:
             self.start.check(model, config, self.base)
         inject(model, config, allocation=self.allocation, device=device)

@@ -49,14 +49,14 @@ def settle(model: Any, path: str, report: Mapping[str, Any], new_head: bool) -> 
         )
     for name in made_up:
         parameters[name].requires_grad_(True)
-    along = "at random at first, trained and saved with the adapter."
+    fate = "at random at first, trained and saved with the adapter."
     if others := [n for n in made_up if n in mismatched and n.endswith("weight")]:
         (had, *_), (wanted, *_) = mismatched[others[0]]
         rank_zero_info(
-            f"The head of {path} ({others[0]}) has {had} classes, this run {wanted}. The head is new: {along}"
+            f"The head of {path} ({others[0]}) has {had} classes, this run {wanted}. The head is new: {fate}"
         )
     if lacking := _modules(n for n in made_up if n not in mismatched):
-        rank_zero_info(f"{path} lacks {' and '.join(lacking)}: {along}")
+        rank_zero_info(f"{path} lacks {' and '.join(lacking)}: {fate}")
     foreign = sorted(n for n in report["unexpected_keys"] if not new_head or _in_layer(n))
     if foreign:
         rank_zero_warn(

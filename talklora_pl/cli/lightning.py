@@ -25,7 +25,7 @@ from talklora_pl.callbacks.others import refuse_callbacks
 from talklora_pl.callbacks.progress import EpochProgress
 from talklora_pl.cli.check import Check
 from talklora_pl.cli.options import Option, plugins, right, shipped_configs, split, start_options
-from talklora_pl.cli.trainer import Place, RunLogger, RunRecord, Trainer
+from talklora_pl.cli.trainer import RunLogger, RunPlace, RunRecord, Trainer
 from talklora_pl.data import TextData
 from talklora_pl.distributed.launch import allocation_of, classes_of, place_of, resume_from, trainer_arguments
 from talklora_pl.errors import UserError
@@ -161,7 +161,7 @@ class CLI(LightningCLI):
         trained = config.model.adapter_path is not None
         config.ckpt_path = resume_from(self.ckpt_path, root, dirpath, self.verb, trained, name)
         run = place_of(config.ckpt_path, root, name, self.ckpt_path, dirpath, fits)
-        self.place = Place(root, name, run, config.ckpt_path, fits)
+        self.place = RunPlace(root, name, run, config.ckpt_path, fits)
 
     def instantiate_classes(self) -> None:
         try:

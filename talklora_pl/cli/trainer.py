@@ -22,7 +22,7 @@ from talklora_pl.runs import Run, new_run
 
 
 @dataclass
-class Place:
+class RunPlace:
     """Where a run is kept.
 
     Attributes:
@@ -87,7 +87,7 @@ class RunLogger(TensorBoardLogger):
 class Trainer(L.Trainer):
     """Lightning's, whose ``log_dir`` is the run's folder under every logger and none."""
 
-    place: Place | None = None
+    place: RunPlace | None = None
     _lock: int | None = None
     _entered = False
 
@@ -106,7 +106,7 @@ class Trainer(L.Trainer):
         assert self.place.run is not None
         return str(self.place.run.folder)
 
-    def _enter(self, place: Place) -> None:
+    def _enter(self, place: RunPlace) -> None:
         answer: Any = None
         if self.is_global_zero:
             try:
@@ -214,7 +214,7 @@ class RunRecord(SaveConfigCallback):
             trainer.leave()
 
 
-def _place(trainer: Trainer) -> Place:
+def _place(trainer: Trainer) -> RunPlace:
     assert trainer.place is not None
     return trainer.place
 

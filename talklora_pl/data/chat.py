@@ -264,16 +264,16 @@ class ChatTemplate:
 
     # - the places of the answers --------------------------------------------------------------------------------------
 
-    def _find(self, given: Conversation, whole: str) -> dict[int, Place | None]:
+    def _find(self, given: Conversation, whole: str) -> dict[int, Located | None]:
         """Turn of an answer -> where it is in the whole; None where it cannot be found."""
-        places: dict[int, Place | None] = {}
+        places: dict[int, Located | None] = {}
         at = 0
         for i in [i for i, turn in enumerate(given.turns) if turn["role"] == "assistant"]:
             place = places[i] = self._place(given, whole, i, at)
             at = at if place is None else place.end
         return places
 
-    def _place(self, given: Conversation, whole: str, i: int, at: int) -> Place | None:
+    def _place(self, given: Conversation, whole: str, i: int, at: int) -> Located | None:
         turn, last = given.turns[i], i == len(given.turns) - 1
         opened = self._try(given, given.turns[:i], open=True)
         closed = whole if last else self._try(given, given.turns[: i + 1])
@@ -296,14 +296,14 @@ class ChatTemplate:
         if end is not None:
             ends = [m.span() for m in control.finditer(whole, after, end)]
             if ends and not turn.get("tool_calls") and not whole[after : ends[0][0]].strip():
-                return Place(start, after, ends[0][1], True)
+                return Located(start, after, ends[0][1], True)
             if ends and not whole[ends[-1][1] : end].strip():
-                return Place(start, after, ends[-1][1], True)
-            return Place(start, after, end, False)
+                return Located(start, after, ends[-1][1], True)
+            return Located(start, after, end, False)
         token = alternatives(self._closing).search(whole, after)
         if token and (turn.get("tool_calls") or not whole[after : token.start()].strip()):
-            return Place(start, after, token.end(), True)
-        return Place(start, after, after, False)
+            return Located(start, after, token.end(), True)
+        return Located(start, after, after, False)
 
     def _start(self, given: Conversation, whole: str, i: int, at: int, text_end: int) -> int | None:
         """Where an answer begins whose text ends there, if what comes before it is not what a server would write."""
@@ -346,7 +346,7 @@ class ChatTemplate:
         return j + len(text.strip()) if j >= 0 else None
 
     def _marked(
-        self, given: Conversation, whole: str, found: dict[int, Place], learned: list[int]
+        self, given: Conversation, whole: str, found: dict[int, Located], learned: list[int]
     ) -> tuple[list[tuple[int, int]], list[str]]:
         """The characters to learn: by the template's marks if it has any, and notices."""
         marks = self._marks(given, whole)
@@ -410,7 +410,7 @@ class ChatTemplate:
                 notices.append(f"the {turn['role']} turn is left out: the chat template does not write it")
         return notices
 
-    def _lost_text(self, given: Conversation, whole: str, found: dict[int, Place]) -> list[str]:
+    def _lost_text(self, given: Conversation, whole: str, found: dict[int, Located]) -> list[str]:
         """Notices of thoughts and parts of answers that the template cuts."""
         notices = []
         for i, place in found.items():
@@ -426,7 +426,7 @@ class ChatTemplate:
 
 
 @dataclass
-class Place:
+class Located:
     """Characters of an answer: its start, the end of its text, its end; whether the template closes it with a token."""
 
     start: int

@@ -33,7 +33,7 @@ TEMPLATES: dict[str, tuple[str, str | None]] = {
 NAMES = (*TEMPLATES, "chat")
 
 
-class Text(NamedTuple):
+class Written(NamedTuple):
     """A written prompt, its answers as they follow it, and the end of it that must not be cut off."""
 
     prompt: str
@@ -41,7 +41,7 @@ class Text(NamedTuple):
     marker: str
 
 
-def write(example: Example, name: str) -> Text:
+def write(example: Example, name: str) -> Written:
     """Write a prompt and its answers in a format (other than `chat`, which the tokenizer's template writes)."""
     template, with_input = TEMPLATES.get(name, (name, None))
     template = (with_input or template) if example.input else template
@@ -51,4 +51,4 @@ def write(example: Example, name: str) -> Text:
     prompt = _PLACES.sub(lambda match: f"{{{match[1]}}}" if match[1] else values[match[2]], template)
     marker = template[max((m.end() for m in _PLACES.finditer(template) if m[2]), default=0) :]
     space = " " if name != "plain" and not template[-1].isspace() else ""
-    return Text(prompt, [space + answer for answer in example.answers], marker)
+    return Written(prompt, [space + answer for answer in example.answers], marker)

@@ -115,7 +115,7 @@ class Tokenize:
             kinds += [types[second]] * lengths[1] + types[second + len(b) :]
         return Tokens([ids], cut=cut, notices=notices, token_type_ids=kinds)
 
-    def _written(self, example: Example, format: str) -> tuple[formats.Text, list[str]]:
+    def _written(self, example: Example, format: str) -> tuple[formats.Written, list[str]]:
         prompt, more, answers = self.encoder.protect([example.prompt, example.input, example.answers])
         text = formats.write(replace(example, prompt=prompt, input=more, answers=answers), format)
         return text, self.encoder.notices("".join((prompt, more, *answers)))
@@ -126,7 +126,7 @@ class Tokenize:
         n = len(before_ids)
         return both[n:] if both[:n] == before_ids else self.encoder.ids(text)
 
-    def _plain(self, text: formats.Text, notices: list[str]) -> Tokens:
+    def _plain(self, text: formats.Written, notices: list[str]) -> Tokens:
         prompt_ids = self.encoder.ids(text.prompt)
         rows = [self._end(self._continue(text.prompt, prompt_ids, answer)) for answer in text.answers]
         there = prompt_ids[: len(self.bos)] == self.bos

@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
 @register("classification")
 @dataclass
-class Classification(RowKind):
+class ClassRows(RowKind):
     """A text, or two, and the class."""
 
     question = ("text",)
