@@ -85,7 +85,7 @@ class CLI(LightningCLI):
         )
         args = right([*start_options(options), *options], self.check)
         if verb == "fit" and not self._has_end():
-            args = [*args, f"--trainer.max_epochs={EPOCHS}"]
+            args = [f"--trainer.max_epochs={EPOCHS}", *args]  # what follows a class's .help belongs to that class
             if not any(option.asks for option in options):
                 rank_zero_info(f"No end is given: training ends after {EPOCHS} epochs (--trainer.max_epochs).")
         if not any(self._checks(part) for part in BESIDE):

@@ -158,6 +158,13 @@ def test_every_verb_has_help(capsys: pytest.CaptureFixture[str]) -> None:
         assert "--" in capsys.readouterr().out
 
 
+def test_a_component_has_help(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as end:
+        main(["fit", "--model.adapter.communication.help", "gnn"])
+    assert end.value.code in (0, None)
+    assert "--model.adapter.communication.graph {complete" in capsys.readouterr().out
+
+
 def test_the_checkout_runs_without_an_install(tmp_path: Path) -> None:
     root = Path(__file__).parents[2]
     code = "import talklora_pl.callbacks as c, talklora_pl.cli.options as o; print(c.__file__, o.shipped_configs())"
