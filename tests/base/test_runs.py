@@ -26,6 +26,8 @@ from talklora_pl.inputs import masked
 from tests.adapter.test_fingerprint import old_fingerprint
 from tests.data.tiny import tokenizer
 
+pytestmark = pytest.mark.slow  # whole fits, one after the other
+
 TINY: dict[str, Any] = {
     "vocab_size": 264,
     "hidden_size": 16,

@@ -17,6 +17,8 @@ from talklora_pl.cli import main
 from talklora_pl.cli.lightning import CLI, run
 from tests.data.tiny import save_model
 
+pytestmark = pytest.mark.slow  # whole fits, one after the other
+
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
