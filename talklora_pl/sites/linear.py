@@ -44,15 +44,15 @@ class AdaptedLinear(Mixture):
     def forward(self, frozen: Any, x: Tensor) -> Tensor:
         """Output (..., O) of the adapted layer for input (..., D)."""
         x_TD = x.reshape(-1, x.shape[-1])
-        drop_TD = F.dropout(x_TD, self.dropout_input) if self.training and self.dropout_input > 0 else None
+        dropout = self.dropout_input if self.training else 0.0
         scale, B_QO = self.scale, None
         if self.fold and self._is_uniform():
-            y_TO, z_TQ = self._uniform(frozen, x_TD, drop_TD, x.shape[:-1])
+            y_TO, z_TQ = self._uniform(frozen, x_TD, dropout, x.shape[:-1])
             scale *= self.router.share
         elif self.fold and self._folds(x_TD):
-            y_TO, z_TQ = self._folded(frozen, x_TD, drop_TD, x.shape[:-1])
+            y_TO, z_TQ = self._folded(frozen, x_TD, dropout, x.shape[:-1])
         else:
-            y_TO, h_TP = frozen_and_down(frozen.frozen_forward, frozen, x_TD, drop_TD, self.experts.down())
+            y_TO, h_TP = frozen_and_down(frozen.frozen_forward, frozen, x_TD, dropout, self.experts.down())
             h_TER, w_TE = self.rank_space(x_TD, h_TP, x.shape[:-1])
             if self.fold and folding.offers(self.experts, "fold"):
                 if not self.experts_see_talk:
@@ -73,13 +73,11 @@ class AdaptedLinear(Mixture):
             return False
         return not (folding.is_watched(self.router) or folding.is_watched(self.communication))
 
-    def _uniform(
-        self, frozen: Any, x_TD: Tensor, drop_TD: Tensor | None, leading_shape: torch.Size
-    ) -> tuple[Tensor, Tensor]:
+    def _uniform(self, frozen: Any, x_TD: Tensor, dropout: float, leading_shape: torch.Size) -> tuple[Tensor, Tensor]:
         """y_TO and z_TQ of experts that all count the same; the layer multiplies by their share."""
         with torch.autocast(x_TD.device.type, enabled=False):
             rank_PD = folding.rank_rows(self.experts)
-        y_TO, h_TP = frozen_and_down(frozen.frozen_forward, frozen, x_TD, drop_TD, rank_PD)
+        y_TO, h_TP = frozen_and_down(frozen.frozen_forward, frozen, x_TD, dropout, rank_PD)
         z_TER = self.experts.split(h_TP)
         if self.collectors:
             self.observed(self.router(x_TD, z_TER), leading_shape)
@@ -92,9 +90,7 @@ class AdaptedLinear(Mixture):
             return False
         return folding.exact_enough(self.router, x_TD)
 
-    def _folded(
-        self, frozen: Any, x_TD: Tensor, drop_TD: Tensor | None, leading_shape: torch.Size
-    ) -> tuple[Tensor, Tensor]:
+    def _folded(self, frozen: Any, x_TD: Tensor, dropout: float, leading_shape: torch.Size) -> tuple[Tensor, Tensor]:
         """y_TO and z_TQ with all that is linear in the one down product: what :meth:`rank_space` computes."""
         with torch.autocast(x_TD.device.type, enabled=False):
             experts = self.experts
@@ -107,12 +103,12 @@ class AdaptedLinear(Mixture):
                 if weight_EP is None:
                     from_x_ED, rows_MD = self.router.scores.weight, folding.rank_rows(experts)
                     width = len(rows_MD)
-                    if drop_TD is None:  # else the logits are those of x, and h is that of what dropout left of it
+                    if dropout == 0:  # else the logits are those of x, and h is that of what dropout left of it
                         rows_MD = torch.cat([rows_MD, from_x_ED])
                 else:
                     rows_MD = folding.rank_and_score_rows(experts, weight_EP)
                     width = len(rows_MD) - len(weight_EP)
-        y_TO, product_TM = frozen_and_down(frozen.frozen_forward, frozen, x_TD, drop_TD, rows_MD)
+        y_TO, product_TM = frozen_and_down(frozen.frozen_forward, frozen, x_TD, dropout, rows_MD)
         with torch.autocast(x_TD.device.type, enabled=False):
             if self._block:
                 return y_TO, weigh(experts.split(product_TM), self._block[0].weights()).flatten(1)
