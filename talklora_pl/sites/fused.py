@@ -117,6 +117,8 @@ def frozen_and_down(frozen: Any, layer: Any, x_TD: Tensor, dropout: float, A_PD:
     autocast = torch.is_autocast_enabled(kind)
     W_OD = None if autocast else _plain_weight(layer)
     if W_OD is not None and W_OD.dtype == x_TD.dtype:
+        if not torch.is_grad_enabled() and dropout == 0:
+            return F.linear(x_TD, W_OD, layer.bias), F.linear(x_TD, A_PD.to(x_TD.dtype))
         y_TO, h_TP = _FrozenDown.apply(x_TD, dropout, W_OD, layer.bias, A_PD.to(x_TD.dtype))
         return y_TO, h_TP
     # such a layer may return a view or keep its output for its own backward: only a copy is ours to write to
@@ -149,6 +151,8 @@ def weigh(h_TER: Tensor, w_TE: Tensor) -> Tensor:
     """z_TER = h w, in the dtype of h."""
     if h_TER.dtype == w_TE.dtype or torch.compiler.is_compiling():
         return (h_TER * w_TE.unsqueeze(-1)).to(h_TER.dtype)
+    if not torch.is_grad_enabled():
+        return torch.mul(h_TER, w_TE.unsqueeze(-1), out=h_TER.new_empty(h_TER.shape))
     z_TER: Tensor = _Weighed.apply(h_TER, w_TE)
     return z_TER
 
