@@ -347,6 +347,25 @@ def write_json(path: Path, tuned: dict[str, Any], base: dict[str, Any] | None) -
     path.write_text(json.dumps({"adapter": tuned} | ({"base": base} if base else {}), indent=1) + "\n", "utf-8")
 
 
+def write_lines(path: Path, records: Sequence[Mapping[str, Any]]) -> None:
+    """Records as JSON lines."""
+    path.write_text("".join(json.dumps(r, ensure_ascii=False) + "\n" for r in records), encoding="utf-8")
+
+
+def judged(scored: BatchScores, batch: dict[str, Any]) -> list[dict[str, Any]]:
+    """The records of :func:`predictions`, each with what it counts for: `right` where it was judged, and the `loss` per
+    token of the right answer where that is known."""
+    out = predictions(scored, batch)
+    real = [q for q, real in enumerate(batch["real"].tolist()) if real]
+    judged_Q, loss_Q = scored.ranked_Q | scored.generated_Q, scored.nll_Q / scored.tokens_Q
+    for record, q in zip(out, real, strict=True):
+        if judged_Q[q]:
+            record["right"] = bool(scored.right_Q[q])
+        if scored.tokens_Q[q]:
+            record["loss"] = float(loss_Q[q])
+    return out
+
+
 def predictions(scored: BatchScores, batch: dict[str, Any]) -> list[dict[str, Any]]:
     """A record per question: `index` in the data, `id`, `task`; `text`, or `choice` and its `answer`; and `scores`: the
     mean log-likelihood per token of the text or of every choice (of classes: their log-probabilities)."""

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import json
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -31,7 +30,17 @@ from talklora_pl.callbacks.others import OtherCallbacks, refuse_callbacks, whole
 from talklora_pl.distributed.checkpoint import refuse_differences
 from talklora_pl.distributed.shards import compare_with_files
 from talklora_pl.errors import UserError
-from talklora_pl.evaluation import BatchScores, Evaluation, Generation, TaskScores, predictions, table, write_json
+from talklora_pl.evaluation import (
+    BatchScores,
+    Evaluation,
+    Generation,
+    TaskScores,
+    judged,
+    predictions,
+    table,
+    write_json,
+    write_lines,
+)
 from talklora_pl.internals.lightning import step_ends, trainer_of
 from talklora_pl.objectives import Objective, choose
 from talklora_pl.optim import ParamGroup, grouped, try_optimizer, watched
@@ -168,6 +177,12 @@ class FineTuner(AdapterModule):
                 problems.append(str(e))
         if problems:
             raise UserError("\n".join(problems))
+
+    def count_trained(self) -> int:
+        """Number of trained parameters, of every layer having ``num_experts``; needs no weights."""
+        model = load_base(self.base, meta=True)
+        self._inject(model, self.adapter_config.before_allocation())
+        return sum(p.numel() for p in model.parameters() if p.requires_grad)
 
     def _inject(self, model: Any, config: AdapterConfig, device: torch.device | None = None) -> None:
         saved = {*config.modules_to_save, *self.objective.modules_to_save(model)}
@@ -339,9 +354,13 @@ class FineTuner(AdapterModule):
     def on_test_epoch_start(self) -> None:
         self.scores = TaskScores(self._tasks()).to(self.device)
         self.base_scores = TaskScores(self._tasks()).to(self.device)
+        self.questions: list[dict[str, Any]] = []
 
     def test_step(self, batch: dict[str, Any], batch_idx: int) -> None:
-        self.scores.update(self.score(batch, generate=True), self._tasks(batch))
+        scored = self.score(batch, generate=True)
+        self.scores.update(scored, self._tasks(batch))
+        if "index" in batch:  # a data module of one's own may not number its questions
+            self.questions += judged(scored, batch)
         if self._compare_base:
             with disable_adapter(self.model):
                 self.base_scores.update(self.score(batch, generate=True), self._tasks(batch))
@@ -350,7 +369,9 @@ class FineTuner(AdapterModule):
         tuned, base = self.scores.compute(), self.base_scores.compute() if self._compare_base else None
         self._log_scores("test", tuned)
         path = self._output("test_scores.json")
+        questions = self._of_all_ranks(self.questions)
         if self.trainer.is_global_zero:
+            write_lines(path.with_name("test_questions.jsonl"), questions)
             write_json(path, tuned, base)
             rich.print(table(tuned, base), f"Scores as JSON: {path}", sep="\n")
 
@@ -363,15 +384,19 @@ class FineTuner(AdapterModule):
         return records
 
     def on_predict_epoch_end(self) -> None:
-        every = [self.predictions]
-        if self.trainer.world_size > 1:
-            every = [[] for _ in range(self.trainer.world_size)]
-            torch.distributed.all_gather_object(every, self.predictions)
+        records = self._of_all_ranks(self.predictions)
         path = self._output("predictions.jsonl")
         if self.trainer.is_global_zero:
-            records = sorted((r for rank in every for r in rank), key=lambda r: r.pop("index"))
-            path.write_text("".join(json.dumps(r, ensure_ascii=False) + "\n" for r in records), encoding="utf-8")
+            write_lines(path, records)
             rich.print(f"{len(records)} predictions: {path}")
+
+    def _of_all_ranks(self, records: list[dict[str, Any]]) -> list[dict[str, Any]]:
+        """In the order of the data, which their `index` gives; a collective."""
+        every = [records]
+        if self.trainer.world_size > 1:
+            every = [[] for _ in range(self.trainer.world_size)]
+            torch.distributed.all_gather_object(every, records)
+        return sorted((r for rank in every for r in rank), key=lambda r: r.pop("index"))
 
     def _tasks(self, batch: dict[str, Any] | None = None) -> list[str]:
         """All tasks there are, or those of a batch's questions; a data module without tasks has one."""

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
 from talklora_pl.base.description import Description, describe, is_encoder, pool_before
 from talklora_pl.base.heads import HEADS, Head
+from talklora_pl.base.shared import shared
 from talklora_pl.cache import cached_folder, sha256
 from talklora_pl.errors import UserError
 
@@ -69,6 +70,10 @@ def load_base(base: BaseModel, device: str | torch.device | None = None, meta: b
         UserError: nothing is there, it cannot be read, it does not do the task, its weights have holes, or its
             tokenizer has tokens that it lacks.
     """
+    return _load(base, device, meta) if meta else shared((repr(base), str(device)), lambda: _load(base, device, meta))
+
+
+def _load(base: BaseModel, device: str | torch.device | None, meta: bool) -> PreTrainedModel:
     import torch
 
     from talklora_pl.base.loading import grow_vocabulary, settle

@@ -19,6 +19,7 @@ VERBS = {
     "test": ("lightning", "evaluate on the test data, beside the base model"),
     "predict": ("lightning", "write predictions as JSON lines"),
     "allocate": ("allocate", "how many experts each layer gets, from the spectra of its weights"),
+    "compare": ("compare", "methods on the same data with the same seeds, and what their differences are worth"),
     "components": ("components", "list all parts with their options"),
     "data": ("data", "data preview: print rows as the model reads them, with what is learned marked"),
     "export": ("export", "write the adapter folder of a checkpoint"),

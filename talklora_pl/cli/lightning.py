@@ -247,6 +247,25 @@ def run(verb: str, argv: list[str], cli: type[CLI] = CLI) -> CLI:
         raise
 
 
+class _Unrun(CLI):
+    """Ends before the fit begins."""
+
+    class Built(Exception):
+        pass
+
+    def before_fit(self) -> None:
+        raise self.Built(self)
+
+
+def built(argv: list[str]) -> CLI:
+    """What a fit with these options would be: checked and built, without weights; nothing is run or written."""
+    try:
+        return run("fit", argv, _Unrun)
+    except _Unrun.Built as e:
+        cli: CLI = e.args[0]
+        return cli
+
+
 def main(verb: str, argv: list[str]) -> None:
     """The verb."""
     run(verb, argv)
