@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import importlib
 import sys
+from collections.abc import Sequence
 from contextlib import nullcontext
 
 from talklora_pl import stopping
@@ -32,8 +33,13 @@ VERBS = {
 USAGE = "python -m talklora_pl VERB"
 
 
-def main(argv: list[str] | None = None) -> int:
-    """Run one verb; returns the exit status."""
+def main(argv: list[str] | None = None, early: Sequence[int] = ()) -> int:
+    """Run one verb; returns the exit status.
+
+    Args:
+        argv: verb and options; by default those of the command line.
+        early: signals that a fit got before this.
+    """
     verb, *rest = (sys.argv[1:] if argv is None else argv) or ["--help"]
     try:
         if verb in ("-h", "--help"):
@@ -42,7 +48,7 @@ def main(argv: list[str] | None = None) -> int:
         elif verb in VERBS:
             # a signal may come at any time from here on
             stopping.requeues = "--preemption.requeue=false" not in "=".join(rest).lower()
-            with stopping.nothing_to_keep() if verb == "fit" else nullcontext():
+            with stopping.nothing_to_keep(early) if verb == "fit" else nullcontext():
                 importlib.import_module(f"talklora_pl.cli.{VERBS[verb][0]}").main(verb, rest)
         else:
             from talklora_pl.registry import did_you_mean

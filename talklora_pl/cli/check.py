@@ -50,7 +50,9 @@ _load: Callable[[str], Any] = get_loader("yaml")
 def load(text: str) -> Any:
     """What YAML says, as jsonargparse reads it (1e-3 is a number), or the text itself."""
     try:
-        return _load(text)
+        value = _load(text)
+        repr(value)  # can messages say what it is?
+        return value
     except (yaml.YAMLError, ValueError, RecursionError):  # a number of 5,000 digits, a list in a list in a list ...
         return text
 
@@ -459,8 +461,11 @@ def find_class(name: Any, families: tuple[type, ...]) -> tuple[str, type]:
         return path, cls
     children = _children(families)
     if len(same := children.get(name, [])) > 1:
-        # of two libraries that use one name, that which extends the other
+        # of two libraries that use one name, that which extends the other, or to which the family belongs
+        own = {family.__module__.partition(".")[0] for family in families}
+        of_family = [c for c in same if c.__module__.partition(".")[0] in own]
         cls = next((c for c in same if all(issubclass(c, other) for other in same)), None)
+        cls = cls or (of_family[0] if len(of_family) == 1 else None)
         paths = [f"{c.__module__}.{c.__qualname__}" for c in same]
         if cls is None:
             raise Wrong(f"{name!r} is the name of several: {', '.join(sorted(paths))}. Write one of these.")
