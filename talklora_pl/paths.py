@@ -16,5 +16,5 @@ def expand(path: str | os.PathLike[str]) -> str:
     """
     full = os.path.expanduser(os.path.expandvars(path))  # not pathlib's, which fails where there is no such user
     if (left := re.search(r"\$\w+|\$\{\w+\}", full)) and not os.path.exists(full):
-        raise UserError(f"{os.fspath(path)}: the environment has no variable {left[0]}.")
+        raise UserError(f"{os.fspath(path)}: the environment variable {left[0]} is not set.")
     return full

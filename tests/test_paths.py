@@ -21,7 +21,7 @@ def test_home_and_variables(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
 
 def test_an_unknown_variable_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("SCRATCH", raising=False)
-    with pytest.raises(UserError, match=r"\$SCRATCH/runs: the environment has no variable \$SCRATCH"):
+    with pytest.raises(UserError, match=r"\$SCRATCH/runs: the environment variable \$SCRATCH is not set"):
         expand("$SCRATCH/runs")
     odd = tmp_path / "$cash"
     odd.touch()

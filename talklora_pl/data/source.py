@@ -125,8 +125,6 @@ def check_path(source: Source) -> Path:
     path = Path(expand(source.path))
     if isinstance(source.path, RowsInPython):
         return path
-    if "$" in str(path):
-        raise UserError(f"{source.path}: the environment variable in this path is not set.")
     kind, packed = file_type(path)
     if path.is_file() and (kind not in FILE_TYPES or (packed and kind == ".parquet")):
         raise UserError(
