@@ -7,7 +7,7 @@ import os
 from collections.abc import Callable
 from pathlib import Path
 
-from talklora_pl.durable import folder_beside
+from talklora_pl.durable import folder_beside, put
 
 
 def cache_root() -> Path:
@@ -37,7 +37,7 @@ def cached_folder(kind: str, key: str, write: Callable[[Path], None], root: Path
     with folder_beside(final) as work:
         write(work)
         try:
-            work.rename(final)
+            put(work, final)
         except OSError:  # another process was first: its folder holds the same
             if not final.is_dir():
                 raise
