@@ -263,11 +263,16 @@ def set_adapter(model: nn.Module, name: str) -> None:
     adapter_set(model).switch.active = name
 
 
-@contextmanager
-def disable_adapter(model: nn.Module) -> Iterator[None]:
+def disable_adapter(model: nn.Module) -> AbstractContextManager[None]:
     """Inside ``with disable_adapter(model):`` the model computes what the base computes."""
+    return active_adapter(model, None)
+
+
+@contextmanager
+def active_adapter(model: nn.Module, name: str | None) -> Iterator[None]:
+    """Inside of it ``name`` is the adapter that is on; None: none is."""
     adapters = adapter_set(model)
-    before, adapters.switch.active = adapters.switch.active, None
+    before, adapters.switch.active = adapters.switch.active, name
     try:
         yield
     finally:
