@@ -175,6 +175,8 @@ def install(model: nn.Module, adapter: Adapter, built: Layers, name: str) -> Ada
     try:
         for module, layer in built.values():
             attach(module, adapters.switch, name, layer)
+        if not hasattr(model, ADAPTERS):
+            adapters.watch(model)
         model.add_module(ADAPTERS, adapters)
     except BaseException:
         for module, _ in built.values():
