@@ -97,7 +97,7 @@ class FineTuner(AdapterModule):
         # checkpoints hold what is trained; on_load_checkpoint checks that all of it is there
         self.strict_loading = False
         self._fingerprint: str | None = None
-        self._step_loss: Tensor | float = 0.0  # of the micro-batches so far of the optimiser step
+        self._step_sums: dict[str, Tensor] = {}  # of the micro-batches so far of the optimiser step
 
     def configure_callbacks(self) -> list[L.Callback]:
         """Allocation needs a hook that runs before :meth:`configure_model`; also the first hook of a run, to refuse."""
@@ -128,6 +128,7 @@ class FineTuner(AdapterModule):
         if self.start:
             self.start.load(self.model, self.device)
             self.start.check_base(self.model)
+        self.objective.after_adapter(self.model, warm_start=self.start is not None)
         if self.gradient_checkpointing:
             self.model.activation_checkpointing_enable()
         if self.compile_model:
@@ -189,6 +190,7 @@ class FineTuner(AdapterModule):
         new = {n for n in new_modules(model) if not any(f"{n}.".startswith(f"{module}.") for module in saved)}
         if saved | new:
             config = replace(config, modules_to_save=sorted(saved | new))
+        config = self.objective.before_adapter(model, config)
         if self.start:
             self.start.check(model, config, self.base)
         inject(model, config, allocation=self.allocation, device=device)
@@ -234,7 +236,7 @@ class FineTuner(AdapterModule):
 
     def on_train_start(self) -> None:
         # a finder's trials end anywhere
-        self._step_loss = 0.0
+        self._step_sums = {}
         self.adapter.forget_loads()
 
     def on_fit_start(self) -> None:
@@ -252,20 +254,25 @@ class FineTuner(AdapterModule):
     def training_step(self, batch: dict[str, Any], batch_idx: int) -> Tensor:
         """Task loss over all tokens of the optimiser step, plus balance losses averaged over its micro-steps."""
         with RoutingCollector(self.model, batch["attention_mask"], batch.get("task_types")) as collector:
-            loss_sum, count = self.objective.loss(self.model, batch)
+            loss_sum, count, *observed = self.objective.loss(self.model, batch)
         self.routing = collector.records
         self.adapter.count_loads(self.routing)
-        if batch.get("filler"):
-            loss_sum = loss_sum * 0  # it only keeps this rank in step with the others
+        sums = {"train_loss": loss_sum, **(observed[0] if observed else {})}
+        if batch.get("filler"):  # it only keeps this rank in step with the others
+            sums = {name: value * 0 for name, value in sums.items()}
         # Lightning divides by the accumulation and DDP by the ranks: undo both, then divide by all tokens of the step
         accumulate = self.trainer.accumulate_grad_batches
         step_tokens = batch.get("step_tokens") or self._count_of_all_ranks(count) * accumulate
-        task = loss_sum * (self.trainer.world_size * accumulate / step_tokens)
-        self._step_loss += task.detach() / accumulate
+        means = {name: value * (self.trainer.world_size * accumulate / step_tokens) for name, value in sums.items()}
+        task = means["train_loss"]
+        for name, value in means.items():
+            share = value.detach() / accumulate
+            self._step_sums[name] = self._step_sums[name] + share if name in self._step_sums else share
         if step_ends(self.trainer):
-            # its mean over ranks is the mean over all tokens of the step, however they are spread
-            self.log("train_loss", self._step_loss, prog_bar=True, sync_dist=True, batch_size=1)
-            self._step_loss = 0.0
+            # their mean over ranks is the mean over all tokens of the step, however they are spread
+            for name, value in self._step_sums.items():
+                self.log(name, value, prog_bar=name == "train_loss", sync_dist=True, batch_size=1)
+            self._step_sums = {}
         return task + self.balance_loss() * (accumulate / batch.get("micro_steps", accumulate))
 
     def on_after_backward(self) -> None:
@@ -460,6 +467,12 @@ class FineTuner(AdapterModule):
             if have[f"model.{key}"].shape != value.shape:
                 got, want = list(have[f"model.{key}"].shape), list(value.shape)
                 raise UserError(f"The checkpoint's {key!r} has shape {got}, this run needs {want}.")
+        others = (k.removeprefix("model.talklora.").split(".")[0] for k in have if k.startswith("model.talklora."))
+        if lost := sorted(set(others) - set(self.model.talklora)):
+            raise UserError(
+                f"The checkpoint also holds the adapter {lost[0]!r}, which its run began from and compares with. Give "
+                "model.adapter_path (and model.objective) as that run had them."
+            )
 
 
 def trained_tensors(model: nn.Module) -> dict[str, nn.Parameter]:

@@ -467,6 +467,9 @@ def find_class(name: Any, families: tuple[type, ...]) -> tuple[str, type]:
         cls = next((c for c in same if all(issubclass(c, other) for other in same)), None)
         cls = cls or (of_family[0] if len(of_family) == 1 else None)
         paths = [f"{c.__module__}.{c.__qualname__}" for c in same]
+        if cls is None:  # torch's AdamW, though something has imported bitsandbytes, which has another
+            ours = [c for c in same if c.__module__.split(".")[0] in ("torch", "lightning")]
+            cls = ours[0] if len(ours) == 1 else None
         if cls is None:
             raise Wrong(f"{name!r} is the name of several: {', '.join(sorted(paths))}. Write one of these.")
         return paths[same.index(cls)], cls

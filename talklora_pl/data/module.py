@@ -40,7 +40,7 @@ class TextData(L.LightningDataModule):
         test: data to score at the end.
         predict: data to answer (it needs no answers of its own); None: `test`.
         rows: what a row is, where a source does not say: `instruction`, `completion`, `chat`, `choice`,
-            `classification` or a kind of your own. None: by objective and format.
+            `classification`, `preference` or a kind of your own. None: by objective and format.
         format: how it is written, where a source does not say: `plain`, `cloze`, `alpaca`, `chat`, or a template with
             `{prompt}`. None: by rows.
         columns: field -> column, where a source does not say.
