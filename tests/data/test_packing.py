@@ -90,7 +90,7 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "qwen2": {**SIZES, "num_key_value_heads": 1},
     "qwen3": GATED,
     "mistral": {**GATED, "sliding_window": 4},
-    "gemma2": {**GATED, "sliding_window": 4, "final_logit_softcapping": 5.0},
+    "gemma2": {**GATED, "sliding_window": 4, "final_logit_softcapping": 1.0},
     "gemma3_text": {**GATED, "sliding_window": 4, "layer_types": ["sliding_attention", "full_attention"]},
     "gpt_neox": SIZES,
     "opt": {**SIZES, "ffn_dim": 24, "word_embed_proj_dim": 16},
