@@ -16,14 +16,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
-import torch.nn.functional as F
 from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 from torchmetrics import Metric
 
 from talklora_pl.base.description import Description
 from talklora_pl.errors import UserError
-from talklora_pl.inputs import NO_LOSS, labelled, masked, model_inputs, to_device, token_logits
+from talklora_pl.inputs import NO_LOSS, labelled, masked, model_inputs, to_device
+from talklora_pl.pieces import label_nll
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -61,13 +61,6 @@ class Evaluation:
             raise UserError(
                 f"model.evaluation.answer_pattern: {self.answer_pattern!r} is no regular expression: {e}."
             ) from None
-
-
-def token_nll(logits_NV: Tensor, targets_N: Tensor) -> Tensor:
-    """Negative log-likelihood of every target in float32, shape (N,); in pieces, since float32 logits are large."""
-    pieces = zip(logits_NV.split(1024), targets_N.split(1024), strict=True)
-    losses = [F.cross_entropy(logits.float(), targets, reduction="none") for logits, targets in pieces]
-    return torch.cat(losses) if losses else logits_NV.new_zeros(0, dtype=torch.float32)
 
 
 def row_nll(nll_N: Tensor, row_N: Tensor, rows: int) -> tuple[Tensor, Tensor]:
@@ -208,8 +201,8 @@ def _until(ends: set[int], ids: list[int]) -> list[int]:
 
 def answer_nll(model: Any, batch: Mapping[str, Any]) -> tuple[Tensor, Tensor]:
     """Summed negative log-likelihood of each row's labelled tokens, and their number, both (B,) and float32."""
-    logits_NV, targets_N, row_N = token_logits(model, batch)
-    return row_nll(token_nll(logits_NV, targets_N), row_N, len(batch["input_ids"]))
+    nll_N, row_N = label_nll(model, batch)
+    return row_nll(nll_N.float(), row_N, len(batch["input_ids"]))
 
 
 def score_answers(model: Any, batch: Mapping[str, Any], generate: Generation | None = None) -> BatchScores:
