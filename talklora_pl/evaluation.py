@@ -24,6 +24,7 @@ from torchmetrics import Metric
 from talklora_pl.base.description import Description
 from talklora_pl.errors import UserError
 from talklora_pl.inputs import NO_LOSS, labelled, masked, model_inputs, to_device, token_logits
+from talklora_pl.shared_prefix import runs_trees, shared_nll
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -64,9 +65,10 @@ class Evaluation:
 
 
 def token_nll(logits_NV: Tensor, targets_N: Tensor) -> Tensor:
-    """Negative log-likelihood of every target in float32, shape (N,); in pieces, since float32 logits are large."""
+    """Negative log-likelihood of every target in float32 at least, (N,); in pieces, since such logits are large."""
+    wide = torch.promote_types(logits_NV.dtype, torch.float32)
     pieces = zip(logits_NV.split(1024), targets_N.split(1024), strict=True)
-    losses = [F.cross_entropy(logits.float(), targets, reduction="none") for logits, targets in pieces]
+    losses = [F.cross_entropy(logits.to(wide), targets, reduction="none") for logits, targets in pieces]
     return torch.cat(losses) if losses else logits_NV.new_zeros(0, dtype=torch.float32)
 
 
@@ -206,10 +208,17 @@ def _until(ends: set[int], ids: list[int]) -> list[int]:
     return ids[: next((i + 1 for i, token in enumerate(ids) if token in ends), len(ids))]
 
 
-def answer_nll(model: Any, batch: Mapping[str, Any]) -> tuple[Tensor, Tensor]:
-    """Summed negative log-likelihood of each row's labelled tokens, and their number, both (B,) and float32."""
+def answer_nll(model: Any, batch: Mapping[str, Any], share: bool = False) -> tuple[Tensor, Tensor]:
+    """Summed negative log-likelihood of each row's labelled tokens, and their number, both (B,) and float32 at least.
+
+    Args:
+        share: compute what rows of one ``group`` share once, see :mod:`~talklora_pl.shared_prefix`. The same numbers.
+    """
+    rows = len(batch["input_ids"])
+    if share and runs_trees(model) and (shared_N := shared_nll(model, batch)) is not None:
+        return row_nll(shared_N, batch["loss_row"], rows)
     logits_NV, targets_N, row_N = token_logits(model, batch)
-    return row_nll(token_nll(logits_NV, targets_N), row_N, len(batch["input_ids"]))
+    return row_nll(token_nll(logits_NV, targets_N), row_N, rows)
 
 
 def score_answers(model: Any, batch: Mapping[str, Any], generate: Generation | None = None) -> BatchScores:
@@ -226,7 +235,7 @@ def score_answers(model: Any, batch: Mapping[str, Any], generate: Generation | N
     answer_Q = batch.get("answer", torch.zeros_like(group_B))
     real_Q = batch.get("real", torch.ones_like(answer_Q, dtype=torch.bool))
 
-    nll_B, tokens_B = answer_nll(model, batch)
+    nll_B, tokens_B = answer_nll(model, batch, share="group" in batch and not model.training)
     scores_QC = choice_scores(nll_B, tokens_B, group_B, choice_B)
     gold_B = (choice_B == answer_Q[group_B]) & real_Q[group_B]
     several_Q = scores_QC.isfinite().sum(1) > 1
