@@ -24,7 +24,7 @@ from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor, nn
 
 from talklora_pl.base.description import text_config
-from talklora_pl.inputs import MODEL_INPUTS, masked, model_inputs, pad, token_logits
+from talklora_pl.inputs import MODEL_INPUTS, masked, model_inputs, pad
 from talklora_pl.internals.transformers import attention_of
 from talklora_pl.names import ADAPTERS
 from talklora_pl.routing import RoutingCollector
@@ -107,12 +107,22 @@ def shared_nll(model: Any, batch: Mapping[str, Any]) -> Tensor | None:
         return None
     unique_U, at_N = trees.place_BS.flatten()[batch["loss_index"]].unique(return_inverse=True)
     with _as_rows(model, trees.place_BS):
-        logits_UV, _, _ = token_logits(
-            model, trees.inputs | {"loss_index": unique_U, "loss_target": None, "loss_row": None}
-        )
+        logits_UV = _logits_at(model, trees.inputs, unique_U)
     pieces = logits_UV.split(1024)  # float32 logits are large
     total_U = torch.cat([piece.to(torch.promote_types(piece.dtype, torch.float32)).logsumexp(-1) for piece in pieces])
     return total_U[at_N] - logits_UV[at_N, batch["loss_target"]].to(total_U.dtype)
+
+
+def _logits_at(model: Any, inputs: Mapping[str, Tensor], index_U: Tensor) -> Tensor:
+    """Logits at places of the flattened trees, see :func:`~talklora_pl.inputs.token_logits`."""
+    hook = model.get_output_embeddings().register_forward_pre_hook(
+        lambda _, args: (args[0].flatten(0, 1).index_select(0, index_U).unsqueeze(0), *args[1:])
+    )
+    try:
+        logits_1UV: Tensor = model(**inputs).logits
+    finally:
+        hook.remove()
+    return logits_1UV.squeeze(0)
 
 
 class _as_rows(AbstractContextManager[None]):
