@@ -6,6 +6,7 @@ the matrix products and fused attention, and runs the rest of the layer twice: n
 
 from __future__ import annotations
 
+import weakref
 from contextlib import AbstractContextManager
 from typing import Any, Literal
 
@@ -63,16 +64,16 @@ def selective_contexts() -> tuple[AbstractContextManager[None], AbstractContextM
     Where an operator writes into a product that is kept (a Linear's up projection is added to the frozen output), the
     product is kept as it is afterwards, and the operator is left out of the second pass.
     """
-    kept: set[int] = set()  # addresses; none is freed while the layer's second pass is to come
+    kept: weakref.WeakSet[Any] = weakref.WeakSet()
 
     def policy(context: Any, operator: Any, *args: Any, **kwargs: Any) -> CheckpointPolicy:
         name = operator.name().partition(".")[0]
         out = context.op_output
         tensor = out[0] if isinstance(out, tuple) else out
         if name in PRODUCTS:
-            kept.add(tensor.untyped_storage().data_ptr())
+            kept.add(tensor.untyped_storage())
             return CheckpointPolicy.MUST_SAVE
-        if name.endswith("_") and isinstance(out, torch.Tensor) and out.untyped_storage().data_ptr() in kept:
+        if name.endswith("_") and isinstance(out, torch.Tensor) and out.untyped_storage() in kept:
             return CheckpointPolicy.MUST_SAVE
         return CheckpointPolicy.PREFER_RECOMPUTE
 

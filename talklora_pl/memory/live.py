@@ -17,20 +17,18 @@ class LiveBytes(TorchDispatchMode):
 
     What an operator takes for itself while it runs is not seen, nor is what an allocator keeps.
 
+    Args:
+        there: tensors that were there before; operators may hand out views of them.
+
     Attributes:
         now: bytes that are alive.
         peak: the most there were.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, *there: Tensor) -> None:
         super().__init__()
         self.now = self.peak = 0
-        self._seen: weakref.WeakSet[Any] = weakref.WeakSet()
-
-    def know(self, *tensors: Tensor) -> None:
-        """Not count tensors that were there before, when an operator hands them out again."""
-        for tensor in tensors:
-            self._seen.add(tensor.untyped_storage())
+        self._seen: weakref.WeakSet[Any] = weakref.WeakSet(t.untyped_storage() for t in there)
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         out = func(*args, **(kwargs or {}))

@@ -72,12 +72,12 @@ def test_memory_of_selective_is_in_between() -> None:
         inject(model, config_of("talklora"))
         checkpoint_layers(model, mode)  # type: ignore[arg-type]
         gc.collect()
-        with LiveBytes() as live:
+        with LiveBytes(*model.parameters(), *model.buffers()) as live:
             out = model(input_ids=torch.arange(32).repeat(2, 4) % 30, use_cache=False).logits
             kept[mode] = live.now
         out.sum().backward()
-    assert kept["full"] < 0.35 * kept["off"]
-    assert kept["full"] * 1.5 < kept["selective"] < 0.8 * kept["off"], kept
+    assert kept["full"] < 0.1 * kept["off"], kept
+    assert kept["full"] * 3 < kept["selective"] < 0.7 * kept["off"], kept
 
 
 def test_what_the_option_means() -> None:
