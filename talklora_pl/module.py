@@ -43,6 +43,7 @@ from talklora_pl.evaluation import (
 )
 from talklora_pl.inputs import packed_rows
 from talklora_pl.internals.lightning import step_ends, trainer_of
+from talklora_pl.memory.checkpointing import Checkpointing, checkpoint_layers, mode_of
 from talklora_pl.objectives import Objective, choose
 from talklora_pl.optim import ParamGroup, grouped, try_optimizer, watched
 from talklora_pl.routing import RoutingCollector
@@ -60,7 +61,8 @@ class FineTuner(AdapterModule):
         optimizer: of the trained tensors.
         lr_scheduler: stepped every optimiser step.
         param_groups: other learning rates or weight decays for some tensors; the first that matches counts.
-        gradient_checkpointing: recompute decoder layers in the backward pass (never reentrant).
+        gradient_checkpointing: what decoder layers compute again in the backward pass, for memory: nothing (`off`),
+            everything (`full`, or true), or all but matrix products and fused attention (`selective`).
         compile: compile the model with ``torch.compile``.
         evaluation: how answers are scored.
         adapter_path: an adapter to begin from, with a new optimiser and counters: an adapter folder, a checkpoint, a
@@ -75,7 +77,7 @@ class FineTuner(AdapterModule):
         optimizer: OptimizerCallable = lambda p: torch.optim.AdamW(p, lr=3e-4, weight_decay=0.01),
         lr_scheduler: LRSchedulerCallable | None = None,
         param_groups: list[ParamGroup] | None = None,
-        gradient_checkpointing: bool = False,
+        gradient_checkpointing: bool | Checkpointing = "off",
         compile: bool = False,
         evaluation: Evaluation = Evaluation(),  # noqa: B008 (frozen)
         objective: Objective | None = None,
@@ -88,7 +90,7 @@ class FineTuner(AdapterModule):
         self.optimizer = optimizer
         self.lr_scheduler = lr_scheduler
         self.param_groups = param_groups or []
-        self.gradient_checkpointing = gradient_checkpointing
+        self.gradient_checkpointing = mode_of(gradient_checkpointing)
         self.compile_model = compile
         self.evaluation = evaluation
         self._told_of_idle = False
@@ -131,8 +133,7 @@ class FineTuner(AdapterModule):
             self.start.load(self.model, self.device)
             self.start.check_base(self.model)
         self.objective.after_adapter(self.model, warm_start=self.start is not None)
-        if self.gradient_checkpointing:
-            self.model.activation_checkpointing_enable()
+        checkpoint_layers(self.model, self.gradient_checkpointing)
         if self.compile_model:
             self.model.compile()
         self.model.train()

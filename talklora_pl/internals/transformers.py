@@ -8,6 +8,11 @@ from typing import Any
 from torch import Tensor, nn
 
 
+def attention_of(config: Any) -> str | None:
+    """Which attention implementation a model was built with; there is no public name for the outcome."""
+    return getattr(config, "_attn_implementation", None)
+
+
 def take_attention(config: Any, asked: Any) -> None:
     """Give `config` the attention implementation of `asked`, if that names one; there is only the argument of
     ``from_pretrained``, of which the caller is handed the outcome."""
