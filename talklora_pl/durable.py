@@ -26,9 +26,9 @@ def write_whole(path: Path, write: Callable[[Path], object]) -> None:
         mode = part.stat().st_mode
         write(part)
         part.chmod(mode)  # safetensors makes its files readable by the owner alone
-        _flush(part)
+        flush(part)
         part.replace(path)
-        _flush(path.parent)
+        flush(path.parent)
     finally:
         part.unlink(missing_ok=True)
 
@@ -69,7 +69,8 @@ def alive(pid: int) -> bool:
     return True
 
 
-def _flush(path: Path) -> None:
+def flush(path: Path) -> None:
+    """Let a file, or the names in a folder, reach the disk."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)

@@ -22,6 +22,7 @@ from talklora_pl.data.prepare import Prepared, prepare
 from talklora_pl.data.rows import listing
 from talklora_pl.data.sampler import EvalBatches, Position, TrainBatches, accumulation
 from talklora_pl.data.source import BadRow, Source, Sources
+from talklora_pl.data.table import column, numbers, tasks
 from talklora_pl.data.tokens import Tokenize
 from talklora_pl.errors import UserError
 from talklora_pl.objectives import Objective, choose
@@ -60,6 +61,7 @@ class TextData(L.LightningDataModule):
         on_bad_row: stop at rows that are wrong, or leave them out and list them in `bad_row_report`.
         bad_row_report: JSON Lines file for them.
         num_workers: processes that make batches.
+        num_proc: processes that tokenise the rows before the first run; None: one per core, up to 8.
         cache_dir: for the tokenised rows; None: the user's cache folder.
         base: whose tokenizer; None: that of the model that is trained.
         objective: what the batches are for; None: that of the model that is trained, or by default of the base.
@@ -88,6 +90,7 @@ class TextData(L.LightningDataModule):
         on_bad_row: Literal["error", "skip"] = "error",
         bad_row_report: str = "bad_rows.jsonl",
         num_workers: int = 0,
+        num_proc: int | None = None,
         cache_dir: str | None = None,
         base: BaseModel | None = None,
         objective: Objective | None = None,
@@ -102,6 +105,7 @@ class TextData(L.LightningDataModule):
         self.batch_size, self.eval_batch_size, self.max_length = batch_size, eval_batch_size, max_length
         self.length_grouped, self.eos_token, self.on_bad_row = length_grouped, eos_token, on_bad_row
         self.bad_row_report, self.num_workers, self.cache_dir = bad_row_report, num_workers, cache_dir
+        self.num_proc = num_proc
         self.base, self.objective, self.documents = base, objective, documents
         self.train_on, self.special_tokens_in_data = train_on, special_tokens_in_data
         self.tables: dict[str, datasets.Dataset] = {}
@@ -112,7 +116,7 @@ class TextData(L.LightningDataModule):
     @property
     def tasks(self) -> list[str]:
         """Names of all tasks, after :meth:`setup`."""
-        return sorted({task for table in self.tables.values() for task in table["task"]})
+        return sorted({task for table in self.tables.values() for task in tasks(table)})
 
     # -- preparation ------------------------------------------------------------------------------------------------
 
@@ -152,6 +156,7 @@ class TextData(L.LightningDataModule):
     def prepared(self, stage: str) -> dict[str, list[Prepared]]:
         base, self._chosen = self._base_and_objective()
         least = {"batch_size": 1, "eval_batch_size": 1, "max_length": 1, "num_workers": 0, "val_size": 0}
+        least |= {} if self.num_proc is None else {"num_proc": 1}
         given_numbers = {name: getattr(self, name) for name in least}
         wrong = [n for n, value in given_numbers.items() if value is not None and value < least[n]]
         problems = [f"data.{n}: {given_numbers[n]} is less than {least[n]}." for n in wrong]
@@ -205,6 +210,7 @@ class TextData(L.LightningDataModule):
                 on_bad_row=self.on_bad_row,
                 pack=self.documents == "packed",
                 cache=Path(self.cache_dir) if self.cache_dir else None,
+                num_proc=self.num_proc,
                 later=[*given["test"], *given["predict"]] if stage == "fit" else (),
             )
         except UserError as e:
@@ -285,10 +291,9 @@ class TextData(L.LightningDataModule):
     def _report(self, done: dict[str, list[Prepared]]) -> None:
         for name, parts in done.items():
             for part in parts:
-                tasks = sorted(set(part.table["task"]))
                 cut = f", {part.cut_rows} prompts cut by {part.cut_tokens} tokens in all" if part.cut_rows else ""
                 texts = f" from {part.documents} texts" if part.documents else ""
-                rank_zero_info(f"data.{name}: {', '.join(tasks)}: {len(part.table)} rows{texts}{cut}")
+                rank_zero_info(f"data.{name}: {', '.join(tasks(part.table))}: {len(part.table)} rows{texts}{cut}")
                 for notice, count in part.notices.items():
                     rank_zero_info(f"Warning: {part.source.path}: {notice} ({count} row{'s' if count > 1 else ''})")
         if done.get("train") and not done.get("val"):
@@ -322,7 +327,7 @@ class TextData(L.LightningDataModule):
         # Lightning looks for a loader with a state; ours needs none, see sampler.py
         warnings.filterwarnings("ignore", "You're resuming from a checkpoint that ended before the epoch ended")
         table = self.tables["train"]
-        lengths, loss_tokens = (np.array(table[column]) for column in ("length", "loss_tokens"))
+        lengths, loss_tokens = (numbers(table, column) for column in ("length", "loss_tokens"))
         batches = TrainBatches(
             lengths, loss_tokens, self.batch_size, self.seed, self.length_grouped, *self._rank(), self._position
         )
@@ -350,9 +355,11 @@ class TextData(L.LightningDataModule):
         return self._eval_loader("predict")
 
     def _eval_loader(self, name: str) -> DataLoader[dict[str, Any]]:
+        import pyarrow.compute as pc
+
         table = self.tables[name]
-        rows = np.array([len(choices) for choices in table["input_ids"]])
-        batches = EvalBatches(np.array(table["length"]), rows, self.eval_batch_size, *self._rank())
+        rows = pc.list_value_length(column(table, "input_ids")).to_numpy()
+        batches = EvalBatches(numbers(table, "length"), rows, self.eval_batch_size, *self._rank())
         return self._loader(table, False, batches)
 
     def _loader(

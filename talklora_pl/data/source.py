@@ -194,6 +194,14 @@ class Reader:
 
     def __iter__(self) -> Iterator[tuple[str, dict[str, Any] | BadRow]]:
         """``(place, row)``; a row that cannot be read is a :class:`BadRow`."""
+        return ((where, self.parse(raw)) for where, raw in self.raw())
+
+    def parse(self, raw: Any) -> dict[str, Any] | BadRow:
+        """The row of what :meth:`raw` gives."""
+        return self._parse(raw) if isinstance(raw, bytes) else raw
+
+    def raw(self) -> Iterator[tuple[str, Any]]:
+        """``(place, row)``, the rows as what can be handed to another process at least cost: lines as bytes."""
         if self.dataset is not None:
             return self._dataset()
         if self.texts:
@@ -206,6 +214,17 @@ class Reader:
         if kind == ".parquet":
             return self._parquet()
         return self._csv()
+
+    @property
+    def total(self) -> int | None:
+        """How many rows there are, where that is known before they are read."""
+        total, kind = None, file_type(self.file)
+        if self.dataset is not None:
+            total = len(self.dataset) if hasattr(self.dataset, "__len__") else None
+        elif kind in ((".jsonl", ""), (".ndjson", "")):
+            with self._open(self.file) as lines:
+                total = sum(block.count(b"\n") for block in iter(lambda: lines.read(1 << 22), b""))
+        return total if total is None or self.source.limit is None else min(total, self.source.limit)
 
     def _digest(self, files: list[Path]) -> str:
         digests = []
@@ -301,11 +320,11 @@ class Reader:
         except (OSError, ValueError) as e:  # pyarrow's errors are children of these
             raise UserError(f"{self.file}: not a readable Parquet file: {e}") from e
 
-    def _json_lines(self) -> Iterator[tuple[str, dict[str, Any] | BadRow]]:
+    def _json_lines(self) -> Iterator[tuple[str, bytes]]:
         with self._open(self.file) as lines:
             for number, line in enumerate(lines, 1):
                 if line.strip():
-                    yield f"line {number}", self._parse(line)
+                    yield f"line {number}", line
 
     def _parse(self, line: bytes) -> dict[str, Any] | BadRow:
         try:
