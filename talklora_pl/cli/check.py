@@ -10,7 +10,7 @@ import collections.abc
 import inspect
 import re
 import sys
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import MISSING, dataclass, field, fields, is_dataclass, replace
 from difflib import get_close_matches
 from functools import reduce
@@ -51,7 +51,7 @@ def load(text: str) -> Any:
     """What YAML says, as jsonargparse reads it (1e-3 is a number), or the text itself."""
     try:
         return _load(text)
-    except yaml.YAMLError:
+    except (yaml.YAMLError, ValueError, RecursionError):  # a number of 5,000 digits, a list in a list in a list ...
         return text
 
 
@@ -182,6 +182,11 @@ class Check:
                 chosen.options[bare], chosen.places[bare] = right, (self.file, where)
                 merge(out, {name: right})
             elif not chosen.complete:
+                try:
+                    _refuse_classes(value)
+                except Wrong as e:
+                    self._report(where, f"{bare}: {e}" if item else str(e))
+                    continue
                 out[name] = value
             elif chosen is self.top or (self._is_record(chosen.cls) and not chosen.listed):
                 known = list(self._keys(self.top, ""))
@@ -237,8 +242,9 @@ class Check:
                 return self._options(given, chosen, key, listed)
         else:
             return out  # of the family's base
-        if "init_args" in given:
-            out["init_args"] = self._options(given["init_args"] or {}, chosen, key, listed)
+        for part in ("init_args", "dict_kwargs"):  # jsonargparse takes an option out of either
+            if part in given:
+                out[part] = self._options(given[part] or {}, chosen, key, listed)
         return out
 
     # --- one value
@@ -255,6 +261,7 @@ class Check:
             if not any(_is(value, kind) for kind in plain) or (structured and isinstance(loaded, (dict, list))):
                 value = loaded
         if any(_is(value, kind) for kind in plain):
+            _refuse_classes(value, plain)
             if not listed:
                 self.chosen.pop(key, None)
             return value
@@ -380,6 +387,18 @@ def merge(into: dict[str, Any], new: Mapping[str, Any]) -> None:
             into[key] = value
 
 
+def _refuse_classes(value: Any, kinds: Sequence[Any] = (Any,)) -> None:
+    """Raise Wrong where a value names a class and nothing says of what kind it has to be: jsonargparse would call
+    whatever `class_path` names."""
+    if isinstance(value, str) and any(kind not in (str, int, float, bool, NoneType) for kind in kinds):
+        value = load(value)
+    inner = value.values() if isinstance(value, Mapping) else value if isinstance(value, (list, tuple)) else ()
+    if isinstance(value, Mapping) and "class_path" in value:
+        raise Wrong(f"class_path: {value['class_path']}: this option does not say of which kind a class has to be.")
+    for each in inner:
+        _refuse_classes(each)
+
+
 def _is_class(kind: Any) -> bool:
     """Not a type that is written as a plain value, as those of the standard library are."""
     return isinstance(kind, type) and get_origin(kind) is None and kind.__module__ not in sys.stdlib_module_names
@@ -407,7 +426,7 @@ def _is(value: Any, kind: Any) -> bool:
         return fits(value, kind)  # a config.yaml has its keys as text
     if get_origin(kind) in (dict, tuple) or kind in (dict, list):
         return isinstance(value, (dict, list, tuple)) and isinstance(value, dict) == (dict in (kind, get_origin(kind)))
-    if isinstance(kind, type) and kind is not object:
+    if isinstance(kind, type) and kind not in (object, Any):  # Any is a class since Python 3.11
         return isinstance(value, (str, kind))
     return True
 

@@ -26,6 +26,7 @@ from talklora_pl.data.table import column, numbers, tasks
 from talklora_pl.data.tokens import Tokenize
 from talklora_pl.errors import UserError
 from talklora_pl.objectives import Objective, choose
+from talklora_pl.paths import expand
 
 if TYPE_CHECKING:
     import datasets
@@ -209,7 +210,7 @@ class TextData(L.LightningDataModule):
                 trained=trained,
                 on_bad_row=self.on_bad_row,
                 pack=self.documents == "packed",
-                cache=Path(self.cache_dir) if self.cache_dir else None,
+                cache=Path(expand(self.cache_dir)) if self.cache_dir else None,
                 num_proc=self.num_proc,
                 later=[*given["test"], *given["predict"]] if stage == "fit" else (),
             )
@@ -236,8 +237,8 @@ class TextData(L.LightningDataModule):
         if not isinstance(self.labels, str):
             return self.labels
         try:
-            names = json.loads(Path(self.labels).expanduser().read_text("utf-8"))
-        except (OSError, ValueError) as e:
+            names = json.loads(Path(expand(self.labels)).read_text("utf-8"))
+        except (OSError, ValueError, RecursionError) as e:
             raise UserError(f"data.labels: {self.labels!r} is not a readable JSON file: {e}") from e
         if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
             raise UserError(f"data.labels: {self.labels!r} must hold a list of names.")
@@ -306,7 +307,7 @@ class TextData(L.LightningDataModule):
             self._report_bad(bad)
 
     def _report_bad(self, bad: list[BadRow]) -> None:
-        report = Path(self.bad_row_report)
+        report = Path(expand(self.bad_row_report))
         entries = [{"file": b.file, "place": b.where, "column": b.column, "problem": b.problem} for b in bad]
         try:
             report.parent.mkdir(parents=True, exist_ok=True)

@@ -24,6 +24,7 @@ from talklora_pl.cache import sha256
 from talklora_pl.data.objects import PathOrRows, RowsInPython
 from talklora_pl.errors import UserError
 from talklora_pl.internals.datasets import content_digest
+from talklora_pl.paths import expand
 from talklora_pl.registry import did_you_mean
 
 ROW_TYPES = (".jsonl", ".ndjson", ".json", ".csv", ".tsv", ".parquet")
@@ -109,10 +110,6 @@ class BadRow(Exception):
         return f"{self.file}, {self.where}{column}: {self.problem}"
 
 
-def _expand(path: str) -> str:
-    return os.path.expanduser(os.path.expandvars(path))
-
-
 def file_type(path: Path) -> tuple[str, str]:
     """The type of a file and its compression by its name: ``.jsonl`` and ``.gz``, or ``.jsonl`` and nothing."""
     packed = path.suffix if path.suffix in COMPRESSED else ""
@@ -125,7 +122,7 @@ def check_path(source: Source) -> Path:
     Raises:
         UserError: a file that is not there, or of an unknown type.
     """
-    path = Path(_expand(str(source.path)))
+    path = Path(expand(source.path))
     if isinstance(source.path, RowsInPython):
         return path
     if "$" in str(path):
@@ -249,7 +246,7 @@ class Reader:
         """What `datasets` makes of a folder or a name of the hub."""
         import datasets
 
-        source, path = self.source, _expand(str(self.source.path))
+        source, path = self.source, expand(self.source.path)
         try:
             if any((self.file / name).is_file() for name in ("state.json", "dataset_dict.json")):
                 return self._saved(datasets.load_from_disk(path))
@@ -335,6 +332,8 @@ class Reader:
             return BadRow(f"broken JSON at character {e.colno}: {e.msg}")
         except RecursionError:
             return BadRow("JSON that is nested too deeply")
+        except ValueError as e:  # an integer of 5,000 digits
+            return BadRow(f"broken JSON: {e}")
         return row if isinstance(row, dict) else BadRow(f"a row must be an object, got {type(row).__name__}")
 
     def _text(self, file: Path) -> str:
@@ -352,6 +351,10 @@ class Reader:
         except json.JSONDecodeError as e:
             hint = " One object a line? Then the file's name must end in .jsonl." if "Extra data" in e.msg else ""
             raise UserError(f"{self.file}, line {e.lineno}, character {e.colno}: broken JSON: {e.msg}.{hint}") from None
+        except RecursionError:
+            raise UserError(f"{self.file}: JSON that is nested too deeply.") from None
+        except ValueError as e:  # an integer of 5,000 digits
+            raise UserError(f"{self.file}: broken JSON: {e}") from None
         if isinstance(rows, dict):  # {"data": [...]}, as some tools write it
             lists = [value for value in rows.values() if isinstance(value, list)]
             rows = lists[0] if len(lists) == 1 else rows

@@ -227,7 +227,7 @@ class Row:
         if isinstance(value, str) and value.lstrip().startswith("["):  # a CSV cell
             try:
                 value = json.loads(value)
-            except json.JSONDecodeError as e:
+            except (ValueError, RecursionError) as e:
                 raise BadRow(f"broken JSON: {e}", self.column(name)) from None
         if not isinstance(value, list) or not value:
             raise BadRow(f"must be a list that is not empty, got {short(value)}", self.column(name))

@@ -104,7 +104,7 @@ def _parsed(value: Any) -> Any:
     """JSON in a cell as what it stands for; anything else as it is."""
     try:
         return json.loads(value) if isinstance(value, str) and value.strip() else value
-    except json.JSONDecodeError:
+    except (ValueError, RecursionError):
         return value
 
 
