@@ -27,6 +27,7 @@ from talklora_pl.data.tokens import Tokenize
 from talklora_pl.errors import UserError
 from talklora_pl.objectives import Objective, choose
 from talklora_pl.paths import expand
+from talklora_pl.strict import read_json
 
 if TYPE_CHECKING:
     import datasets
@@ -237,7 +238,7 @@ class TextData(L.LightningDataModule):
         if not isinstance(self.labels, str):
             return self.labels
         try:
-            names = json.loads(Path(expand(self.labels)).read_text("utf-8"))
+            names = read_json(Path(expand(self.labels)).read_text("utf-8"))
         except (OSError, ValueError, RecursionError) as e:
             raise UserError(f"data.labels: {self.labels!r} is not a readable JSON file: {e}") from e
         if not isinstance(names, list) or not all(isinstance(name, str) for name in names):

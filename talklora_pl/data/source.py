@@ -26,6 +26,7 @@ from talklora_pl.errors import UserError
 from talklora_pl.internals.datasets import content_digest
 from talklora_pl.paths import expand
 from talklora_pl.registry import did_you_mean
+from talklora_pl.strict import read_json
 
 ROW_TYPES = (".jsonl", ".ndjson", ".json", ".csv", ".tsv", ".parquet")
 TEXT_TYPES = (".txt", ".md")
@@ -325,7 +326,7 @@ class Reader:
 
     def _parse(self, line: bytes) -> dict[str, Any] | BadRow:
         try:
-            row = json.loads(line.decode("utf-8-sig").rstrip("\r\n"))
+            row = read_json(line.decode("utf-8-sig").rstrip("\r\n"))
         except UnicodeDecodeError as e:
             return BadRow(f"invalid UTF-8 at byte {e.start + 1} of the line")
         except json.JSONDecodeError as e:
@@ -347,7 +348,7 @@ class Reader:
 
     def _json(self) -> Iterator[tuple[str, dict[str, Any] | BadRow]]:
         try:
-            rows = json.loads(self._text(self.file))
+            rows = read_json(self._text(self.file))
         except json.JSONDecodeError as e:
             hint = " One object a line? Then the file's name must end in .jsonl." if "Extra data" in e.msg else ""
             raise UserError(f"{self.file}, line {e.lineno}, character {e.colno}: broken JSON: {e.msg}.{hint}") from None
