@@ -32,6 +32,7 @@ from talklora_pl.distributed.checkpoint import refuse_differences
 from talklora_pl.distributed.shards import compare_with_files
 from talklora_pl.errors import UserError
 from talklora_pl.evaluation import BatchScores, Evaluation, Generation, TaskScores, predictions, table, write_json
+from talklora_pl.inputs import packed_rows
 from talklora_pl.internals.lightning import step_ends, trainer_of
 from talklora_pl.objectives import Objective, choose
 from talklora_pl.optim import ParamGroup, grouped, try_optimizer, watched
@@ -89,6 +90,7 @@ class FineTuner(AdapterModule):
         self.strict_loading = False
         self._fingerprint: str | None = None
         self._step_loss: Tensor | float = 0.0  # of the micro-batches so far of the optimiser step
+        self._pads = self._places = 0  # of the same
 
     def configure_callbacks(self) -> list[L.Callback]:
         """Allocation needs a hook that runs before :meth:`configure_model`; also the first hook of a run, to refuse."""
@@ -220,6 +222,7 @@ class FineTuner(AdapterModule):
     def on_train_start(self) -> None:
         # a finder's trials end anywhere
         self._step_loss = 0.0
+        self._pads = self._places = 0
         self.adapter.forget_loads()
 
     def on_fit_start(self) -> None:
@@ -236,7 +239,8 @@ class FineTuner(AdapterModule):
 
     def training_step(self, batch: dict[str, Any], batch_idx: int) -> Tensor:
         """Task loss over all tokens of the optimiser step, plus balance losses averaged over its micro-steps."""
-        with RoutingCollector(self.model, batch["attention_mask"], batch.get("task_types")) as collector:
+        collector = RoutingCollector(self.model, batch["attention_mask"], batch.get("task_types"), packed_rows(batch))
+        with collector:
             loss_sum, count = self.objective.loss(self.model, batch)
         self.routing = collector.records
         self.adapter.count_loads(self.routing)
@@ -251,7 +255,16 @@ class FineTuner(AdapterModule):
             # its mean over ranks is the mean over all tokens of the step, however they are spread
             self.log("train_loss", self._step_loss, prog_bar=True, sync_dist=True, batch_size=1)
             self._step_loss = 0.0
+        self._log_pads(batch)
         return task + self.balance_loss() * (accumulate / batch.get("micro_steps", accumulate))
+
+    def _log_pads(self, batch: dict[str, Any]) -> None:
+        """The share of pads in the tokens of a step, on this rank; counted where the batch was made."""
+        if "places" in batch:
+            self._pads, self._places = self._pads + batch["pads"], self._places + batch["places"]
+            if step_ends(self.trainer):
+                self.log("pad_share", self._pads / self._places, batch_size=1)
+                self._pads = self._places = 0
 
     def on_after_backward(self) -> None:
         """Tell once, after the first batch, of trained tensors that its loss does not reach."""

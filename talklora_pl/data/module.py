@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import lightning as L
 import numpy as np
-from lightning.pytorch.utilities import rank_zero_info
+from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from torch.utils.data import DataLoader
 
 from talklora_pl.base import BaseModel, load_config, load_tokenizer
@@ -20,7 +20,7 @@ from talklora_pl.data.batches import Batches
 from talklora_pl.data.classes import collect
 from talklora_pl.data.prepare import Prepared, prepare
 from talklora_pl.data.rows import listing
-from talklora_pl.data.sampler import EvalBatches, Position, TrainBatches, accumulation
+from talklora_pl.data.sampler import EvalBatches, Packs, Position, TrainBatches, accumulation
 from talklora_pl.data.source import BadRow, Source, Sources
 from talklora_pl.data.table import column, numbers, tasks
 from talklora_pl.data.tokens import Tokenize
@@ -28,6 +28,7 @@ from talklora_pl.errors import UserError
 from talklora_pl.objectives import Objective, choose
 from talklora_pl.paths import expand
 from talklora_pl.strict import read_json
+from talklora_pl.trials import prepare_for_packed_rows
 
 if TYPE_CHECKING:
     import datasets
@@ -50,6 +51,8 @@ class TextData(L.LightningDataModule):
         val_size: what is split off from `train`: a share (below 1) or a number of rows; 0: nothing.
         seed: of the split and of the order of the rows.
         batch_size: rows of a micro-batch of one process.
+        max_tokens: tokens of a micro-batch of one process, in place of `batch_size`: as many rows as that has room for,
+            without pads (see "Batches by tokens" in docs/data.md).
         eval_batch_size: rows (choices) of an evaluation batch of one process.
         max_length: tokens of a sequence; a longer prompt loses its first tokens (BOS and response marker stay);
             None: 512, or the model's context if that is shorter.
@@ -96,6 +99,7 @@ class TextData(L.LightningDataModule):
         cache_dir: str | None = None,
         base: BaseModel | None = None,
         objective: Objective | None = None,
+        max_tokens: int | None = None,
     ) -> None:
         super().__init__()
         defaults = Source("", rows=rows, format=format, columns=columns or {})
@@ -109,11 +113,12 @@ class TextData(L.LightningDataModule):
         self.bad_row_report, self.num_workers, self.cache_dir = bad_row_report, num_workers, cache_dir
         self.num_proc = num_proc
         self.base, self.objective, self.documents = base, objective, documents
-        self.train_on, self.special_tokens_in_data = train_on, special_tokens_in_data
+        self.train_on, self.special_tokens_in_data, self.max_tokens = train_on, special_tokens_in_data, max_tokens
         self.tables: dict[str, datasets.Dataset] = {}
         self.num_classes: int | None = None
         self.class_names: list[str] = []
         self._kept: dict[str, Any] = {}  # of a checkpoint
+        self._packs: Packs | None = None  # of the training rows
 
     @property
     def tasks(self) -> list[str]:
@@ -169,6 +174,13 @@ class TextData(L.LightningDataModule):
         if context is not None and max_length > context:
             problems.append(f"data.max_length: {max_length} is more than the model's context of {context} tokens.")
             max_length = context
+        if self.max_tokens is not None:
+            if not self._chosen.packs:
+                problems.append(
+                    f"data.max_tokens: the rows of objective {self._chosen.name} cannot be packed; use data.batch_size."
+                )
+            if self.max_tokens < max_length:
+                problems.append(f"data.max_tokens: {self.max_tokens} is less than data.max_length, {max_length}.")
         classes, trained = self._classes(), False
         if base.head.classifies:
             try:
@@ -330,11 +342,37 @@ class TextData(L.LightningDataModule):
         warnings.filterwarnings("ignore", "You're resuming from a checkpoint that ended before the epoch ended")
         table = self.tables["train"]
         lengths, loss_tokens = (numbers(table, column) for column in ("length", "loss_tokens"))
+        self._packs, pack = None, False
+        if self.max_tokens is not None:
+            pack = self._may_pack(self.max_tokens)
+            self._packs = Packs(lengths, self.max_tokens, padded=not pack)
         batches = TrainBatches(
-            lengths, loss_tokens, self.batch_size, self.seed, self.length_grouped, *self._rank(), self._position
+            lengths,
+            loss_tokens,
+            self.batch_size,
+            self.seed,
+            self.length_grouped,
+            *self._rank(),
+            self._position,
+            self._packs,
         )
         self._validate_across_epochs()
-        return self._loader(table, True, batches)
+        return self._loader(table, True, batches, pack)
+
+    def _may_pack(self, budget: int) -> bool:
+        """Ask the model that is trained, if there is one, and say what it answers."""
+        model = getattr(getattr(self.trainer, "lightning_module", None), "model", None)
+        if model is None:
+            return True
+        attention, reason = prepare_for_packed_rows(model)
+        if reason:
+            rank_zero_warn(
+                f"data.max_tokens: this {type(model).__name__} ({attention}) cannot have its rows packed: {reason}. "
+                f"They are padded instead, to batches of at most {budget} tokens with their pads."
+            )
+        else:
+            rank_zero_info(f"data.max_tokens: batches of at most {budget} tokens, packed without pads ({attention})")
+        return not reason
 
     def _validate_across_epochs(self) -> None:
         """An interval in batches that is longer than an epoch counts over all of them; Lightning would refuse it."""
@@ -365,11 +403,11 @@ class TextData(L.LightningDataModule):
         return self._loader(table, False, batches)
 
     def _loader(
-        self, table: datasets.Dataset, training: bool, batches: TrainBatches | EvalBatches
+        self, table: datasets.Dataset, training: bool, batches: TrainBatches | EvalBatches, pack: bool = False
     ) -> DataLoader[dict[str, Any]]:
         # batch_size=None: a batch is one item; so Lightning keeps this sampler in every stage
         return DataLoader(
-            Batches(table, self._chosen, self.pad_id, training, self.class_names),
+            Batches(table, self._chosen, self.pad_id, training, self.class_names, pack),
             batch_size=None,
             sampler=batches,
             num_workers=self.num_workers,
@@ -388,7 +426,8 @@ class TextData(L.LightningDataModule):
         loop, limit = self.trainer.fit_loop, self.trainer.limit_train_batches
         epoch: Any = loop.epoch_progress.current
         batch: Any = loop.epoch_loop.batch_progress.current
-        length = -(-len(self.tables["train"]) // (self.batch_size * self._rank()[1]))
+        units, each = (len(self.tables["train"]), self.batch_size) if self._packs is None else (len(self._packs), 1)
+        length = -(-units // (each * self._rank()[1]))
         length = min(length, limit) if isinstance(limit, int) else int(length * limit)
         # between two epochs the batch counter still holds the old epoch's
         done = batch.processed if epoch.started > epoch.processed else 0

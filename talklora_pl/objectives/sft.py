@@ -19,6 +19,8 @@ from talklora_pl.registry import register
 class SFT(Objective):
     """Cross-entropy of the right answers' tokens. Choices are ranked, other answers are generated and compared."""
 
+    packs = True
+
     def collate(self, rows: Mapping[str, list[Any]], pad_id: int, training: bool) -> dict[str, Tensor]:
         if not training:
             return super().collate(rows, pad_id, training)
