@@ -18,7 +18,9 @@ from talklora_pl.base import BaseModel, load_config, load_tokenizer
 from talklora_pl.base.description import describe
 from talklora_pl.data.batches import Batches
 from talklora_pl.data.classes import collect
-from talklora_pl.data.prepare import Prepared, prepare
+from talklora_pl.data.leaks import digests, leaked
+from talklora_pl.data.mixture import Mixture, counts, shares
+from talklora_pl.data.prepare import Prepared, prepare, scored
 from talklora_pl.data.rows import listing
 from talklora_pl.data.sampler import EvalBatches, Packs, Position, TrainBatches, accumulation
 from talklora_pl.data.source import BadRow, Source, Sources
@@ -38,7 +40,8 @@ class TextData(L.LightningDataModule):
     """Text to fine-tune on: files or hub data sets, each a task, tokenised once and cached.
 
     Args:
-        train: one path, or a list of paths and sources; in Python also rows, see :class:`Source`.
+        train: one path, a list of paths and sources, or sources by the names of their tasks; in Python also rows, see
+            :class:`Source`.
         val: validation data; None: split off from `train`.
         test: data to score at the end.
         predict: data to answer (it needs no answers of its own); None: `test`.
@@ -65,6 +68,11 @@ class TextData(L.LightningDataModule):
             the token (`control`), for data that a chat template has already been applied to.
         on_bad_row: stop at rows that are wrong, or leave them out and list them in `bad_row_report`.
         bad_row_report: JSON Lines file for them.
+        temperature: of training data from several sources, whose shares of an epoch are their numbers of rows to the
+            power of one over it: 1 leaves them as they are, more lets small ones have more. (Or see `weight` of a
+            source.)
+        on_leak: what to do about training rows that stand in validation or test data too: say it, `drop` them from the
+            training data, or stop.
         num_workers: processes that make batches.
         num_proc: processes that tokenise the rows before the first run; None: one per core, up to 8.
         cache_dir: for the tokenised rows; None: the user's cache folder.
@@ -94,6 +102,8 @@ class TextData(L.LightningDataModule):
         special_tokens_in_data: Literal["text", "control"] = "text",
         on_bad_row: Literal["error", "skip"] = "error",
         bad_row_report: str = "bad_rows.jsonl",
+        temperature: float | None = None,
+        on_leak: Literal["warn", "drop", "error"] = "warn",
         num_workers: int = 0,
         num_proc: int | None = None,
         cache_dir: str | None = None,
@@ -111,7 +121,7 @@ class TextData(L.LightningDataModule):
         self.batch_size, self.eval_batch_size, self.max_length = batch_size, eval_batch_size, max_length
         self.length_grouped, self.eos_token, self.on_bad_row = length_grouped, eos_token, on_bad_row
         self.bad_row_report, self.num_workers, self.cache_dir = bad_row_report, num_workers, cache_dir
-        self.num_proc = num_proc
+        self.num_proc, self.temperature, self.on_leak = num_proc, temperature, on_leak
         self.base, self.objective, self.documents = base, objective, documents
         self.train_on, self.special_tokens_in_data, self.max_tokens = train_on, special_tokens_in_data, max_tokens
         self.tables: dict[str, datasets.Dataset] = {}
@@ -134,7 +144,9 @@ class TextData(L.LightningDataModule):
             UserError: all problems of all files in one message.
         """
         stage = self.trainer.state.fn if self.trainer is not None else None
-        self._report(self.prepared(str(stage.value) if stage else "fit"))
+        done = self.prepared(str(stage.value) if stage else "fit")
+        self._report(done)
+        self._assemble(done)
 
     def check(self, stage: str) -> None:
         """Read everything that a stage needs.
@@ -142,7 +154,7 @@ class TextData(L.LightningDataModule):
         Raises:
             UserError: all problems of all files in one message.
         """
-        self.prepared(stage)
+        self._assemble(self.prepared(stage), say=False)
 
     def setup(self, stage: str) -> None:
         """Open what :meth:`prepare_data` has left in the cache.
@@ -150,15 +162,65 @@ class TextData(L.LightningDataModule):
         Args:
             stage: fit, validate, test or predict.
         """
+        self.tables |= self._assemble(self.prepared(stage), say=False)
+
+    def _assemble(self, done: dict[str, list[Prepared]], say: bool = True) -> dict[str, datasets.Dataset]:
+        """The tables of a stage: sources joined, validation split off, leaks found.
+
+        Raises:
+            UserError: rows stand in training and other data, and that is an error.
+        """
         import datasets
 
-        done = self.prepared(stage)
         tables = {
             name: datasets.concatenate_datasets([p.table for p in parts]) for name, parts in done.items() if parts
         }
-        if "train" in tables and "val" not in tables:
-            tables["train"], tables["val"] = self._split(tables["train"])
-        self.tables |= tables
+        if "train" not in tables:
+            return tables
+        self._source_of = np.repeat(np.arange(len(done["train"])), [len(part.table) for part in done["train"]])
+        if "val" not in tables:
+            kept, held_out = self._split(len(tables["train"]))
+            tables["val"], tables["train"] = tables["train"].select(held_out), tables["train"].select(kept)
+            self._source_of = self._source_of[kept]
+        others = {"data.val": digests(tables["val"])[0], "data.test": self._scored_later}
+        found = {name: leaked(tables["train"], other) for name, other in others.items()}
+        lines = [
+            f"{len(rows)} of {len(tables['train'])} training rows stand in {name} too, such as "
+            f"{tables['train'][int(rows[0])]['id']!r}"
+            for name, rows in found.items()
+            if len(rows)
+        ]
+        if lines and self.on_leak == "error":
+            raise UserError("\n".join(f"data.on_leak: {line}." for line in lines))
+        if lines and self.on_leak == "drop":
+            kept = np.setdiff1d(np.arange(len(tables["train"])), np.concatenate([*found.values()]))
+            if not len(kept):
+                raise UserError("data.on_leak: drop leaves no row to train on: all of them stand in other data too.")
+            tables["train"], self._source_of = tables["train"].select(kept), self._source_of[kept]
+        if say:
+            what = "they are dropped" if self.on_leak == "drop" else "scores on them say little (data.on_leak)"
+            for line in lines:
+                rank_zero_info(f"Warning: {line}; {what}")
+            self._say_shares(done["train"])
+        return tables
+
+    def _shares(self, sources: list[Source], sizes: list[int]) -> np.ndarray | None:
+        """Of an epoch; None: each row once."""
+        weights = [source.weight for source in sources]
+        if self.temperature is None and weights == [None] * len(weights):
+            return None
+        return shares(sizes, None if None in weights else weights, self.temperature)  # type: ignore[arg-type]
+
+    def _say_shares(self, parts: list[Prepared]) -> None:
+        sizes = np.bincount(self._source_of, minlength=len(parts)).tolist()
+        share = self._shares([part.source for part in parts], sizes)
+        if share is None:
+            return
+        for part, has, gives in zip(parts, sizes, counts(sum(sizes), share)):
+            rank_zero_info(
+                f"data.train: {', '.join(tasks(part.table))}: {gives / sum(sizes):.1%} of an epoch: "
+                f"{gives} rows of the {has} that it has"
+            )
 
     def prepared(self, stage: str) -> dict[str, list[Prepared]]:
         base, self._chosen = self._base_and_objective()
@@ -231,11 +293,36 @@ class TextData(L.LightningDataModule):
             problems.append(str(e))
         if done and stage == "fit" and self.documents == "packed" and not any(part.documents for part in done):
             problems.append("data.documents: packed is for texts alone (rows: text), and there are none.")
+        problems += self._wrong_shares()
         if problems:
             raise UserError("\n".join(problems))
+        self._scored_later = np.empty(0, np.int64)
+        if stage == "fit":
+            cache = Path(expand(self.cache_dir)) if self.cache_dir else None
+            about = (classes, self.num_classes, trained)
+            self._scored_later = scored(given["test"], tokenize, self._chosen, about, cache)
         formats = {part.source.format or "" for part in done}
         self.eos_id = tokenize.end("chat" if "chat" in formats else "plain")
         return {name: [p for (n, _), p in zip(entries, done) if n == name] for name in wanted}
+
+    def _wrong_shares(self) -> list[str]:
+        """What is wrong with weights and temperature."""
+        weights = [source.weight for source in self.sources["train"]]
+        given = [weight for weight in weights if weight is not None]
+        out = []
+        if any(s.weight is not None for name, sources in self.sources.items() if name != "train" for s in sources):
+            out.append("weight: only sources of data.train have a share of an epoch.")
+        if given and len(given) < len(weights):
+            out.append("data.train: give all sources a weight, or none.")
+        if any(weight <= 0 for weight in given):
+            out.append("data.train: a weight is more than 0.")
+        if given and self.temperature is not None:
+            out.append("data.temperature: the sources have weights already.")
+        if self.temperature is not None and self.temperature <= 0:
+            out.append(f"data.temperature: {self.temperature} is not more than 0.")
+        if (given or self.temperature is not None) and self.max_tokens is not None:
+            out.append("data.max_tokens: batches by tokens cannot have shares of sources (weight, temperature) yet.")
+        return out
 
     def _base_and_objective(self) -> tuple[BaseModel, Objective]:
         trained = getattr(self.trainer, "lightning_module", None)
@@ -297,10 +384,11 @@ class TextData(L.LightningDataModule):
             raise UserError(f"data.val_size: {count} rows for validation leave none of {rows} to train on.")
         return count
 
-    def _split(self, table: datasets.Dataset) -> tuple[datasets.Dataset, datasets.Dataset]:
-        count = self._held_out(len(table))
-        order = np.random.default_rng(self.seed).permutation(len(table))
-        return table.select(np.sort(order[count:])), table.select(np.sort(order[:count]))
+    def _split(self, rows: int) -> tuple[np.ndarray, np.ndarray]:
+        """Indices of the rows to train on, and of those for validation."""
+        count = self._held_out(rows)
+        order = np.random.default_rng(self.seed).permutation(rows)
+        return np.sort(order[count:]), np.sort(order[:count])
 
     def _report(self, done: dict[str, list[Prepared]]) -> None:
         for name, parts in done.items():
@@ -355,9 +443,15 @@ class TextData(L.LightningDataModule):
             *self._rank(),
             self._position,
             self._packs,
+            self._mixture(),
         )
         self._validate_across_epochs()
         return self._loader(table, True, batches, pack)
+
+    def _mixture(self) -> Mixture | None:
+        sources = self.sources["train"]
+        share = self._shares(sources, np.bincount(self._source_of, minlength=len(sources)).tolist())
+        return None if share is None else Mixture(self._source_of, share)
 
     def _may_pack(self, budget: int) -> bool:
         """Ask the model that is trained, if there is one, and say what it answers."""
@@ -438,6 +532,8 @@ class TextData(L.LightningDataModule):
 
 def _entries(given: Any) -> list[Any]:
     """The sources of what was given; a list with a row in it is one."""
+    if isinstance(given, Mapping) and given and all(isinstance(entry, Source) for entry in given.values()):
+        return [replace(source, task=source.task or name) for name, source in given.items()]
     if isinstance(given, list | tuple) and not any(isinstance(entry, Mapping) for entry in given):
         return list(given)
     return [] if given is None or (isinstance(given, str) and not given) else [given]

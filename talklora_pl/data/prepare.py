@@ -8,15 +8,19 @@ import json
 import sys
 from collections import Counter
 from collections.abc import Iterable, Iterator
+from contextlib import suppress
 from dataclasses import asdict, dataclass, field, replace
 from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
+
 from talklora_pl import registry
 from talklora_pl.base.heads import HEADS
 from talklora_pl.cache import cache_root, cached_folder
 from talklora_pl.data.example import Example, Tokens
+from talklora_pl.data.leaks import digest, digests_of
 from talklora_pl.data.parallel import ordered, processes
 from talklora_pl.data.progress import Progress
 from talklora_pl.data.rows import ABSENT, Row, RowKind, RowReader, check_format, find, row_kind
@@ -43,7 +47,8 @@ class Prepared:
 
     Attributes:
         table: columns `id`, `task`, `input_ids`, `labels`, `token_type_ids`, `label`, `prompt_length`, `answers`,
-            `length` (tokens of the longest sequence) and `loss_tokens` (what the objective averages over).
+            `length` (tokens of the longest sequence), `loss_tokens` (what the objective averages over) and `digests`
+            (see :func:`~talklora_pl.data.leaks.digest`; several where texts are packed).
         bad: rows that were left out.
         cut_rows, cut_tokens: how many prompts were too long, and by how many tokens in all.
         documents: how many texts the rows are made of where nothing is asked.
@@ -198,7 +203,14 @@ def _prepare(
 
     label = read.columns.get("label", "label") if read.kind.gives == "class" else None
     rows = Reader(source, label if isinstance(label, str) else None)
-    recipe = [VERSION, asdict(source), rows.identity, tokenize.identity, tokenize.max_length, tokenize.eos]
+    recipe = [
+        VERSION,
+        asdict(replace(source, weight=None)),
+        rows.identity,
+        tokenize.identity,
+        tokenize.max_length,
+        tokenize.eos,
+    ]
     recipe += [
         objective.loss_per,
         _code(read.kind),
@@ -231,6 +243,29 @@ def _prepare(
     table = datasets.Dataset.from_file(str(folder / ROWS))
     report["bad"] = [BadRow(**bad) for bad in report["bad"]]
     return Prepared(table, **report, source=source)
+
+
+def scored(
+    sources: Iterable[Source], tokenize: Tokenize, objective: Objective, classes: Any, cache: Path | None
+) -> np.ndarray:
+    """Digests of the rows of sources that are scored later; of those that can be read.
+
+    Args:
+        sources: what to read.
+        tokenize: whose chat template decides the kind of rows.
+        objective: likewise.
+        classes: the last three arguments of :class:`RowReader`.
+        cache: where to keep them.
+    """
+    found = [np.empty(0, np.int64)]
+    for source in sources:
+        with suppress(UserError, OSError):
+            source = resolve_source(source, objective, bool(tokenize.tokenizer.chat_template))
+            read = RowReader(source, True, *classes)
+            label = read.columns.get("label", "label") if read.kind.gives == "class" else None
+            rows = Reader(source, label if isinstance(label, str) else None)
+            found.append(digests_of(rows, read, _code(read.kind), cache))
+    return np.concatenate(found)
 
 
 def _code(kind: RowKind) -> str:
@@ -330,7 +365,7 @@ class Work:
         for column, value in row.items():
             if column not in used and value not in (None, "", [], {}):
                 report.unused[column] += 1
-        label = -1 if example.label is None else example.label
+        label, said = -1 if example.label is None else example.label, digest(example)
         name = f"{task_name}-{number}" if name is None else str(name)
         report.documents += not parts[0].prompt_length and bool(parts[0].labels)
         report.notices.update({notice for tokens in parts for notice in tokens.notices})
@@ -349,6 +384,7 @@ class Work:
                 "answers": _answers(example, tokens),
                 "length": max(map(len, tokens.input_ids)),
                 "loss_tokens": _counted(tokens.labels, label, self.objective),
+                "digests": [said],
             }
 
 
@@ -396,6 +432,7 @@ def _packed(rows: Iterable[dict[str, Any]], max_length: int, objective: Objectiv
         if held and _whole(row) and held["task"] == row["task"] and held["length"] + row["length"] <= max_length:
             ids, labels = ([held[name][0] + row[name][0]] for name in ("input_ids", "labels"))
             held |= {"input_ids": ids, "labels": labels, "length": len(ids[0])}
+            held["digests"] = [*held["digests"], *row["digests"]]
             held["loss_tokens"] = _counted(labels, 0, objective)
             continue
         if held:

@@ -60,6 +60,7 @@ class Source:
         split: split of a hub data set, or of a folder with several.
         revision: branch, tag or commit of a hub data set.
         limit: use the first so many rows only.
+        weight: of training data, its share of an epoch, beside the weights of the other sources.
         sample_by: what is one row of a text file: the whole ``document``, a ``paragraph`` (they are separated by blank
             lines) or a ``line``.
     """
@@ -73,6 +74,7 @@ class Source:
     split: str = DEFAULT_SPLIT
     revision: str | None = None
     limit: int | None = None
+    weight: float | None = None
     sample_by: Literal["document", "paragraph", "line"] = "document"
 
     def __post_init__(self) -> None:
@@ -90,11 +92,11 @@ class Source:
 
 
 if TYPE_CHECKING:
-    Sources = list[str | Source] | PathOrRows | None
+    Sources = list[str | Source] | dict[str, Source] | PathOrRows | None
 else:
     # what a config can say. The list comes first, or jsonargparse would write its sources as text; without Path it
     # would read a file as a part of the config.
-    Sources = list[str | Source] | str | Path | None
+    Sources = list[str | Source] | dict[str, Source] | str | Path | None
 
 
 @dataclass

@@ -33,6 +33,7 @@ def features() -> datasets.Features:
             "answers": [Value("string")],
             "length": Value("int32"),
             "loss_tokens": Value("int32"),
+            "digests": [Value("int64")],
         }
     )
 
