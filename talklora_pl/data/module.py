@@ -11,6 +11,8 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import lightning as L
 import numpy as np
+import torch
+from lightning.pytorch.callbacks import GradientAccumulationScheduler
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from torch.utils.data import DataLoader
 
@@ -20,10 +22,11 @@ from talklora_pl.data.batches import Batches
 from talklora_pl.data.classes import collect
 from talklora_pl.data.leaks import digests, leaked
 from talklora_pl.data.mixture import Mixture, counts, shares
-from talklora_pl.data.prepare import Prepared, prepare, scored
+from talklora_pl.data.prepare import Prepared, prepare, scored, stream_work
 from talklora_pl.data.rows import listing
 from talklora_pl.data.sampler import EvalBatches, Packs, Position, TrainBatches, accumulation
 from talklora_pl.data.source import BadRow, Source, Sources
+from talklora_pl.data.stream import Recipe, Stream, StreamLoader, every_rank
 from talklora_pl.data.table import column, numbers, tasks
 from talklora_pl.data.tokens import Tokenize
 from talklora_pl.errors import UserError
@@ -73,6 +76,9 @@ class TextData(L.LightningDataModule):
             source.)
         on_leak: what to do about training rows that stand in validation or test data too: say it, `drop` them from the
             training data, or stop.
+        streaming: read the training data while they are trained on, for what is larger than the disk; see "More than
+            the disk holds" in docs/data.md.
+        shuffle_buffer: how many rows of a stream each reader shuffles together.
         num_workers: processes that make batches.
         num_proc: processes that tokenise the rows before the first run; None: one per core, up to 8.
         cache_dir: for the tokenised rows; None: the user's cache folder.
@@ -104,6 +110,8 @@ class TextData(L.LightningDataModule):
         bad_row_report: str = "bad_rows.jsonl",
         temperature: float | None = None,
         on_leak: Literal["warn", "drop", "error"] = "warn",
+        streaming: bool = False,
+        shuffle_buffer: int = 2000,
         num_workers: int = 0,
         num_proc: int | None = None,
         cache_dir: str | None = None,
@@ -128,12 +136,16 @@ class TextData(L.LightningDataModule):
         self.num_classes: int | None = None
         self.class_names: list[str] = []
         self._kept: dict[str, Any] = {}  # of a checkpoint
+        self._going_on: dict[str, Any] | None = None  # likewise
         self._packs: Packs | None = None  # of the training rows
+        self.streaming, self.shuffle_buffer = streaming, shuffle_buffer
+        self._stream: StreamLoader | None = None
 
     @property
     def tasks(self) -> list[str]:
         """Names of all tasks, after :meth:`setup`."""
-        return sorted({task for table in self.tables.values() for task in tasks(table)})
+        streamed = [source.task_name for source in self.sources["train"]] if self.streaming else []
+        return sorted({*streamed, *(task for table in self.tables.values() for task in tasks(table))})
 
     # -- preparation ------------------------------------------------------------------------------------------------
 
@@ -224,7 +236,14 @@ class TextData(L.LightningDataModule):
 
     def prepared(self, stage: str) -> dict[str, list[Prepared]]:
         base, self._chosen = self._base_and_objective()
-        least = {"batch_size": 1, "eval_batch_size": 1, "max_length": 1, "num_workers": 0, "val_size": 0}
+        least = {
+            "shuffle_buffer": 1,
+            "batch_size": 1,
+            "eval_batch_size": 1,
+            "max_length": 1,
+            "num_workers": 0,
+            "val_size": 0,
+        }
         least |= {} if self.num_proc is None else {"num_proc": 1}
         given_numbers = {name: getattr(self, name) for name in least}
         wrong = [n for n, value in given_numbers.items() if value is not None and value < least[n]]
@@ -270,8 +289,12 @@ class TextData(L.LightningDataModule):
             "predict": {"predict": given["predict"] or given["test"]},
         }[stage]
         first = next(iter(wanted))
+        streamed = self.streaming and stage == "fit"
         if not wanted[first]:
             raise UserError(f"data.{first}: there is nothing to {stage}. Name at least one file or data set.")
+        if streamed:
+            problems += self._wrong_stream(base)
+            del wanted["train"]
         entries = [(name, source) for name, sources in wanted.items() for source in sources]
         done: list[Prepared] = []
         try:
@@ -302,8 +325,42 @@ class TextData(L.LightningDataModule):
             about = (classes, self.num_classes, trained)
             self._scored_later = scored(given["test"], tokenize, self._chosen, about, cache)
         formats = {part.source.format or "" for part in done}
+        if streamed:
+            about = (classes, self.num_classes, trained)
+            self._works = [
+                stream_work(source, tokenize, self._chosen, about, self.on_bad_row) for source in given["train"]
+            ]
+            formats |= {work.source.format or "" for work in self._works}
         self.eos_id = tokenize.end("chat" if "chat" in formats else "plain")
         return {name: [p for (n, _), p in zip(entries, done) if n == name] for name in wanted}
+
+    def _wrong_stream(self, base: BaseModel) -> list[str]:
+        """What cannot be where the training data are a stream."""
+        out = []
+        if self.val_size and not self.sources["val"]:
+            out.append("data.val_size: nothing can be split off a stream: name data.val, or set data.val_size: 0.")
+        if self.documents == "packed":
+            out.append("data.documents: packed cannot join texts of a stream; data.max_tokens packs them.")
+        if self.on_leak != "warn":
+            out.append(f"data.on_leak: {self.on_leak} needs all training rows at once, which a stream has not.")
+        if base.head.classifies and not self.labels and base.num_labels is None:
+            out.append("data.labels: the classes cannot be looked for in a stream: list them, or say base.num_labels.")
+        if self.temperature is not None:
+            out.append("data.temperature: the rows of a stream are not counted; give each source a weight.")
+        if len(self.sources["train"]) > 1 and any(source.weight is None for source in self.sources["train"]):
+            out.append("data.train: each of several streams needs a weight: how many rows they have is not known.")
+        trainer: Any = self.trainer
+        if trainer is None:
+            return out
+        if trainer.max_steps is None or trainer.max_steps < 0:
+            out.append("trainer.max_steps: a stream has no known end, so say after how many steps the run ends.")
+        if trainer.limit_train_batches != 1.0:
+            out.append("trainer.limit_train_batches: a stream has no epochs to cut short; use trainer.max_steps.")
+        if any(isinstance(callback, GradientAccumulationScheduler) for callback in trainer.callbacks):
+            out.append("trainer.callbacks: GradientAccumulationScheduler goes by epochs, and a stream has none.")
+        if self.sources["val"] and type(trainer.val_check_interval) is not int and trainer.limit_val_batches:
+            out.append("trainer.val_check_interval: say a number of batches: a stream has no epochs.")
+        return out
 
     def _wrong_shares(self) -> list[str]:
         """What is wrong with weights and temperature."""
@@ -355,13 +412,30 @@ class TextData(L.LightningDataModule):
         if stage != "fit" and self._kept:
             return self._kept["num_classes"], self._kept["class_names"], bool(self._kept["class_names"])
         own = list(config.id2label.values())
+        if self.streaming:
+            return num_labels or config.num_labels, [], False
         if found := collect(self.sources["train"], self._chosen, num_labels, own):
             return found.count, found.names, bool(found.names)
         return config.num_labels, [], False
 
     def state_dict(self) -> dict[str, Any]:
-        """What a checkpoint tells later stages of the classes."""
-        return {} if self.num_classes is None else {"num_classes": self.num_classes, "class_names": self.class_names}
+        """What a checkpoint tells later stages of the classes, and where in a stream the run is."""
+        state = {} if self.num_classes is None else {"num_classes": self.num_classes, "class_names": self.class_names}
+        if self._stream is None:
+            return state
+        places = self._stream.places.get(self._batches_done() // self._stream.accumulate)
+        return state | {"stream": {**self._layout(), "places": every_rank(places)}}
+
+    def _layout(self) -> dict[str, Any]:
+        """What a stream that goes on must have in common with the one that stopped."""
+        return {
+            "processes": self._rank()[1],
+            "data.num_workers": self.num_workers,
+            "data.shuffle_buffer": self.shuffle_buffer,
+            "data.batch_size": self.batch_size,
+            "data.max_tokens": self.max_tokens,
+            "data.seed": self.seed,
+        }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Take the classes of a checkpoint over.
@@ -369,6 +443,9 @@ class TextData(L.LightningDataModule):
         Raises:
             UserError: this run has others.
         """
+        self._going_on = state.get("stream")
+        if "class_names" not in state:
+            return
         self._kept, names = state, state["class_names"]
         if self.class_names and names and not self.labels and self.class_names != names:
             raise UserError(
@@ -428,6 +505,8 @@ class TextData(L.LightningDataModule):
             )
         # Lightning looks for a loader with a state; ours needs none, see sampler.py
         warnings.filterwarnings("ignore", "You're resuming from a checkpoint that ended before the epoch ended")
+        if self.streaming:
+            return self._stream_loader()  # type: ignore[return-value]
         table = self.tables["train"]
         lengths, loss_tokens = (numbers(table, column) for column in ("length", "loss_tokens"))
         self._packs, pack = None, False
@@ -447,6 +526,49 @@ class TextData(L.LightningDataModule):
         )
         self._validate_across_epochs()
         return self._loader(table, True, batches, pack)
+
+    def _stream_loader(self) -> StreamLoader:
+        rank, world = self._rank()
+        pack = self.max_tokens is not None and self._may_pack(self.max_tokens)
+        recipe = Recipe(
+            self._chosen,
+            self.pad_id,
+            self.class_names,
+            self.seed,
+            self.batch_size,
+            self.length_grouped,
+            self.shuffle_buffer,
+            self.max_tokens,
+            pack,
+            self.on_bad_row == "skip",
+        )
+        places, batches = {}, self._batches_done()
+        if self._going_on:
+            now, then = self._layout(), self._going_on
+            if wrong := [f"{name} {then[name]} (now {value})" for name, value in now.items() if then[name] != value]:
+                raise UserError(f"data.streaming: the run can only go on as it was begun: with {', '.join(wrong)}.")
+            places = then["places"][rank]
+        elif batches:
+            raise UserError("data.streaming: the checkpoint does not say where in a stream it is.")
+        accumulate = 1 if self.trainer is None else self.trainer.accumulate_grad_batches
+        stream = Stream(self._works, recipe, rank, world, places, batches % max(1, self.num_workers))
+        self._stream = StreamLoader(stream, self.num_workers, accumulate, batches // accumulate)
+        rank_zero_info(
+            f"data.train: streamed from {', '.join(str(work.source.path) for work in self._works)}, each process its "
+            f"part of the rows, shuffled within {self.shuffle_buffer} rows; they are not compared with other data "
+            "(data.on_leak)"
+        )
+        return self._stream
+
+    def on_before_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
+        """Of a stream no process knows how many tokens the others learn in a step: they tell each other."""
+        if self._stream is not None and self.trainer is not None and self.trainer.training and self._rank()[1] > 1:
+            count = torch.tensor(batch["step_tokens"], device=self.trainer.strategy.root_device)
+            batch["step_tokens"] = int(self.trainer.strategy.reduce(count, reduce_op="sum"))
+        return batch
+
+    def _batches_done(self) -> int:
+        return 0 if self.trainer is None else self.trainer.fit_loop.epoch_loop.batch_progress.current.processed
 
     def _mixture(self) -> Mixture | None:
         sources = self.sources["train"]
@@ -480,7 +602,7 @@ class TextData(L.LightningDataModule):
             )
 
     def val_dataloader(self) -> DataLoader[dict[str, Any]] | list[Any]:
-        return self._eval_loader("val") if len(self.tables["val"]) else []
+        return self._eval_loader("val") if len(self.tables.get("val", ())) else []
 
     def test_dataloader(self) -> DataLoader[dict[str, Any]]:
         return self._eval_loader("test")

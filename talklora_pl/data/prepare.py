@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+from lightning.pytorch.utilities import rank_zero_info
 
 from talklora_pl import registry
 from talklora_pl.base.heads import HEADS
@@ -243,6 +244,39 @@ def _prepare(
     table = datasets.Dataset.from_file(str(folder / ROWS))
     report["bad"] = [BadRow(**bad) for bad in report["bad"]]
     return Prepared(table, **report, source=source)
+
+
+def stream_work(source: Source, tokenize: Tokenize, objective: Objective, classes: Any, on_bad_row: str) -> Work:
+    """What prepares the rows of a source that is streamed, after a look at the first of them.
+
+    Args:
+        source: what to read.
+        tokenize: how.
+        objective: decides what rows it takes.
+        classes: the last three arguments of :class:`RowReader`.
+        on_bad_row: `error`: those must be good.
+
+    Raises:
+        UserError: files, options or rows that are wrong.
+    """
+    source = resolve_source(source, objective, bool(tokenize.tokenizer.chat_template))
+    read = RowReader(source, True, *classes)
+    label = read.columns.get("label", "label") if read.kind.gives == "class" else None
+    work = Work(
+        Reader(source, label if isinstance(label, str) else None, streaming=True), source, tokenize, objective, read
+    )
+    first = next(_chunks(work.rows, CHUNK), None)
+    if first is None:
+        raise UserError(f"{source.path}: holds no usable row")
+    report, _ = work(first)
+    if report.bad and on_bad_row == "error":
+        raise UserError(
+            "\n  ".join(["The data cannot be used:", *_grouped([BadRow(**bad) for bad in report.bad])[:SHOWN]])
+        )
+    _check(report, source)
+    for notice, count in report.kept()["notices"].items():
+        rank_zero_info(f"Warning: {source.path}: {notice} ({count} of the first {report.rows} rows)")
+    return work
 
 
 def scored(

@@ -161,6 +161,8 @@ class Reader:
     Args:
         source: what to read.
         class_column: a column whose numbers become names where the data set says what its classes are.
+        streaming: a data set of the hub, and an ``IterableDataset`` of Python, is read as it is used; nothing has a
+            digest.
 
     Raises:
         UserError: nothing is there, or it cannot be opened.
@@ -170,17 +172,22 @@ class Reader:
         class_names: of the ``class_column``, in the order of the data set; empty where it has none.
     """
 
-    def __init__(self, source: Source, class_column: str | None = None) -> None:
-        self.source, self.class_column = source, class_column
+    def __init__(self, source: Source, class_column: str | None = None, streaming: bool = False) -> None:
+        self.source, self.class_column, self.streaming = source, class_column, streaming
         self.file = check_path(source)
         self.dataset: Any = None
         self.texts = [] if isinstance(source.path, RowsInPython) else text_files(self.file)
         features: Any = None
+        self.identity = ""
         if isinstance(source.path, RowsInPython):
-            self.dataset, self.identity = source.path.read(source.limit)
+            if streaming and hasattr(source.path.given, "load_state_dict"):
+                self.dataset = source.path.given
+            else:
+                self.dataset, self.identity = source.path.read(source.limit)
             features = getattr(source.path.given, "features", None)
         elif self.texts or self.file.is_file():
-            self.identity = self._digest(self.texts or [self.file])
+            if not streaming:
+                self.identity = self._digest(self.texts or [self.file])
             if self.file.is_dir() and (others := [f.name for f in _files(self.file) if f not in self.texts]):
                 many = "1 file is no text and is not read:"
                 if len(others) > 1:
@@ -188,7 +195,11 @@ class Reader:
                 rank_zero_warn(f"{self.file}: {many} {others[0]}")
         else:
             self.dataset = self._load()
-            self.identity, features = content_digest(self.dataset), self.dataset.features
+            if not streaming:
+                self.identity = content_digest(self.dataset)
+            elif source.limit is not None and hasattr(self.dataset, "take"):
+                self.dataset = self.dataset.take(source.limit)
+            features = self.dataset.features
         names = getattr((features or {}).get(class_column), "names", None)
         self.class_names: list[str] = list(names or [])
 
@@ -203,7 +214,7 @@ class Reader:
     def raw(self) -> Iterator[tuple[str, Any]]:
         """``(place, row)``, the rows as what can be handed to another process at least cost: lines as bytes."""
         if self.dataset is not None:
-            return self._dataset()
+            return self.of_dataset(self.dataset)
         if self.texts:
             return self._documents()
         kind = file_type(self.file)[0]
@@ -235,9 +246,10 @@ class Reader:
                 raise UserError(f"{file}: cannot be read: {e.strerror}") from e
         return digests[0].split()[1] if self.file.is_file() else hashlib.sha256("\n".join(digests).encode()).hexdigest()
 
-    def _dataset(self) -> Iterator[tuple[str, dict[str, Any] | BadRow]]:
+    def of_dataset(self, dataset: Any, done: int = 0) -> Iterator[tuple[str, dict[str, Any] | BadRow]]:
+        """The rows of this data set or of a part of it, of which so many have been read before."""
         names, column = self.class_names, str(self.class_column)
-        for i, row in enumerate(self.dataset, 1):
+        for i, row in enumerate(dataset, done + 1):
             if not isinstance(row, dict):
                 yield f"row {i}", BadRow(f"a row must be a dict, got {type(row).__name__}")
                 continue
@@ -253,7 +265,9 @@ class Reader:
         try:
             if any((self.file / name).is_file() for name in ("state.json", "dataset_dict.json")):
                 return self._saved(datasets.load_from_disk(path))
-            return datasets.load_dataset(path, source.name, split=source.split, revision=source.revision)
+            return datasets.load_dataset(
+                path, source.name, split=source.split, revision=source.revision, streaming=self.streaming
+            )
         except UserError:
             raise
         except Exception as e:  # network, names, splits, formats: the message says which
