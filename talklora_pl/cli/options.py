@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 
 import yaml
 
+from talklora_pl import strict
 from talklora_pl.adapter.config import FAMILIES, AdapterConfig
 from talklora_pl.cli.check import Check, Problem, load, merge, undotted
 from talklora_pl.errors import UserError
@@ -84,7 +85,7 @@ def _config(file: str) -> Mapping[str, Any]:
 def read_yaml(text: str | bytes, where: str) -> Any:
     """What YAML text says; `where` it stands is for messages."""
     try:
-        data = yaml.safe_load(text)
+        data = strict.read_yaml(text)
         loaded = load(text if isinstance(text, str) else text.decode())
     except RecursionError:
         raise UserError(f"{where} is not readable as YAML: it is nested too deeply.") from None
