@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import json
+import math
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -34,7 +35,7 @@ from talklora_pl.errors import UserError
 from talklora_pl.evaluation import BatchScores, Evaluation, Generation, TaskScores, predictions, table, write_json
 from talklora_pl.internals.lightning import step_ends, trainer_of
 from talklora_pl.objectives import Objective, choose
-from talklora_pl.optim import ParamGroup, grouped, try_optimizer, watched
+from talklora_pl.optim import ParamGroup, WarmupSchedule, grouped, try_optimizer, watched
 from talklora_pl.routing import RoutingCollector
 from talklora_pl.sites.left_out import summary
 from talklora_pl.warm_start import SavedAdapter
@@ -198,7 +199,15 @@ class FineTuner(AdapterModule):
         assert self.lr_scheduler is not None
         scheduler = self.lr_scheduler(optimizer)
         if getattr(scheduler, "total_steps", 0) is None:
-            setattr(scheduler, "total_steps", int(self.trainer.estimated_stepping_batches))  # noqa: B010
+            steps = self.trainer.estimated_stepping_batches
+            if steps == math.inf:
+                raise UserError(
+                    "model.lr_scheduler: a run that ends by time does not know its steps. Give the schedule total_steps."
+                )
+            if isinstance(scheduler, WarmupSchedule):
+                scheduler.plan(int(steps))
+            else:
+                scheduler.total_steps = int(steps)
         return scheduler
 
     @property

@@ -15,6 +15,7 @@ from dataclasses import MISSING, dataclass, field, fields, is_dataclass, replace
 from difflib import get_close_matches
 from functools import reduce
 from importlib import import_module
+from importlib.util import find_spec
 from inspect import Parameter
 from operator import or_
 from pathlib import Path
@@ -434,6 +435,9 @@ def find_class(name: Any, families: tuple[type, ...]) -> tuple[str, type]:
         try:
             cls = getattr(import_module(module), last)
         except (ImportError, AttributeError, ValueError):
+            package = module.partition(".")[0]
+            if package.isidentifier() and find_spec(package) is None:
+                raise Wrong(f"There is no class {name!r}: the package {package!r} is not installed here.") from None
             raise Wrong(f"There is no class {name!r}.{did_you_mean(last, _children(families))}") from None
         if not (isinstance(cls, type) and issubclass(cls, families)):
             raise Wrong(f"{name} is not a {kind}.")

@@ -206,6 +206,9 @@ class RunRecord(SaveConfigCallback):
     ) -> None:
         stopped = isinstance(exception, SystemExit | KeyboardInterrupt)
         self._write(trainer, state="stopped" if stopped else "failed", step=trainer.global_step)
+        if not self._began:  # refused before anything was written
+            for act in stopping.at_once:
+                act()
         self.teardown(trainer, pl_module, "fit")
 
     def teardown(self, trainer: Trainer, pl_module: L.LightningModule, stage: str) -> None:  # type: ignore[override]
