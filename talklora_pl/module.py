@@ -29,6 +29,7 @@ from talklora_pl.base.description import Description
 from talklora_pl.base.loading import new_modules, settle
 from talklora_pl.callbacks.allocation import ExpertAllocation, refuse_other_allocation
 from talklora_pl.callbacks.others import OtherCallbacks, refuse_callbacks, whole_precision
+from talklora_pl.callbacks.run_metrics import RunMetrics
 from talklora_pl.distributed.checkpoint import refuse_differences
 from talklora_pl.distributed.shards import compare_with_files
 from talklora_pl.errors import UserError
@@ -96,7 +97,7 @@ class FineTuner(AdapterModule):
         refuse_callbacks(self.trainer, self)
         whole_precision(self.trainer, self)
         listed = any(isinstance(c, ExpertAllocation) for c in self.trainer.callbacks)  # type: ignore[attr-defined]
-        return [OtherCallbacks()] if listed else [ExpertAllocation(), OtherCallbacks()]
+        return [*([] if listed else [ExpertAllocation()]), OtherCallbacks(), RunMetrics()]
 
     # --- building
 
@@ -317,6 +318,14 @@ class FineTuner(AdapterModule):
         eos_id = getattr(self._datamodule, "eos_id", None)
         return self.tokenizer.eos_token_id if eos_id is None else eos_id
 
+    def generation(self, max_new_tokens: int | None = None) -> Generation:
+        options = self.evaluation
+        if max_new_tokens is not None:
+            options = replace(options, max_new_tokens=max_new_tokens)
+        shared = self.device_mesh is not None  # the model, by the ranks
+        any_rank = (lambda here: self.trainer.strategy.reduce_boolean_decision(here, all=False)) if shared else None
+        return Generation(self.model, self.tokenizer, self.description, self.eos_id, options, any_rank)
+
     @torch.no_grad()
     def score(self, batch: dict[str, Any], generate: bool = False) -> BatchScores:
         """Score an evaluation batch with the model as it is now, adapter on or off.
@@ -325,11 +334,7 @@ class FineTuner(AdapterModule):
             batch: on the model's device.
             generate: also answer what is open, by generating up to ``evaluation.max_new_tokens``.
         """
-        answer = None
-        if generate and self.evaluation.max_new_tokens:
-            shared = self.device_mesh is not None  # the model, by the ranks
-            any_rank = (lambda here: self.trainer.strategy.reduce_boolean_decision(here, all=False)) if shared else None
-            answer = Generation(self.model, self.tokenizer, self.description, self.eos_id, self.evaluation, any_rank)
+        answer = self.generation() if generate and self.evaluation.max_new_tokens else None
         return self.objective.score(self.model, batch, answer)
 
     def on_validation_epoch_start(self) -> None:

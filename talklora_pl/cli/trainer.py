@@ -18,6 +18,7 @@ from lightning.pytorch.loggers import TensorBoardLogger
 
 from talklora_pl import stopping
 from talklora_pl.errors import UserError
+from talklora_pl.monitoring.tensorboard import first_page
 from talklora_pl.runs import Run, new_run
 
 
@@ -78,6 +79,9 @@ class RunLogger(TensorBoardLogger):
     @property
     def experiment(self) -> Any:
         return super().experiment if self.open else Nowhere()
+
+    def log_metrics(self, metrics: Mapping[str, float], step: int | None = None) -> None:  # type: ignore[override]
+        super().log_metrics({**metrics, **first_page(metrics)}, step)
 
     def save(self) -> None:
         if self.open:

@@ -20,7 +20,8 @@ if TYPE_CHECKING:
 class Batches(torch.utils.data.Dataset[dict[str, Any]]):
     """Index it with a :class:`~talklora_pl.data.sampler.Batch`, get what the objective makes of its rows, and beside it
 
-    in training: the lists `id` and `task`, and `step_tokens`, `micro_steps`, `filler` (see Batch);
+    in training: the lists `id` and `task`, `tokens` (how many are no pads), and `step_tokens`, `micro_steps`, `filler`
+    (see Batch);
 
     in evaluation, per question: `answer` (Q,) the right choice or -1, `prompt_length` (Q,) tokens before the answer,
     `real` (Q,) false for fillers, `index` (Q,) its place in the data, and the lists `id`, `task`, `answers` (texts of
@@ -45,7 +46,8 @@ class Batches(torch.utils.data.Dataset[dict[str, Any]]):
                     "label": [-1] * len(batch.rows),
                 }
             step = {"step_tokens": batch.step_tokens, "micro_steps": batch.micro_steps, "filler": batch.filler}
-            return self.objective.collate(rows, self.pad_id, True) | names | step
+            made = self.objective.collate(rows, self.pad_id, True)
+            return made | names | step | {"tokens": int(made["attention_mask"].sum())}
         answer_Q = torch.tensor(rows["label"])
         per_question = {
             "index": torch.tensor(batch.rows),

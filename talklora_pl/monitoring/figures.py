@@ -178,19 +178,28 @@ def short(name: str) -> str:
     return kind if index is None else f"{index} {kind}"
 
 
-def communication(matrices: Mapping[str, Tensor]) -> Figure:
-    """Who listens to whom in every layer: listeners in rows, speakers in columns."""
+def communication(matrices: Mapping[str, Tensor], change: bool = False) -> Figure:
+    """Who listens to whom in every layer: listeners in rows, speakers in columns.
+
+    Args:
+        matrices: by layer.
+        change: they are differences from what was there before training.
+    """
     names = list(matrices)
     kinds = by_kind(names)
     columns = min(8, max(map(len, kinds.values())))
     lines = [(kind, rows[i : i + columns]) for kind, rows in kinds.items() for i in range(0, len(rows), columns)]
     E = max(map(len, matrices.values()))
     largest = max(float(m.abs().max()) for m in matrices.values())
-    signed = any(bool((m < 0).any()) for m in matrices.values())
+    largest = largest or 1.0
+    signed = change or any(bool((m < 0).any()) for m in matrices.values())
     norm, cmap = (Normalize(-largest, largest), "PuOr") if signed else (Normalize(0, largest), "viridis")
+    title = "Who listens (rows) to whom (columns), by layer"
+    if change:
+        title = "Change since the start: who listens (rows) to whom (columns)"
     size, gap = 0.36, 0.2 * E  # inches of one matrix; cells between two of them
     pitch = size * (E + gap) / E
-    sheet = Sheet(WIDE, max(len(lines) * (size + 0.25), 1.2), "Who listens (rows) to whom (columns), by layer")
+    sheet = Sheet(WIDE, max(len(lines) * (size + 0.25), 1.2), title)
     for row, (kind, layers) in enumerate(lines):
         ax = sheet.panel(0, 0.15 + row * (size + 0.25), columns * pitch, size)
         for column, i in enumerate(layers):
