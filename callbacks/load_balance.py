@@ -81,7 +81,7 @@ class LoadBalance(L.Callback):
         self.train_load = RoutingLoad(layers).to(pl_module.device) if layers else None
         board = Board(trainer)
         board.describe_run(pl_module)
-        self._start = self._start or communication_matrices(pl_module.adapter)
+        self._start = self._start or _copies(communication_matrices(pl_module.adapter))
         if self.figures and board.pictures:
             from talklora_pl.monitoring import figures
 
@@ -195,7 +195,7 @@ class LoadBalance(L.Callback):
             board.figure("experts/tasks", figures.tasks(load))
         matrices = communication_matrices(pl_module.adapter, self._inputs)
         if not self._start:  # it depends on the tokens: the first evaluation is what the others are compared with
-            self._start = matrices
+            self._start = _copies(matrices)
         elif matrices.keys() <= self._start.keys():
             changes = {name: matrix - self._start[name] for name, matrix in matrices.items()}
             board.figure("experts/communication", figures.communication(changes, change=True))
@@ -215,6 +215,10 @@ class LoadBalance(L.Callback):
             return 0.0, 0.0
         same = [overlap(before["experts"][k], now_TK) for k, now_TK in self._probe.items() if k in before["experts"]]
         return (1 - sum(same) / len(same), 1.0) if same else (0.0, 0.0)
+
+
+def _copies(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    return {name: tensor.clone() for name, tensor in tensors.items()}
 
 
 def _log_every(trainer: L.Trainer) -> int:

@@ -20,7 +20,7 @@ class RunMetrics(L.Callback):
     """Logs learning rates, the gradient's norm, speed, pads and memory; :class:`FineTuner` brings it along.
 
     ==========================  ===========================================================================
-    ``train/lr``                learning rate of the step; of a parameter group ``train/lr/NAME``
+    ``train/lr``                learning rate of the step; of a parameter group ``train/lr_NAME``
     ``train/grad_norm``         2-norm over all trained tensors, of the mean over ranks, before clipping
     ``cost/tokens_per_second``  tokens without pads of all ranks since the step logged before, by the time
                                 without validations
@@ -51,7 +51,7 @@ class RunMetrics(L.Callback):
             return
         grads = [p.grad for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
         pl_module.log("train/grad_norm", get_total_norm(grads), batch_size=1)
-        names = [f"/{re.sub(r'[^A-Za-z0-9_.-]+', '_', setting.match)}" for setting in pl_module.param_groups]
+        names = [f"_{re.sub(r'[^A-Za-z0-9_.-]+', '_', setting.match)}" for setting in pl_module.param_groups]
         names = ["", *names][-len(optimizer.param_groups) :]  # the first is of all others, if there are any
         for name, group in zip(names, optimizer.param_groups, strict=True):
             pl_module.log(f"train/lr{name}", float(group["lr"]), batch_size=1)

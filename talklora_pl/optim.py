@@ -76,11 +76,15 @@ def try_optimizer(
         if lr_scheduler is not None:
             watched(lr_scheduler(made))
     except (ArithmeticError, ImportError, TypeError, ValueError) as e:
-        stacked = [g["params"] for g in groups if any(p.dim() != 2 for p in g["params"])]
-        hint = ""
-        if part == "optimizer" and stacked and re.search(r"2-?D", str(e)):
-            hint = " Experts are stacks of matrices, with three dimensions: take an optimiser that works on any shape."
-        raise UserError(f"model.{part}: {e}{hint}") from e
+        shapes = [tuple(p.shape) for g in groups for p in g["params"]]
+        others = [shape for shape in shapes if len(shape) != 2]
+        if part == "optimizer" and others and re.search(r"\b2-?D\b", str(e)):  # torch.optim.Muon
+            raise UserError(
+                f"model.optimizer: this one takes matrices alone, and {len(others)} of the {len(shapes)} trained tensors "
+                f"are none, such as a stack of experts of shape {max(others, key=len)}. Take one for tensors of any "
+                "shape: AdamW, Adafactor, bitsandbytes.optim.AdamW8bit."
+            ) from e
+        raise UserError(f"model.{part}: {e}") from e
 
 
 def watched(scheduler: Any) -> str | None:

@@ -45,6 +45,9 @@ KINDS: dict[type, str] = {
 }
 """Families of classes that are chosen by name; those of the package register themselves."""
 
+REFUSALS = (ImportError, ValueError, MisconfigurationException)
+"""What classes raise about the values of their options."""
+
 _load: Callable[[str], Any] = get_loader("yaml")
 
 
@@ -155,7 +158,10 @@ class Check:
                 replace(chosen.default, **chosen.options)
         except TypeError:  # arguments that come later, such as an optimiser's parameters
             pass
-        except (ImportError, ValueError, MisconfigurationException) as e:  # a logger whose package is not installed
+        except Exception as e:
+            # a logger's package is not installed, or its service refuses with an error of its own
+            if not isinstance(e, REFUSALS) and not issubclass(chosen.cls, Logger):
+                raise
             named = [place for option, place in chosen.places.items() if re.search(rf"\b{option}\b", str(e))]
             file, place = (named or [(file, key) for file, _ in chosen.places.values()] or [("", key)])[0]
             self._report(place, str(e), file)

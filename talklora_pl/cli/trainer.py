@@ -88,6 +88,20 @@ class RunLogger(TensorBoardLogger):
             super().save()
 
 
+def begin(logger: Any) -> None:
+    """Let a logger of a service begin, before there is work to lose.
+
+    Raises:
+        UserError: it cannot: nobody is logged in, its server or its store is not there.
+    """
+    if isinstance(logger, TensorBoardLogger):
+        return
+    try:
+        logger.experiment  # noqa: B018
+    except Exception as e:  # each has errors of its own
+        raise UserError(f"trainer.logger: {type(logger).__name__} cannot begin: {' '.join(str(e).split())}") from e
+
+
 class Trainer(L.Trainer):
     """Lightning's, whose ``log_dir`` is the run's folder under every logger and none."""
 
@@ -115,6 +129,8 @@ class Trainer(L.Trainer):
         if self.is_global_zero:
             try:
                 self._lock = place.enter()
+                for logger in self.loggers:
+                    begin(logger)
                 answer = place.run, place.ckpt_path
             except UserError as e:  # the others wait for an answer
                 answer = e
