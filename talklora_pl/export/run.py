@@ -38,7 +38,11 @@ def facts_of(trainer: L.Trainer) -> Facts:
     sources = getattr(data, "sources", {})
     return Facts(
         data=[f"{split}: {_data_name(s)}" for split in ("train", "val") for s in sources.get(split, [])],
-        metrics={k: v for k, v in sorted(numbers.items()) if not k.startswith(("load/", "val_load/", "alerts/"))},
+        metrics={
+            k: v
+            for k, v in sorted(numbers.items())
+            if not k.startswith(("load/", "val_load/", "alerts/", "train/", "cost/"))
+        },
         routing={k: v for k, v in sorted(numbers.items()) if k.startswith("load/") and k.count("/") == 1},
         steps=trainer.global_step,
         labels=list(getattr(data, "class_names", [])),

@@ -20,11 +20,6 @@ def take_attention(config: Any, asked: Any) -> None:
         config._attn_implementation = attention
 
 
-def attention_of(model: Any) -> str:
-    """Which implementation of attention a model uses; there is a public name only to set it."""
-    return str(getattr(model.config, "_attn_implementation", None))
-
-
 def use_eager_attention(config: Any) -> None:
     """Let a model that is built from ``config`` compute its attention by plain operations, which run anywhere.
 
