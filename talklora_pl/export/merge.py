@@ -122,7 +122,10 @@ def _mergeable(model: nn.Module, path: str) -> tuple[nn.Parameter, bool]:
         transposed = isinstance(module, Conv1D)
     weight = getattr(module, last)
     if type(weight) is not nn.Parameter or not weight.is_floating_point():
-        raise UserError(f"The adapter cannot be merged: the weight of {path!r} is quantised. {ALTERNATIVES}")
+        raise UserError(
+            f"The adapter cannot be merged: the weight of {path!r} is quantised. Merge into the base "
+            f"in full precision (export CHECKPOINT --merge --base FULL_PRECISION). {ALTERNATIVES}"
+        )
     owners = [n for n, m in model.named_modules() if getattr(m, last, None) is weight]
     if len(owners) > 1:
         raise UserError(f"The adapter cannot be merged: {' and '.join(owners)} share one weight. {ALTERNATIVES}")

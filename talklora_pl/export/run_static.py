@@ -35,7 +35,7 @@ from talklora_pl.export.auto import from_pretrained
 from talklora_pl.export.fidelity import Fidelity, Turn, compare
 from talklora_pl.export.merge import low_rank, merge_changes, merged_weights
 from talklora_pl.export.peft import write_lora
-from talklora_pl.export.run import export_checkpoint, find_checkpoint
+from talklora_pl.export.run import export_checkpoint, find_checkpoint, into_full_precision
 from talklora_pl.export.static import (
     MeanRouting,
     add_static,
@@ -174,6 +174,8 @@ def static_checkpoint(
         _refuse_what_vllm_lacks(metadata)
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise UserError(f"{folder} exists and is not empty; choose another place.")
+    if options.form == "weights":
+        into_full_precision(metadata, base)
     with tempfile.TemporaryDirectory() as scratch:
         adapter = export_checkpoint(path, Path(scratch) / "adapter", base, options.license)
         metadata = read_metadata(adapter)  # with the base that was asked for
@@ -275,7 +277,6 @@ def _beside(model: Any, changes: dict[str, LowRank], form: str) -> Iterator[Turn
             remove_adapter(model, "static")
         return
     pairs = merged_weights(model, changes)
-    switch = adapter_set(model).switch
 
     @contextmanager
     def exchanged() -> Iterator[None]:
@@ -283,11 +284,10 @@ def _beside(model: Any, changes: dict[str, LowRank], form: str) -> Iterator[Turn
         before = [weight.data for weight, _ in pairs]
         for weight, new in pairs:
             weight.data = new
-        active, switch._active = switch._active, None
         try:
-            yield
+            with adapter_set(model).switch.without_layers():
+                yield
         finally:
-            switch._active = active
             for (weight, _), old in zip(pairs, before):
                 weight.data = old
 
