@@ -27,7 +27,7 @@ from talklora_pl.base import BaseModel, describe_base, load_base, load_generatio
 from talklora_pl.base.description import Description
 from talklora_pl.base.loading import new_modules, settle
 from talklora_pl.callbacks.allocation import ExpertAllocation, refuse_other_allocation
-from talklora_pl.callbacks.others import OtherCallbacks, refuse_callbacks, whole_precision
+from talklora_pl.callbacks.others import OtherCallbacks, refuse_callbacks, refuse_quantised, whole_precision
 from talklora_pl.callbacks.run_metrics import RunMetrics
 from talklora_pl.distributed.checkpoint import refuse_differences
 from talklora_pl.distributed.shards import compare_with_files
@@ -107,6 +107,7 @@ class FineTuner(AdapterModule):
     def configure_callbacks(self) -> list[L.Callback]:
         """Allocation needs a hook that runs before :meth:`configure_model`; also the first hook of a run, to refuse."""
         refuse_callbacks(self.trainer, self)
+        refuse_quantised(self.trainer, self)
         whole_precision(self.trainer, self)
         listed = any(isinstance(c, ExpertAllocation) for c in self.trainer.callbacks)  # type: ignore[attr-defined]
         return [*([] if listed else [ExpertAllocation()]), OtherCallbacks(), RunMetrics()]
@@ -454,6 +455,8 @@ class FineTuner(AdapterModule):
             "task": self.base.task,
             "num_labels": self.base.num_labels,
         }
+        if self.base.quantization is not None:  # the model on the meta device does not know
+            base["quantization"] = self.base.quantization
         if self.base.revision is not None:
             base["revision"] = self.base.revision
         if like is not None:

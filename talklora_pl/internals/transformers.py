@@ -58,6 +58,18 @@ def initialise(model: Any, module: nn.Module) -> None:
     model._init_weights(module)
 
 
+def let_trainer_train(model: Any) -> None:
+    """Have ``transformers.Trainer`` take a quantised model whose adapters it does not know.
+
+    It asks for PEFT's own flag, which also makes ``save_pretrained`` look for PEFT's layers, or for a quantiser that
+    says to be trainable by itself, which nothing else reads.
+    """
+    quantizer = getattr(model, "hf_quantizer", None)
+    if quantizer is not None and not quantizer.is_qat_trainable:
+        cls = type(quantizer)
+        quantizer.__class__ = type(cls.__name__, (cls,), {"is_qat_trainable": True, "__module__": cls.__module__})
+
+
 def has_accelerate_hook(module: nn.Module) -> bool:
     """Whether accelerate replaced the module's ``forward`` by one that first moves its inputs to the right device."""
     return "_old_forward" in module.__dict__
