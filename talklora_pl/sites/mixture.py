@@ -5,6 +5,8 @@ T tokens, D input width, E experts, F features per expert, R rank per expert.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -57,6 +59,11 @@ class Mixture(nn.Module):
     def decides(self) -> bool:
         """Whether the communication and the router were made."""
         return hasattr(self, "router")
+
+    @property
+    def decided_by(self) -> str:
+        """Under which name the routing of this layer is recorded."""
+        return self.name
 
     def node_features(self, x_TD: Tensor) -> Tensor:
         """Features of the experts for an input alone, m_TEF: for measurements, which need the decision by itself."""
@@ -111,7 +118,12 @@ class BlockMixture(Mixture):
         return self._routing.weights_TE
 
     def forward(self, frozen: Any, *args: Any, **kwargs: Any) -> Any:
-        x = args[0] if args else kwargs.get("hidden_states")
+        with self.decided(args[0] if args else kwargs.get("hidden_states")):
+            return frozen.frozen_forward(*args, **kwargs)
+
+    @contextmanager
+    def decided(self, x: Any) -> Iterator[None]:
+        """Inside of it the Linears of the block have the weights for its input (..., D)."""
         if not isinstance(x, Tensor) or x.shape[-1] != self.width:
             raise UserError(
                 f"router.per: block: {self.name!r} is not called with hidden states of width {self.width} first; "
@@ -119,7 +131,7 @@ class BlockMixture(Mixture):
             )
         outer, self._routing = self._routing, self._decide(x)
         try:
-            return frozen.frozen_forward(*args, **kwargs)
+            yield
         finally:
             self._routing = outer
 
