@@ -105,7 +105,8 @@ class _Rows(torch.autograd.Function):
         E, S, R = core_ESR.shape
         rows_MD = A_PD.new_empty(E * S + len(weight_NP), A_PD.shape[1])
         torch.bmm(core_ESR, A_PD.view(E, R, -1), out=rows_MD[: E * S].view(E, S, -1))
-        torch.mm(weight_NP, A_PD, out=rows_MD[E * S :])
+        # no mm: selective checkpointing keeps what mm returns and would leave this out when the rows are made again
+        torch.bmm(weight_NP.unsqueeze(0), A_PD.unsqueeze(0), out=rows_MD[E * S :].unsqueeze(0))
         return rows_MD
 
     @staticmethod
