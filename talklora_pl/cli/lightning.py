@@ -25,11 +25,12 @@ from talklora_pl.callbacks.others import refuse_callbacks
 from talklora_pl.callbacks.progress import EpochProgress
 from talklora_pl.cli.check import Check
 from talklora_pl.cli.options import Option, plugins, right, shipped_configs, split, start_options
-from talklora_pl.cli.trainer import RunLogger, RunPlace, RunRecord, Trainer
+from talklora_pl.cli.trainer import EstimatingTrainer, RunLogger, RunPlace, RunRecord, Trainer
 from talklora_pl.data import TextData
 from talklora_pl.distributed.launch import allocation_of, classes_of, place_of, resume_from, trainer_arguments
 from talklora_pl.errors import UserError
 from talklora_pl.internals.lightning import raised_by_lightning
+from talklora_pl.memory.report import is_out_of_memory
 from talklora_pl.module import FineTuner
 from talklora_pl.runs import RUNS
 
@@ -69,6 +70,8 @@ class CLI(LightningCLI):
         UserError: all that is wrong with them, found before anything is loaded.
     """
 
+    trainer_type: type[Trainer] = Trainer
+
     def __init__(self, verb: str, argv: list[str]) -> None:
         self.verb = verb
         options = split(argv)
@@ -100,7 +103,7 @@ class CLI(LightningCLI):
             # an evaluation writes into the folder of the run whose checkpoint it reads: the config there is the fit's
             save_config_callback=RunRecord if verb == "fit" else None,
             save_config_kwargs={"overwrite": True, "about": {"method": _method(options)}},
-            trainer_class=Trainer,
+            trainer_class=self.trainer_type,
             auto_configure_optimizers=False,
             load_from_checkpoint_support=False,
             trainer_defaults={"use_distributed_sampler": False, "log_every_n_steps": 10},
@@ -229,6 +232,12 @@ class CLI(LightningCLI):
         return UserError("\n  ".join(["The configuration cannot be used:", *map(str, self.check.problems), *more]))
 
 
+class EstimateCLI(CLI):
+    """``fit --estimate``: everything that a fit checks first, and then the memory that it would take."""
+
+    trainer_type = EstimatingTrainer
+
+
 def run(verb: str, argv: list[str], cli: type[CLI] = CLI) -> CLI:
     """Parse ``argv`` and run one of Lightning's verbs; the result has ``trainer``, ``model`` and ``datamodule``."""
     # of Lightning's own making, and nothing a user could act upon
@@ -245,11 +254,16 @@ def run(verb: str, argv: list[str], cli: type[CLI] = CLI) -> CLI:
         if raised_by_lightning(e):
             raise UserError(f"trainer: {' '.join(str(e).split())}") from e
         raise
+    except RuntimeError as e:
+        if is_out_of_memory(e):
+            raise UserError("\n".join([f"Out of memory: {_first_line(e)}", *getattr(e, "__notes__", [])])) from e
+        raise
 
 
 def main(verb: str, argv: list[str]) -> None:
-    """The verb."""
-    run(verb, argv)
+    """The verb. ``fit --estimate`` prints the memory that the fit would take, and stops."""
+    estimates = verb == "fit" and "--estimate" in argv
+    run(verb, [arg for arg in argv if arg != "--estimate"] if estimates else argv, EstimateCLI if estimates else CLI)
 
 
 def _method(options: list[Option]) -> str | None:

@@ -7,7 +7,7 @@ import os
 import socket
 import time
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +18,7 @@ from lightning.pytorch.loggers import TensorBoardLogger
 
 from talklora_pl import stopping
 from talklora_pl.errors import UserError
+from talklora_pl.memory.report import largest_batch, print_estimate
 from talklora_pl.runs import Run, new_run
 
 
@@ -133,6 +134,24 @@ class Trainer(L.Trainer):
         if self._lock is not None and self.place is not None and self.place.run is not None:
             self.place.run.unlock(self._lock)
             self._lock = None
+
+
+class EstimatingTrainer(Trainer):
+    """Its fit is over before anything is loaded: it prints what memory one would take."""
+
+    def fit(  # type: ignore[override]
+        self,
+        model: Any,
+        train_dataloaders: Any = None,
+        val_dataloaders: Any = None,
+        datamodule: Any = None,
+        ckpt_path: Any = None,
+        weights_only: bool | None = None,
+    ) -> None:
+        datamodule.setup("fit")
+        if model.base.head.classifies and model.base.num_labels is None:
+            model.base = replace(model.base, num_labels=datamodule.num_classes)
+        print_estimate(model, largest_batch(datamodule), self.accumulate_grad_batches > 1)
 
 
 class RunRecord(SaveConfigCallback):
