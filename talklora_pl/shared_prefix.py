@@ -7,8 +7,8 @@ else. Every layer of an adapter decides token by token, and sees of every token 
 The plain rows are the reference: :func:`~talklora_pl.evaluation.answer_nll`. The tree is for models whose attention
 takes a mask of its own and positions of its own, which :func:`runs_trees` tries out once.
 
-B rows, S tokens of the longest of them, Q questions, W tokens of the largest tree, N tokens that are scored, U places of
-the trees whose logits they need, V vocabulary, E experts.
+B rows, S tokens of the longest of them, Q questions, W tokens of the largest tree, N tokens that are scored, U places
+of the trees whose logits they need, V vocabulary, E experts.
 """
 
 from __future__ import annotations

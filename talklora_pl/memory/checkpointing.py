@@ -1,7 +1,7 @@
 """What the forward pass keeps for the backward pass, and what that computes again.
 
-``full`` keeps the input of every decoder layer and runs the layer twice. ``selective`` also keeps what is dear to compute,
-the matrix products and fused attention, and runs the rest of the layer twice: norms, activations, rank space.
+``full`` keeps the input of every decoder layer and runs the layer twice. ``selective`` also keeps what is dear to
+compute, matrix products and fused attention, and runs the rest of the layer twice: norms, activations, rank space.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
 """What a training step takes on one device, before any weight is loaded.
 
-The model is built from its configuration, and a training step on a batch of the run's data is run by operators that only
-work out shapes, with two decoder layers of each kind and again with a third; the rest is a multiplication. So whatever a
-base, an adapter, an objective or a way of checkpointing keeps is in the numbers.
+The model is built from its configuration, and a training step on a batch of the run's data is run by operators that
+only work out shapes, with two decoder layers of each kind and again with a third; the rest is a multiplication. So
+whatever a base, an adapter, an objective or a way of checkpointing keeps is in the numbers.
 """
 
 from __future__ import annotations

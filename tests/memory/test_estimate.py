@@ -140,7 +140,8 @@ def rss(key):
     return next(int(l.split()[1]) * 1024 for l in open("/proc/self/status") if l.startswith(key))
 
 path, mode, rows, length = sys.argv[1], sys.argv[2], int(sys.argv[3]), int(sys.argv[4])
-tuner = FineTuner(BaseModel(path, dtype="float32"), AdapterConfig(rank=32, dropout_input=0.0), gradient_checkpointing=mode)
+base, adapter = BaseModel(path, dtype="float32"), AdapterConfig(rank=32, dropout_input=0.0)
+tuner = FineTuner(base, adapter, gradient_checkpointing=mode)
 tuner.configure_model()
 optimizer = torch.optim.AdamW(tuner.trained().values())
 ids = torch.randint(5, 1000, (rows, length)).tolist()
