@@ -173,7 +173,7 @@ def _obstacle(model: Any) -> str:
         return "takes no positions"
     if other := set(getattr(config, "layer_types", None) or ()) - LAYERS:
         return f"has layers of {', '.join(sorted(other))}"
-    if (attention := attention_of(model.config)) not in ("eager", "sdpa"):
+    if (attention := attention_of(model)) not in ("eager", "sdpa"):
         return f"computes attention by {attention}, which takes no mask for every pair of tokens"
     ids = [(7 * i + 11) % config.vocab_size for i in range(18)]
     rows = [ids[:6] + ids[6 + 4 * i : 6 + 4 * (i + 1) - (i == 1)] for i in range(3)]

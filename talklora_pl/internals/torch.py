@@ -11,7 +11,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 if TYPE_CHECKING:
     from torch.distributed.tensor import DTensor
 
-__all__ = ["ShapesOnly", "TorchDispatchMode", "cpu_has_bf16", "own_part"]
+__all__ = ["ShapesOnly", "TorchDispatchMode", "cpu_has_bf16", "own_part", "version"]
 
 
 class ShapesOnly:
@@ -52,3 +52,8 @@ def cpu_has_bf16() -> bool:
     # looked up by name: torch for other machines than x86 may lack them
     checks = ("_is_amx_tile_supported", "_is_avx512_bf16_supported")
     return any(getattr(torch.cpu, check, bool)() for check in checks)
+
+
+def version(tensor: torch.Tensor) -> int:
+    """How often the memory of a tensor was written to, through whichever tensor that shares it."""
+    return tensor._version

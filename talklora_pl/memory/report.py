@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Iterator, Mapping
+from dataclasses import replace
 from itertools import islice
 from typing import TYPE_CHECKING, Any
 
@@ -35,7 +36,9 @@ def estimator(tuner: Any, batch: Mapping[str, Any], accumulates: bool = False) -
 
     def loss(model: Any, batch: Mapping[str, Any]) -> torch.Tensor:
         with RoutingCollector(model, batch["attention_mask"], batch.get("task_types")) as collector:
-            total, _ = tuner.objective.loss(model, batch)
+            # without values nobody can find out that a model reads back only, and needs no mask of the pads
+            inputs = batch if "row_borders" in batch else {k: v for k, v in batch.items() if k != "attention_mask"}
+            total = tuner.objective.loss(model, inputs)[0]
         balance, _ = balance_losses(next(iter(model.talklora.values())), collector.records)
         return total + balance
 
@@ -74,6 +77,8 @@ def note_out_of_memory(tuner: Any, data: Any, error: BaseException) -> None:
 
 def largest_batch(data: Any) -> dict[str, Any]:
     """The training batch of :class:`~talklora_pl.data.TextData` with most tokens, pads among them; after ``setup``."""
+    if "train" not in data.tables:
+        raise RuntimeError("rows that are read while the run goes on have no largest batch")
     loader = data.train_dataloader()
     lengths = np.array(data.tables["train"]["length"])
     batches = list(islice(iter(loader.sampler), ENOUGH))
@@ -165,10 +170,14 @@ def placements() -> Iterator[Placement]:
         yield Placement("fsdp", n)
 
 
-def print_estimate(tuner: Any, batch: Mapping[str, Any], accumulates: bool) -> None:
+def print_estimate(tuner: Any, data: Any, accumulates: bool) -> None:
     """What ``fit --estimate`` prints."""
     import rich
 
+    data.setup("fit")
+    if tuner.base.head.classifies and tuner.base.num_labels is None:
+        tuner.base = replace(tuner.base, num_labels=data.num_classes)
+    batch = largest_batch(data)
     made = estimator(tuner, batch, accumulates)
     try:
         result = table(made)
