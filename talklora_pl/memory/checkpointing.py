@@ -67,10 +67,10 @@ def selective_contexts() -> tuple[AbstractContextManager[None], AbstractContextM
     kept: weakref.WeakSet[Any] = weakref.WeakSet()
 
     def policy(context: Any, operator: Any, *args: Any, **kwargs: Any) -> CheckpointPolicy:
-        name = operator.name().partition(".")[0]
+        name, _, overload = operator.name().partition(".")
         out = context.op_output
         tensor = out[0] if isinstance(out, tuple) else out
-        if name in PRODUCTS:
+        if name in PRODUCTS and overload != "out":  # what is written into a given tensor has to be written again
             kept.add(tensor.untyped_storage())
             return CheckpointPolicy.MUST_SAVE
         if name.endswith("_") and isinstance(out, torch.Tensor) and out.untyped_storage() in kept:
