@@ -11,7 +11,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 if TYPE_CHECKING:
     from torch.distributed.tensor import DTensor
 
-__all__ = ["ShapesOnly", "TorchDispatchMode", "cpu_has_bf16", "own_part", "version"]
+__all__ = ["PRODUCTS", "ShapesOnly", "TorchDispatchMode", "cpu_has_bf16", "own_part", "version"]
 
 
 class ShapesOnly:

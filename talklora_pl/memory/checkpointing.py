@@ -14,18 +14,9 @@ import torch
 from torch.utils.checkpoint import CheckpointPolicy, create_selective_checkpoint_contexts
 
 from talklora_pl.errors import UserError
+from talklora_pl.internals.torch import PRODUCTS
 
 Checkpointing = Literal["off", "full", "selective"]
-
-PRODUCTS = {
-    f"aten::{name}"
-    for name in (
-        *("mm", "addmm", "_scaled_mm", "_grouped_mm"),
-        *("_scaled_dot_product_flash_attention", "_scaled_dot_product_flash_attention_for_cpu"),
-        *("_scaled_dot_product_efficient_attention", "_scaled_dot_product_cudnn_attention", "_flash_attention_forward"),
-    )
-}
-"""Operators whose outcome is kept. Not ``bmm``: the scores of eager attention are larger than all the rest together."""
 
 
 def mode_of(value: bool | str) -> Checkpointing:

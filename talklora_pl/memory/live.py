@@ -6,9 +6,8 @@ import weakref
 from typing import Any
 
 from torch import Tensor
-from torch.utils._pytree import tree_leaves
 
-from talklora_pl.internals.torch import TorchDispatchMode
+from talklora_pl.internals.torch import TorchDispatchMode, tree_leaves
 
 
 class LiveBytes(TorchDispatchMode):

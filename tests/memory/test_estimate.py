@@ -56,7 +56,7 @@ def test_a_step_takes_what_was_estimated(kind: str, method: str, mode: Any) -> N
     model = model_of(kind, "cpu", method)
     checkpoint_layers(model, mode)
     gc.collect()
-    with LiveBytes()) as live:
+    with LiveBytes() as live:
         value = loss(model, BATCH)
         kept = live.now
         value.backward()
@@ -76,7 +76,7 @@ def test_layers_of_several_kinds() -> None:
         inject(model, replace(config_of("talklora"), layers=[1, 2, 4]))
         made.append(model)
     step = Estimator(made[0], loss, BATCH, 2.0).step("off")
-    with LiveBytes()) as live:
+    with LiveBytes() as live:
         loss(made[1], BATCH).backward()
     assert step.peak == pytest.approx(live.peak, rel=0.03)
 
