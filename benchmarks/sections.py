@@ -73,6 +73,8 @@ def layers(s: Sizes) -> Iterator[Row]:
                 One(weight), "talklora", targets=["q_proj"], dropout_input=0.05
             )
             models |= _peers(lambda weight=weight: One(weight), ["q_proj"], s, causal=False)
+            if dtype == torch.float32:  # it would compute in bf16 and be another computation
+                models.pop("PEFT LoRA, autocast", None)
             models = {name: model.to(s.device) for name, model in models.items()}
             runs = {name: _pass(model, x, dy, "autocast" in name) for name, model in models.items()}
             label = str(dtype).removeprefix("torch.")
