@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves  # the public one needs the package optree
 
 if TYPE_CHECKING:
     from torch.distributed.tensor import DTensor
