@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import math
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -26,8 +27,9 @@ from talklora_pl.base import BaseModel, describe_base, load_base, load_generatio
 from talklora_pl.base.description import Description
 from talklora_pl.base.loading import new_modules, settle
 from talklora_pl.callbacks.allocation import ExpertAllocation, refuse_other_allocation
-from talklora_pl.callbacks.others import OtherCallbacks, refuse_callbacks, whole_precision
+from talklora_pl.callbacks.others import OtherCallbacks, refuse_callbacks, refuse_quantised, whole_precision
 from talklora_pl.callbacks.out_of_memory import OutOfMemory
+from talklora_pl.callbacks.run_metrics import RunMetrics
 from talklora_pl.distributed.checkpoint import refuse_differences
 from talklora_pl.distributed.shards import compare_with_files
 from talklora_pl.errors import UserError
@@ -47,7 +49,7 @@ from talklora_pl.internals.lightning import step_ends, trainer_of
 from talklora_pl.memory import report
 from talklora_pl.memory.checkpointing import Checkpointing, checkpoint_layers, mode_of
 from talklora_pl.objectives import Objective, choose
-from talklora_pl.optim import ParamGroup, grouped, try_optimizer, watched
+from talklora_pl.optim import ParamGroup, WarmupSchedule, grouped, try_optimizer, watched
 from talklora_pl.routing import RoutingCollector
 from talklora_pl.sites.left_out import summary
 from talklora_pl.warm_start import SavedAdapter
@@ -103,15 +105,14 @@ class FineTuner(AdapterModule):
         self.strict_loading = False
         self._fingerprint: str | None = None
         self._step_sums: dict[str, Tensor] = {}  # of the micro-batches so far of the optimiser step
-        self._pads = self._places = 0  # of the same
 
     def configure_callbacks(self) -> list[L.Callback]:
         """Allocation needs a hook that runs before :meth:`configure_model`; also the first hook of a run, to refuse."""
         refuse_callbacks(self.trainer, self)
+        refuse_quantised(self.trainer, self)
         whole_precision(self.trainer, self)
         listed = any(isinstance(c, ExpertAllocation) for c in self.trainer.callbacks)  # type: ignore[attr-defined]
-        ours: list[L.Callback] = [OtherCallbacks(), OutOfMemory()]
-        return ours if listed else [ExpertAllocation(), *ours]
+        return [*([] if listed else [ExpertAllocation()]), OtherCallbacks(), RunMetrics(), OutOfMemory()]
 
     # --- building
 
@@ -236,7 +237,15 @@ class FineTuner(AdapterModule):
         assert self.lr_scheduler is not None
         scheduler = self.lr_scheduler(optimizer)
         if getattr(scheduler, "total_steps", 0) is None:
-            setattr(scheduler, "total_steps", int(self.trainer.estimated_stepping_batches))  # noqa: B010
+            steps = self.trainer.estimated_stepping_batches
+            if steps == math.inf:
+                raise UserError(
+                    "model.lr_scheduler: a run that ends by time does not know its steps. Give the schedule total_steps."
+                )
+            if isinstance(scheduler, WarmupSchedule):
+                scheduler.plan(int(steps))
+            else:
+                scheduler.total_steps = int(steps)
         return scheduler
 
     @property
@@ -258,7 +267,6 @@ class FineTuner(AdapterModule):
     def on_train_start(self) -> None:
         # a finder's trials end anywhere
         self._step_sums = {}
-        self._pads = self._places = 0
         self.adapter.forget_loads()
 
     def on_fit_start(self) -> None:
@@ -296,16 +304,7 @@ class FineTuner(AdapterModule):
             for name, value in self._step_sums.items():
                 self.log(name, value, prog_bar=name == "train_loss", sync_dist=True, batch_size=1)
             self._step_sums = {}
-        self._log_pads(batch)
         return task + self.balance_loss() * (accumulate / batch.get("micro_steps", accumulate))
-
-    def _log_pads(self, batch: dict[str, Any]) -> None:
-        """The share of pads in the tokens of a step, on this rank; counted where the batch was made."""
-        if "places" in batch:
-            self._pads, self._places = self._pads + batch["pads"], self._places + batch["places"]
-            if step_ends(self.trainer):
-                self.log("pad_share", self._pads / self._places, batch_size=1)
-                self._pads = self._places = 0
 
     def on_after_backward(self) -> None:
         """Tell once, after the first batch, of trained tensors that its loss does not reach."""
@@ -362,6 +361,14 @@ class FineTuner(AdapterModule):
         eos_id = getattr(self._datamodule, "eos_id", None)
         return self.tokenizer.eos_token_id if eos_id is None else eos_id
 
+    def generation(self, max_new_tokens: int | None = None) -> Generation:
+        options = self.evaluation
+        if max_new_tokens is not None:
+            options = replace(options, max_new_tokens=max_new_tokens)
+        shared = self.device_mesh is not None  # the model, by the ranks
+        any_rank = (lambda here: self.trainer.strategy.reduce_boolean_decision(here, all=False)) if shared else None
+        return Generation(self.model, self.tokenizer, self.description, self.eos_id, options, any_rank)
+
     @torch.no_grad()
     def score(self, batch: dict[str, Any], generate: bool = False) -> BatchScores:
         """Score an evaluation batch with the model as it is now, adapter on or off.
@@ -370,11 +377,7 @@ class FineTuner(AdapterModule):
             batch: on the model's device.
             generate: also answer what is open, by generating up to ``evaluation.max_new_tokens``.
         """
-        answer = None
-        if generate and self.evaluation.max_new_tokens:
-            shared = self.device_mesh is not None  # the model, by the ranks
-            any_rank = (lambda here: self.trainer.strategy.reduce_boolean_decision(here, all=False)) if shared else None
-            answer = Generation(self.model, self.tokenizer, self.description, self.eos_id, self.evaluation, any_rank)
+        answer = self.generation() if generate and self.evaluation.max_new_tokens else None
         return self.objective.score(self.model, batch, answer)
 
     def on_validation_epoch_start(self) -> None:
@@ -469,6 +472,8 @@ class FineTuner(AdapterModule):
             "task": self.base.task,
             "num_labels": self.base.num_labels,
         }
+        if self.base.quantization is not None:  # the model on the meta device does not know
+            base["quantization"] = self.base.quantization
         if self.base.revision is not None:
             base["revision"] = self.base.revision
         if like is not None:

@@ -23,6 +23,7 @@ import torch
 from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor, nn
 
+from talklora_pl import varlen
 from talklora_pl.base.description import text_config
 from talklora_pl.inputs import MODEL_INPUTS, masked, model_inputs, pad
 from talklora_pl.internals.transformers import attention_of
@@ -173,7 +174,7 @@ def _obstacle(model: Any) -> str:
         return "takes no positions"
     if other := set(getattr(config, "layer_types", None) or ()) - LAYERS:
         return f"has layers of {', '.join(sorted(other))}"
-    if (attention := attention_of(model)) not in ("eager", "sdpa"):
+    if (attention := attention_of(model.config)) not in ("eager", "sdpa", varlen.NAME):
         return f"computes attention by {attention}, which takes no mask for every pair of tokens"
     ids = [(7 * i + 11) % config.vocab_size for i in range(18)]
     rows = [ids[:6] + ids[6 + 4 * i : 6 + 4 * (i + 1) - (i == 1)] for i in range(3)]

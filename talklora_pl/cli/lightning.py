@@ -49,6 +49,7 @@ ALWAYS: dict[str, type[L.Callback]] = {
     "checkpoint": callbacks.Checkpoint,
     "export": callbacks.AdapterExport,
     "load_balance": callbacks.LoadBalance,
+    "samples": callbacks.SampleOutputs,
     "resume": callbacks.ExactResume,
     "guard": callbacks.FiniteGuard,
     "preemption": callbacks.Preemption,
@@ -83,6 +84,7 @@ class CLI(LightningCLI):
         self.verb = verb
         self.objects = dict(objects or {})
         options = [*split(argv), *more]
+        self.method = _method(options)
         registry.import_plugins(plugins(options))
         self.check = Check(
             {"trainer": L.Trainer, "model": FineTuner, "data": TextData, **ALWAYS},
@@ -110,7 +112,7 @@ class CLI(LightningCLI):
             seed_everything_default=42,
             # an evaluation writes into the folder of the run whose checkpoint it reads: the config there is the fit's
             save_config_callback=RunRecord if verb == "fit" else None,
-            save_config_kwargs={"overwrite": True, "about": {"method": _method(options)}},
+            save_config_kwargs={"overwrite": True, "about": {"method": self.method}},
             trainer_class=Trainer,
             auto_configure_optimizers=False,
             load_from_checkpoint_support=False,
@@ -215,6 +217,7 @@ class CLI(LightningCLI):
         return trainer
 
     def after_instantiate_classes(self) -> None:
+        self.model.method = self.method
         refuse_callbacks(self.trainer, self.model)
         try:
             self.model.check()

@@ -147,10 +147,10 @@ class FFNSite(Site):
     ) -> Mixture:
         return AdaptedFFN(spec, config, bank, gated_ffn(module))
 
-    def low_rank(self, name: str, layer: nn.Module, num_experts: int) -> dict[str, LowRank]:
+    def low_rank(self, name: str, layer: nn.Module, w_E: Tensor) -> dict[str, LowRank]:
         assert isinstance(layer, AdaptedFFN)
         experts, parts = layer.experts, layer.parts
-        gate, up, down = (fixed_change(e, 1, layer.scale) for e in (experts.gate, experts.up, experts.down))
+        gate, up, down = (fixed_change(e, w_E, layer.scale) for e in (experts.gate, experts.up, experts.down))
         out = {f"{name}.{parts.down}": down}
         if parts.up is not None:
             return out | {f"{name}.{parts.gate}": gate, f"{name}.{parts.up}": up}

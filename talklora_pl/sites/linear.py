@@ -65,6 +65,10 @@ class AdaptedLinear(Mixture):
         y_TO = add_up(y_TO, z_TQ, B_QO, scale, self.dropout_output, self.training)
         return y_TO.view(*x.shape[:-1], -1)
 
+    @property
+    def decided_by(self) -> str:
+        return self._block[0].name if self._block else self.name
+
     def _is_uniform(self) -> bool:
         """Whether no token needs weights of its own."""
         if self._block or self.experts_see_talk or not folding.offers(self.experts, "fold"):
@@ -169,21 +173,21 @@ class LinearSite(Site):
             return AdaptedExperts(spec, config, bank, module)
         return AdaptedLinear(spec, config, bank, block)
 
-    def low_rank(self, name: str, layer: nn.Module, num_experts: int) -> dict[str, LowRank]:
+    def low_rank(self, name: str, layer: nn.Module, w_E: Tensor) -> dict[str, LowRank]:
         if isinstance(layer, AdaptedExperts):
             return layer.low_rank(name)
         assert isinstance(layer, AdaptedLinear)
-        return {name: fixed_change(layer.experts, num_experts, layer.scale)}
+        return {name: fixed_change(layer.experts, w_E, layer.scale)}
 
 
 LINEAR = LinearSite()
 
 
 @torch.no_grad()
-def fixed_change(experts: LinearExperts, num_experts: int, scale: float) -> LowRank:
+def fixed_change(experts: LinearExperts, w_E: Tensor, scale: float) -> LowRank:
     """Rank space is linear once the weights are fixed: its matrix is what it makes of the unit vectors."""
     A_PD = experts.down()
     unit_PP = torch.eye(A_PD.shape[0], device=A_PD.device, dtype=A_PD.dtype)
-    w_PE = A_PD.new_full((A_PD.shape[0], num_experts), 1 / num_experts)
+    w_PE = w_E.to(A_PD).expand(A_PD.shape[0], -1)
     z_PQ = experts.mix(experts.split(unit_PP), w_PE)
     return LowRank(A_PD, scale * z_PQ @ experts.up())

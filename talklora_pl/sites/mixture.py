@@ -60,6 +60,11 @@ class Mixture(nn.Module):
         """Whether the communication and the router were made."""
         return hasattr(self, "router")
 
+    @property
+    def decided_by(self) -> str:
+        """Under which name the routing of this layer is recorded."""
+        return self.name
+
     def node_features(self, x_TD: Tensor) -> Tensor:
         """Features of the experts for an input alone, m_TEF: for measurements, which need the decision by itself."""
         raise NotImplementedError
