@@ -28,6 +28,7 @@ from talklora_pl.base.description import Description
 from talklora_pl.base.loading import new_modules, settle
 from talklora_pl.callbacks.allocation import ExpertAllocation, refuse_other_allocation
 from talklora_pl.callbacks.others import OtherCallbacks, refuse_callbacks, refuse_quantised, whole_precision
+from talklora_pl.callbacks.out_of_memory import OutOfMemory
 from talklora_pl.callbacks.run_metrics import RunMetrics
 from talklora_pl.distributed.checkpoint import refuse_differences
 from talklora_pl.distributed.shards import compare_with_files
@@ -45,6 +46,7 @@ from talklora_pl.evaluation import (
 )
 from talklora_pl.inputs import packed_rows
 from talklora_pl.internals.lightning import step_ends, trainer_of
+from talklora_pl.memory import report
 from talklora_pl.memory.checkpointing import Checkpointing, checkpoint_layers, mode_of
 from talklora_pl.objectives import Objective, choose
 from talklora_pl.optim import ParamGroup, WarmupSchedule, grouped, try_optimizer, watched
@@ -110,7 +112,7 @@ class FineTuner(AdapterModule):
         refuse_quantised(self.trainer, self)
         whole_precision(self.trainer, self)
         listed = any(isinstance(c, ExpertAllocation) for c in self.trainer.callbacks)  # type: ignore[attr-defined]
-        return [*([] if listed else [ExpertAllocation()]), OtherCallbacks(), RunMetrics()]
+        return [*([] if listed else [ExpertAllocation()]), OtherCallbacks(), RunMetrics(), OutOfMemory()]
 
     # --- building
 
@@ -125,8 +127,11 @@ class FineTuner(AdapterModule):
         if self.model is not None:
             return
         self.adapter_config.validate()
+        trainer = trainer_of(self)
+        if trainer is not None and trainer.state.fn == "fit" and trainer.is_global_zero:
+            report.say(self, self._datamodule, self.device)
         # a strategy that shards the base also reads it, each process its own part
-        meta = getattr(getattr(trainer_of(self), "strategy", None), "loads_base", False)
+        meta = getattr(getattr(trainer, "strategy", None), "loads_base", False)
         self.model = load_base(self.base, self.device, meta)
         if meta and self.base.head.classifies:
             settle(self.model, self.base.path, compare_with_files(self.model, self.base.revision), new_head=True)
@@ -139,6 +144,18 @@ class FineTuner(AdapterModule):
         if self.compile_model:
             self.model.compile()
         self.model.train()
+
+    def meta_model(self, device: torch.device | None = None) -> Any:
+        """The model on the meta device, with its adapter and without weights; `device`: where it would run."""
+        config = self.adapter_config
+        model = load_base(self.base, device, meta=True)
+        # a rule that reads weights has none to read here
+        self._inject(model, config if self.start or self.allocation else config.before_allocation())
+        return model
+
+    def base_bytes(self, device: torch.device | None = None) -> int:
+        """Size of the base's weights."""
+        return sum(p.numel() * p.element_size() for p in load_base(self.base, device, meta=True).parameters())
 
     def check(self) -> None:
         """Build everything on the meta device, without weights, to find mistakes before any long work.

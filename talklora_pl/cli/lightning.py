@@ -31,6 +31,7 @@ from talklora_pl.data.objects import RowsInPython
 from talklora_pl.distributed.launch import allocation_of, classes_of, place_of, resume_from, trainer_arguments
 from talklora_pl.errors import UserError
 from talklora_pl.internals.lightning import raised_by_lightning
+from talklora_pl.memory.report import is_out_of_memory, print_estimate
 from talklora_pl.module import FineTuner
 from talklora_pl.paths import expand
 from talklora_pl.runs import RUNS
@@ -277,6 +278,10 @@ def run(verb: str, argv: list[str], cli: Callable[[str, list[str]], CLI] = CLI) 
         if raised_by_lightning(e):
             raise UserError(f"trainer: {' '.join(str(e).split())}") from e
         raise
+    except RuntimeError as e:
+        if is_out_of_memory(e):
+            raise UserError("\n".join([f"Out of memory: {_first_line(e)}", *getattr(e, "__notes__", [])])) from e
+        raise
 
 
 class _Unrun(CLI):
@@ -299,8 +304,12 @@ def built(argv: list[str]) -> CLI:
 
 
 def main(verb: str, argv: list[str]) -> None:
-    """The verb."""
-    run(verb, argv)
+    """The verb. ``fit --estimate`` prints the memory that the fit would take, and stops."""
+    if verb != "fit" or "--estimate" not in argv:
+        run(verb, argv)
+        return
+    cli = built([arg for arg in argv if arg != "--estimate"])
+    print_estimate(cli.model, cli.datamodule, cli.trainer.accumulate_grad_batches > 1)
 
 
 def _method(options: list[Option]) -> str | None:
