@@ -30,6 +30,9 @@ def write_whole(path: Path, write: Callable[[Path], object]) -> None:
         _flush(part)
         part.replace(path)
         _flush(path.parent)
+    except OSError as e:
+        e.filename = e.filename or str(path)  # a failed write does not say where
+        raise
     finally:
         part.unlink(missing_ok=True)
 
