@@ -24,6 +24,7 @@ from typing import Any
 
 from safetensors import SafetensorError, safe_open
 
+from talklora_pl import strict
 from talklora_pl.cache import sha256
 from talklora_pl.durable import write_whole
 from talklora_pl.errors import UserError
@@ -56,7 +57,7 @@ def read_json(path: Path) -> dict[str, Any]:
         raise UserError(f"{path} is larger than {MAX_JSON >> 20} MiB; no adapter needs that.")
     try:
         text = path.read_text(encoding="utf-8")
-        data = json.loads(text, parse_constant=_no_constant, parse_float=_finite)
+        data = strict.read_json(text, parse_constant=_no_constant, parse_float=_finite)
     except (ValueError, RecursionError) as e:
         raise UserError(f"{path} is not readable as JSON: {short(e)}") from None
     if not isinstance(data, dict):

@@ -45,6 +45,7 @@ class BaseInfo:
         class_name: of the model (``class`` in files, which Python does not allow here).
         task: a name of ``model.base.task``; None if the adapter was not trained by a run.
         num_labels: number of classes of a classifier, where the run chose one.
+        quantization: how the frozen weights were stored in training, see :mod:`~talklora_pl.base.quantization`.
         fingerprint: of the frozen weights, see :mod:`~talklora_pl.adapter.fingerprint`.
     """
 
@@ -54,6 +55,7 @@ class BaseInfo:
     class_name: str = ""
     task: str | None = None
     num_labels: int | None = None
+    quantization: str | None = None
     fingerprint: str | None = None
 
     def to_dict(self) -> dict[str, Any]:

@@ -14,6 +14,7 @@ from talklora_pl.base.weights import WeightSource
 from talklora_pl.errors import UserError
 from talklora_pl.paths import expand
 from talklora_pl.registry import did_you_mean, register
+from talklora_pl.strict import read_yaml
 
 PUBLISHED: dict[str, tuple[int, ...]] = {
     # AlphaLoRA's released run script, T = 160 over 32 layers, beta = 2.5
@@ -129,7 +130,7 @@ class File(Allocation):
         if not self.path or not path.is_file():
             raise UserError(f"allocation file: there is no file {self.path!r}. Write one with the allocate command.")
         try:
-            content = yaml.safe_load(path.read_text())
+            content = read_yaml(path.read_text())
         except (yaml.YAMLError, ValueError, RecursionError) as e:
             raise UserError(f"{path}: not valid YAML or JSON: {' '.join(str(e).split())}") from None
         for key in ("model", "adapter", "allocation", "init_args", "experts"):

@@ -21,6 +21,7 @@ VERBS = {
     "test": ("lightning", "evaluate on the test data, beside the base model"),
     "predict": ("lightning", "write predictions as JSON lines"),
     "allocate": ("allocate", "how many experts each layer gets, from the spectra of its weights"),
+    "compare": ("compare", "methods on the same data with the same seeds, and what their differences are worth"),
     "components": ("components", "list all parts with their options"),
     "data": ("data", "data preview: print rows as the model reads them, with what is learned marked"),
     "export": ("export", "write the adapter folder of a checkpoint"),
@@ -42,9 +43,11 @@ def main(argv: list[str] | None = None, early: Sequence[int] = ()) -> int:
     """
     verb, *rest = (sys.argv[1:] if argv is None else argv) or ["--help"]
     try:
-        if verb in ("-h", "--help"):
+        if verb in ("-V", "--version"):
+            print(versions())
+        elif verb in ("-h", "--help"):
             lines = "\n".join(f"  {name:<11}{text}" for name, (_, text) in VERBS.items())
-            print(f"usage: {USAGE} [options]\n\n{lines}\n\nOptions of a verb: {USAGE} --help")
+            print(f"usage: {USAGE} [options]\n\n{lines}\n\nOptions of a verb: {USAGE} --help. Versions: --version")
         elif verb in VERBS:
             # a signal may come at any time from here on
             stopping.requeues = "--preemption.requeue=false" not in "=".join(rest).lower()
@@ -68,3 +71,20 @@ def main(argv: list[str] | None = None, early: Sequence[int] = ()) -> int:
 def _refuse(message: str) -> int:
     print(f"error: {message}", file=sys.stderr)
     return 2
+
+
+def versions() -> str:
+    """Of this package, and of what decides how it runs."""
+    from importlib.metadata import PackageNotFoundError, version
+    from platform import python_version
+
+    from talklora_pl import __version__
+
+    def of(package: str) -> str:
+        try:
+            return f"{package} {version(package)}"
+        except PackageNotFoundError:
+            return f"{package} is not installed"
+
+    others = ", ".join(map(of, ("torch", "lightning", "transformers", "datasets")))
+    return f"talklora_pl {__version__} (Python {python_version()}, {others})"

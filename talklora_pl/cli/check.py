@@ -15,6 +15,7 @@ from dataclasses import MISSING, dataclass, field, fields, is_dataclass, replace
 from difflib import get_close_matches
 from functools import reduce
 from importlib import import_module
+from importlib.util import find_spec
 from inspect import Parameter
 from operator import or_
 from pathlib import Path
@@ -43,6 +44,9 @@ KINDS: dict[type, str] = {
     Logger: "logger",
 }
 """Families of classes that are chosen by name; those of the package register themselves."""
+
+REFUSALS = (ImportError, ValueError, MisconfigurationException)
+"""What classes raise about the values of their options."""
 
 _load: Callable[[str], Any] = get_loader("yaml")
 
@@ -156,7 +160,10 @@ class Check:
                 replace(chosen.default, **chosen.options)
         except TypeError:  # arguments that come later, such as an optimiser's parameters
             pass
-        except (ImportError, ValueError, MisconfigurationException) as e:  # a logger whose package is not installed
+        except Exception as e:
+            # a logger's package is not installed, or its service refuses with an error of its own
+            if not isinstance(e, REFUSALS) and not issubclass(chosen.cls, Logger):
+                raise
             named = [place for option, place in chosen.places.items() if re.search(rf"\b{option}\b", str(e))]
             file, place = (named or [(file, key) for file, _ in chosen.places.values()] or [("", key)])[0]
             self._report(place, str(e), file)
@@ -455,6 +462,9 @@ def find_class(name: Any, families: tuple[type, ...]) -> tuple[str, type]:
         try:
             cls = getattr(import_module(module), last)
         except (ImportError, AttributeError, ValueError):
+            package = module.partition(".")[0]
+            if package.isidentifier() and find_spec(package) is None:
+                raise Wrong(f"There is no class {name!r}: the package {package!r} is not installed here.") from None
             raise Wrong(f"There is no class {name!r}.{did_you_mean(last, _children(families))}") from None
         if not (isinstance(cls, type) and issubclass(cls, families)):
             raise Wrong(f"{name} is not a {kind}.")
@@ -467,6 +477,9 @@ def find_class(name: Any, families: tuple[type, ...]) -> tuple[str, type]:
         cls = next((c for c in same if all(issubclass(c, other) for other in same)), None)
         cls = cls or (of_family[0] if len(of_family) == 1 else None)
         paths = [f"{c.__module__}.{c.__qualname__}" for c in same]
+        if cls is None:  # torch's AdamW, though something has imported bitsandbytes, which has another
+            ours = [c for c in same if c.__module__.split(".")[0] in ("torch", "lightning")]
+            cls = ours[0] if len(ours) == 1 else None
         if cls is None:
             raise Wrong(f"{name!r} is the name of several: {', '.join(sorted(paths))}. Write one of these.")
         return paths[same.index(cls)], cls

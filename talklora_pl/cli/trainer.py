@@ -21,6 +21,7 @@ from lightning.pytorch.utilities import rank_zero_info
 from talklora_pl import stopping
 from talklora_pl.errors import UserError
 from talklora_pl.internals.lightning import keep_logs_in
+from talklora_pl.monitoring.tensorboard import first_page
 from talklora_pl.runs import Run, all_runs, new_run
 
 
@@ -115,9 +116,26 @@ class RunLogger(TensorBoardLogger):
     def experiment(self) -> Any:
         return super().experiment if self.open else Nowhere()
 
+    def log_metrics(self, metrics: Mapping[str, float], step: int | None = None) -> None:  # type: ignore[override]
+        super().log_metrics({**metrics, **first_page(metrics)}, step)
+
     def save(self) -> None:
         if self.open:
             super().save()
+
+
+def begin(logger: Any) -> None:
+    """Let a logger of a service begin, before there is work to lose.
+
+    Raises:
+        UserError: it cannot: nobody is logged in, its server or its store is not there.
+    """
+    if isinstance(logger, TensorBoardLogger):
+        return
+    try:
+        logger.experiment  # noqa: B018
+    except Exception as e:  # each has errors of its own
+        raise UserError(f"trainer.logger: {type(logger).__name__} cannot begin: {' '.join(str(e).split())}") from e
 
 
 class Trainer(L.Trainer):
@@ -147,6 +165,8 @@ class Trainer(L.Trainer):
         if self.is_global_zero:
             try:
                 self._locks = place.enter()
+                for logger in self.loggers:
+                    begin(logger)
                 answer = place.run, place.ckpt_path
             except UserError as e:  # the others wait for an answer
                 answer = e
@@ -246,6 +266,9 @@ class RunRecord(SaveConfigCallback):
         stopped = isinstance(exception, SystemExit | KeyboardInterrupt)
         with suppress(OSError):  # the disk may be what stopped it
             self._write(trainer, state="stopped" if stopped else "failed", step=trainer.global_step)
+        if not self._began:  # refused before anything was written
+            for act in stopping.at_once:
+                act()
         self.teardown(trainer, pl_module, "fit")
 
     def teardown(self, trainer: Trainer, pl_module: L.LightningModule, stage: str) -> None:  # type: ignore[override]

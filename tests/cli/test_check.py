@@ -17,7 +17,7 @@ from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 from torch import Tensor
 
 from talklora_pl.cli import VERBS, main
-from talklora_pl.cli.check import Check
+from talklora_pl.cli.check import Check, find_class
 from talklora_pl.cli.options import right, split
 from talklora_pl.communication import Communication
 from talklora_pl.errors import UserError
@@ -126,6 +126,14 @@ def test_only_children_of_what_an_option_takes_are_called(
         assert main(["fit", "--model.base.path=x", *argv]) == 2
         assert f"{option}: os.system is not a " in capsys.readouterr().err
     assert called == []
+
+
+def test_a_bare_name_is_torchs_whatever_else_was_imported() -> None:
+    from torch.optim import SGD, Optimizer
+
+    other = type("SGD", (Optimizer,), {"__module__": "elsewhere"})  # as bitsandbytes has them
+    assert find_class("SGD", (Optimizer,)) == ("torch.optim.sgd.SGD", SGD)
+    assert other in Optimizer.__subclasses__()
 
 
 def test_options_passed_on_to_a_base_are_known() -> None:
