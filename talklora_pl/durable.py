@@ -31,7 +31,8 @@ def write_whole(path: Path, write: Callable[[Path], object]) -> None:
         part.replace(path)
         _flush(path.parent)
     except OSError as e:
-        e.filename = e.filename or str(path)  # a failed write does not say where
+        if e.errno and not e.filename:  # a failed write does not say where
+            e.filename = str(path)
         raise
     finally:
         part.unlink(missing_ok=True)
