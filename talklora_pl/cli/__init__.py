@@ -70,7 +70,8 @@ def main(argv: list[str] | None = None, early: Sequence[int] = ()) -> int:
         cause = no_room(e) if isinstance(e, OSError) or "os error" in str(e) else None
         if cause is None:
             raise
-        return _refuse(f"{cause.filename or 'a file'}: {cause.strerror}. What was whole before is as it was.")
+        where = f"{cause.filename}: " if cause.filename else "A file could not be written: "
+        return _refuse(f"{where}{cause.strerror}. What was whole before is as it was.")
     return 0
 
 

@@ -201,6 +201,7 @@ class CLI(LightningCLI):
         if config.get("logger") in (None, True):
             kwargs["logger"] = RunLogger(str(self.place.root))
         given = {key.removeprefix("trainer."): v for key, v in self.objects.items() if key.startswith("trainer.")}
+        self.place.moves_logs = "logger" not in given
         own = config.get("callbacks") or []
         own = [*(own if isinstance(own, list) else [own]), *given.pop("callbacks", [])]
         kwargs |= {"callbacks": own, **given}
@@ -270,6 +271,7 @@ def run(verb: str, argv: list[str], cli: Callable[[str, list[str]], CLI] = CLI) 
     warnings.filterwarnings(
         "ignore", "When using `Trainer\\(accumulate_grad_batches"
     )  # the hooks are per step on purpose
+    warnings.filterwarnings("ignore", "The `srun` command is available")  # docs/distributed.md says when to use it
     warnings.formatwarning = _one_line
     logging.getLogger("lightning.pytorch.utilities.rank_zero").addFilter(lambda r: "litlogger" not in r.getMessage())
     try:
