@@ -442,6 +442,8 @@ def find_class(name: Any, families: tuple[type, ...]) -> tuple[str, type]:
     if len(same := children.get(name, [])) > 1:
         # of two libraries that use one name, that which extends the other
         cls = next((c for c in same if all(issubclass(c, other) for other in same)), None)
+        # bitsandbytes has an AdamW as well: a bare name is torch's, as it is where that package is not imported
+        cls = cls or next((c for c in same if c.__module__.partition(".")[0] == "torch"), None)
         paths = [f"{c.__module__}.{c.__qualname__}" for c in same]
         if cls is None:
             raise Wrong(f"{name!r} is the name of several: {', '.join(sorted(paths))}. Write one of these.")

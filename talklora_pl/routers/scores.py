@@ -89,3 +89,8 @@ class ScoredRouter(RouterModule):
     def __init__(self, layer: LayerSpec, features: int, options: Scored) -> None:
         super().__init__()
         self.scores = Scores(layer, features, options)
+
+    def start_even(self) -> str | None:
+        """Equal scores; gradients reach the weight, and what comes before it from the second step on."""
+        nn.init.zeros_(self.scores.weight)
+        return None

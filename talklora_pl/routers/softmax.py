@@ -45,6 +45,9 @@ class UniformRouter(RouterModule):
         )
         return Routing(w_TE, w_TE, torch.zeros_like(w_TE))
 
+    def start_even(self) -> str | None:
+        return None
+
 
 @register("uniform")
 @dataclass
