@@ -35,7 +35,7 @@ REFUSED: dict[type[L.Callback], str] = {
     ModelPruning: "it renames the tensors that it prunes, so the adapter could be neither saved nor resumed",
     OnExceptionCheckpoint: "it resumes by itself from amid a step; last.ckpt is kept anyway, see --ckpt_path last",
 }
-IN_TRAINING = ("train_", "load/", "balance/", "alerts/")
+IN_TRAINING = ("train_", "train/", "cost/", "load/", "balance/", "alerts/")
 """Beginnings of the names of metrics that may come later than the first validation."""
 DTYPES = {"16-true": "float16", "bf16-true": "bfloat16", "64-true": "float64"}
 

