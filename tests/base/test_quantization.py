@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import copy
 import importlib.util
 import json
+import pickle
 import subprocess
 import sys
 from dataclasses import replace
@@ -111,6 +113,8 @@ def test_trainer_of_transformers_takes_it(base: BaseModel, tmp_path: Path) -> No
     assert any(not torch.equal(before[k], v) for k, v in adapter.state_dict().items())
     assert type(model.hf_quantizer).__name__ == "Bnb4BitHfQuantizer"
     assert not getattr(model, "_hf_peft_config_loaded", False)
+    for again in (copy.deepcopy(model.hf_quantizer), pickle.loads(pickle.dumps(model.hf_quantizer))):
+        assert again.is_qat_trainable and again.quantization_config.load_in_4bit
 
 
 def rows_of(path: Path) -> str:
