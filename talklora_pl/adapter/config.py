@@ -90,8 +90,6 @@ class AdapterConfig:
     def __post_init__(self) -> None:
         if self.compat == "published":
             self.dropout_input = self.dropout_routing = self.dropout_output = 0.05
-        if self.rank is None and self.expert_rank is None:
-            self.rank = 32
 
     def problems(self) -> list[str]:
         """What is wrong with the options, one sentence each; empty if nothing."""
@@ -103,9 +101,9 @@ class AdapterConfig:
                 f"rank {self.rank} (of all experts together) and expert_rank {self.expert_rank} (of one) exclude each "
                 "other: set one to null (of method files use a single one, they do not add up)"
             )
-        elif self.rank is not None and self.num_experts >= 1 and (self.rank < 1 or self.rank % self.num_experts):
+        elif self.expert_rank is None and self.num_experts >= 1 and (self._rank < 1 or self._rank % self.num_experts):
             out.append(
-                f"rank {self.rank} is not divisible by num_experts {self.num_experts}; use a multiple, or expert_rank"
+                f"rank {self._rank} is not divisible by num_experts {self.num_experts}; use a multiple, or expert_rank"
             )
         elif self.expert_rank is not None and self.expert_rank < 1:
             out.append(f"expert_rank must be at least 1, got {self.expert_rank}")
@@ -156,7 +154,11 @@ class AdapterConfig:
 
     def rank_per_expert(self) -> int:
         """R."""
-        return self.expert_rank if self.expert_rank is not None else (self.rank or 0) // self.num_experts
+        return self.expert_rank if self.expert_rank is not None else self._rank // self.num_experts
+
+    @property
+    def _rank(self) -> int:
+        return 32 if self.rank is None else self.rank
 
     def scale(self) -> float:
         """s = alpha / reference rank. Does not depend on the allocated number of experts."""
