@@ -21,6 +21,7 @@ from torch.optim.lr_scheduler import ReduceLROnPlateau
 from talklora_pl.adapter import AdapterConfig, disable_adapter, inject
 from talklora_pl.adapter.io import adapter_metadata, base_fingerprint, state_tensors
 from talklora_pl.adapter.metadata import AdapterMetadata
+from talklora_pl.adapter.upcycle import Upcycled, say_what_is_taken
 from talklora_pl.adapter_module import AdapterModule
 from talklora_pl.balance import balance_losses
 from talklora_pl.base import BaseModel, describe_base, load_base, load_generation, load_tokenizer, portable
@@ -90,6 +91,14 @@ class FineTuner(AdapterModule):
         super().__init__()
         self.base, self.objective = choose(base, objective)
         self.start = None if adapter_path is None else SavedAdapter.read(adapter_path)
+        upcycled = Upcycled.read(adapter) if adapter.init_from else None
+        if upcycled is not None:
+            if adapter_path is not None:
+                raise UserError(
+                    "model.adapter_path and model.adapter.init_from both say what the adapter begins as; give one."
+                )
+            adapter = upcycled.config(adapter)
+            say_what_is_taken(upcycled, adapter, base.path)
         self.adapter_config = self.start.config() if self.start and adapter == AdapterConfig() else adapter
         self.optimizer = optimizer
         self.lr_scheduler = lr_scheduler

@@ -56,6 +56,11 @@ class AdapterConfig:
         plain: ordinary LoRA on further layers.
         modules_to_save: modules of the base that are trained and saved along, by leaf or full name (a new head).
         dtype: of the trained tensors.
+        init_from: LoRA folders of PEFT, on this base, that the experts begin as: one for each expert, or one for all.
+            Modules, ranks and scale follow from them, and the mixture begins as their mean. It is not kept with the
+            adapter.
+        init_weights: of the folders in that mean; None: equal.
+        init_noise: of the copies of a single folder, relative to the size of its A; None: 0.1.
     """
 
     targets: list[str] | str = field(default_factory=lambda: ["q_proj", "k_proj", "v_proj", "up_proj", "down_proj"])
@@ -78,6 +83,9 @@ class AdapterConfig:
     plain: PlainLoRA | None = None
     modules_to_save: list[str] = field(default_factory=list)
     dtype: Literal["float32", "float64", "bfloat16"] = "float32"
+    init_from: list[str] = field(default_factory=list)
+    init_weights: list[float] | None = None
+    init_noise: float | None = None
 
     def __post_init__(self) -> None:
         if self.compat == "published":
@@ -118,6 +126,14 @@ class AdapterConfig:
             out.append(
                 "experts_see_talk needs router.per: linear; experts of one Linear cannot use the features of another's"
             )
+        if self.init_weights is not None and len(self.init_weights) != len(self.init_from):
+            out.append(
+                f"init_weights has {len(self.init_weights)} numbers for {len(self.init_from)} folders of init_from"
+            )
+        if self.init_noise is not None and len(self.init_from) != 1:
+            out.append("init_noise is for the copies of a single folder of init_from; several are told apart already")
+        if self.init_noise is not None and self.init_noise <= 0:
+            out.append(f"init_noise must be above 0, got {self.init_noise}: equal experts would stay equal")
         if self.plain is not None and self.plain.rank < 1:
             out.append(f"plain.rank must be at least 1, got {self.plain.rank}")
         return out
@@ -175,6 +191,8 @@ class AdapterConfig:
         """Plain data for JSON: registry names and options only."""
         out: dict[str, Any] = {}
         for f in fields(self):
+            if f.name in START:
+                continue
             value = getattr(self, f.name)
             if isinstance(value, registry.Component):
                 value = registry.to_dict(value)
@@ -193,7 +211,7 @@ class AdapterConfig:
             UserError: an unknown key, component or option.
         """
         data = aliases.renamed(data)
-        known = {f.name for f in fields(cls)}
+        known = {f.name for f in fields(cls)} - START
         for key in data:
             if key not in known:
                 raise UserError(f"adapter has no option {key!r}.{registry.did_you_mean(key, known)}")
@@ -215,6 +233,9 @@ class AdapterConfig:
         config.validate()
         return config
 
+
+START = {"init_from", "init_weights", "init_noise"}
+"""Options of where an adapter begins, which say nothing of what it is: no file has them."""
 
 FAMILIES: dict[str, type[registry.Component]] = {
     "experts": Experts,
