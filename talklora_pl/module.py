@@ -7,7 +7,7 @@ import json
 import sys
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import lightning as L
 import rich
@@ -28,6 +28,7 @@ from talklora_pl.base.description import Description
 from talklora_pl.base.loading import new_modules, settle
 from talklora_pl.callbacks.allocation import ExpertAllocation, refuse_other_allocation
 from talklora_pl.callbacks.others import OtherCallbacks, refuse_callbacks, whole_precision
+from talklora_pl.compiled import CompiledLayers
 from talklora_pl.distributed.checkpoint import refuse_differences
 from talklora_pl.distributed.shards import compare_with_files
 from talklora_pl.errors import UserError
@@ -52,7 +53,8 @@ class FineTuner(AdapterModule):
         lr_scheduler: stepped every optimiser step.
         param_groups: other learning rates or weight decays for some tensors; the first that matches counts.
         gradient_checkpointing: recompute decoder layers in the backward pass (never reentrant).
-        compile: compile the model with ``torch.compile``.
+        compile: ``layers``: compile each decoder layer with ``torch.compile``, for training; ``model``: the whole
+            model, in one piece as far as it goes. True is ``model``, False ``off``.
         evaluation: how answers are scored.
         adapter_path: an adapter to begin from, with a new optimiser and counters: an adapter folder, a checkpoint, a
             repository on the hub, or a LoRA folder of PEFT. Options of `adapter` that are given must be those it has
@@ -67,7 +69,7 @@ class FineTuner(AdapterModule):
         lr_scheduler: LRSchedulerCallable | None = None,
         param_groups: list[ParamGroup] | None = None,
         gradient_checkpointing: bool = False,
-        compile: bool = False,
+        compile: Literal["off", "layers", "model"] | bool = "off",
         evaluation: Evaluation = Evaluation(),  # noqa: B008 (frozen)
         objective: Objective | None = None,
         adapter_path: str | None = None,
@@ -80,7 +82,9 @@ class FineTuner(AdapterModule):
         self.lr_scheduler = lr_scheduler
         self.param_groups = param_groups or []
         self.gradient_checkpointing = gradient_checkpointing
-        self.compile_model = compile
+        self.compile_mode = {False: "off", True: "model"}.get(compile, compile)  # type: ignore[call-overload]
+        self._compiled: CompiledLayers | None = None
+        self._compared = False  # compiled gradients with eager ones
         self.evaluation = evaluation
         self._told_of_idle = False
         self.allocation = self.start.metadata.experts_per_layer if self.start else None
@@ -123,8 +127,10 @@ class FineTuner(AdapterModule):
             self.start.check_base(self.model)
         if self.gradient_checkpointing:
             self.model.activation_checkpointing_enable()
-        if self.compile_model:
+        if self.compile_mode == "model":
             self.model.compile()
+        elif self.compile_mode == "layers":
+            self._compiled = CompiledLayers(self.model)
         self.model.train()
 
     def check(self) -> None:
@@ -257,6 +263,23 @@ class FineTuner(AdapterModule):
             self._step_loss = 0.0
         self._log_pads(batch)
         return task + self.balance_loss() * (accumulate / batch.get("micro_steps", accumulate))
+
+    def _collector(self, batch: dict[str, Any]) -> RoutingCollector:
+        return RoutingCollector(self.model, batch["attention_mask"], batch.get("task_types"), packed_rows(batch))
+
+    def _compare_compiled(self, layers: CompiledLayers, batch: dict[str, Any]) -> None:
+        """On the first batch: what compiled layers learn is what they would learn as they are, or they are left so."""
+        self._compared = True
+
+        def loss() -> Tensor:
+            with self._collector(batch) as collector:
+                task, count = self.objective.loss(self.model, batch)
+            routing = [r.routing.probs_TE.square().mean() for r in collector.records]
+            return task / max(count, 1) + sum(routing)
+
+        layers.on = not (reason := layers.why_not_trusted(list(self.trained().values()), loss))
+        if reason:
+            rank_zero_warn(f"model.compile: layers: the layers are not compiled: {reason}.")
 
     def _log_pads(self, batch: dict[str, Any]) -> None:
         """The share of pads in the tokens of a step, on this rank; counted where the batch was made."""

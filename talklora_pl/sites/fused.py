@@ -76,6 +76,8 @@ def frozen_and_down(
     autocast = torch.is_autocast_enabled(x_TD.device.type)
     W_OD = None if autocast else _plain_weight(layer)
     source_TD = x_TD if drop_TD is None else drop_TD
+    if torch.compiler.is_compiling():  # which fuses by itself, and not what is written by hand
+        return frozen(x_TD), F.linear(source_TD, A_PD.to(source_TD.dtype))
     if W_OD is None or W_OD.dtype != x_TD.dtype:
         y_TO = frozen(x_TD)
         # such a layer may return a view or keep its output for its own backward: only a copy is ours to write to
@@ -89,4 +91,6 @@ def add_up(y_TO: Tensor, z_TQ: Tensor, B_QO: Tensor, dropout: float, training: b
     z_TQ, B_QO = z_TQ.to(y_TO.dtype), B_QO.to(y_TO.dtype)
     if dropout > 0 and training:
         return y_TO + F.dropout(z_TQ @ B_QO, dropout)
+    if torch.compiler.is_compiling():
+        return torch.addmm(y_TO, z_TQ, B_QO)
     return y_TO.addmm_(z_TQ, B_QO)

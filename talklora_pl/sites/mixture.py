@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from talklora_pl.errors import UserError
-from talklora_pl.routing import Collectors, Routing
+from talklora_pl.routing import Collectors, Handed, Routing
 from talklora_pl.sites.experts import LinearExperts
 from talklora_pl.spec import LayerOptions, LayerSpec, unregistered
 
@@ -26,6 +26,7 @@ class Mixture(nn.Module):
 
     Attributes:
         collectors: those of the adapter that the layer belongs to, innermost last.
+        handed: what compiled code leaves there for them.
     """
 
     communication: CommunicationModule
@@ -38,6 +39,7 @@ class Mixture(nn.Module):
         self.dropout_routing = config.dropout_routing
         self.experts_see_talk = config.experts_see_talk
         self.collectors = Collectors()
+        self.handed = Handed()
 
     def build_decision(self, layer: LayerSpec, config: LayerOptions, features: int) -> None:
         """Make the parts. Experts come before: methods that differ only in later parts then start from the same A."""
@@ -62,7 +64,9 @@ class Mixture(nn.Module):
         """The routing of every token, and the features of the experts after communication."""
         m_TEG = self.communication(m_TEF, x_TD)
         routing: Routing = self.router(x_TD, m_TEG)
-        if self.collectors:
+        if torch.compiler.is_compiling():
+            self.handed.routing = routing
+        elif self.collectors:
             self.collectors[-1].add(self.name, routing, leading_shape)
             if self.training:  # gradient checkpointing runs the layer again outside of the context
                 self.collectors.advice = ""
