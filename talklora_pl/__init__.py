@@ -28,6 +28,9 @@ if not (Path(__file__).parent / "callbacks").exists():
 
 # Imported on first use: `--help` and adapter loading need not pay for Lightning and datasets.
 _lazy = {
+    "fit": "talklora_pl.api",
+    "method": "talklora_pl.shipped",
+    "methods": "talklora_pl.shipped",
     "AdapterConfig": "talklora_pl.adapter",
     "PlainLoRA": "talklora_pl.adapter",
     "inject": "talklora_pl.adapter",
@@ -37,11 +40,14 @@ _lazy = {
     "load_adapter": "talklora_pl.adapter.io",
     "save_adapter": "talklora_pl.adapter.io",
     "set_adapter": "talklora_pl.adapter",
+    "adapter_rows": "talklora_pl.adapter",
     "remove_adapter": "talklora_pl.adapter",
     "merge_adapter": "talklora_pl.export.merge",
     "export_adapter": "talklora_pl.export",
     "push_adapter": "talklora_pl.adapter.hub",
+    "BaseModel": "talklora_pl.base",
     "FineTuner": "talklora_pl.module",
+    "Source": "talklora_pl.data.source",
     "TextData": "talklora_pl.data",
     "register": "talklora_pl.registry",
     "UserError": "talklora_pl.errors",
@@ -53,3 +59,7 @@ def __getattr__(name: str) -> Any:
     if name in _lazy:
         return getattr(importlib.import_module(_lazy[name]), name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted({*__all__, *(name for name in globals() if name.startswith("__"))})

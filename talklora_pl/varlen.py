@@ -45,7 +45,7 @@ def arguments(model: Any, borders: Tensor, longest: int) -> dict[str, Any]:
         borders: (R + 1,) int32, where the rows begin and the last one ends.
         longest: tokens of the longest row.
     """
-    attention = attention_of(model)
+    attention = attention_of(model.config)
     if attention != NAME and "flash" not in attention:
         return {}
     ends = {"cu_seq_lens_q": borders, "cu_seq_lens_k": borders}

@@ -45,7 +45,7 @@ class AdapterConfig:
         layers: decoder layers to adapt: ``0-15``, ``4-``, ``0,2,5-7`` or a list of numbers; all by default.
         num_experts: experts per layer, before allocation.
         expert_rank: R, rank of one expert.
-        rank: total rank of a layer, instead of expert_rank: R = rank / num_experts.
+        rank: total rank of a layer, instead of expert_rank: R = rank / num_experts. Without either it is 32.
         alpha: the experts' output is scaled by alpha / reference rank; the reference is the total rank for experts that
             split it and the expert's rank for others. By default equal to the reference (scale 1).
         dropout_input, dropout_routing, dropout_output: on the experts' input, the routing weights, the output.
@@ -88,19 +88,14 @@ class AdapterConfig:
         out = []
         if self.num_experts < 1:
             out.append(f"num_experts must be at least 1, got {self.num_experts}")
-        if self.rank is None and self.expert_rank is None:
-            out.append(
-                "neither rank (of all experts together) nor expert_rank (of one) is given; a method file has one: "
-                "--config method/talklora"
-            )
-        elif self.rank is not None and self.expert_rank is not None:
+        if self.rank is not None and self.expert_rank is not None:
             out.append(
                 f"rank {self.rank} (of all experts together) and expert_rank {self.expert_rank} (of one) exclude each "
                 "other: set one to null (of method files use a single one, they do not add up)"
             )
-        elif self.rank is not None and self.num_experts >= 1 and (self.rank < 1 or self.rank % self.num_experts):
+        elif self.expert_rank is None and self.num_experts >= 1 and (self._rank < 1 or self._rank % self.num_experts):
             out.append(
-                f"rank {self.rank} is not divisible by num_experts {self.num_experts}; use a multiple, or expert_rank"
+                f"rank {self._rank} is not divisible by num_experts {self.num_experts}; use a multiple, or expert_rank"
             )
         elif self.expert_rank is not None and self.expert_rank < 1:
             out.append(f"expert_rank must be at least 1, got {self.expert_rank}")
@@ -143,7 +138,11 @@ class AdapterConfig:
 
     def rank_per_expert(self) -> int:
         """R."""
-        return self.expert_rank if self.expert_rank is not None else (self.rank or 0) // self.num_experts
+        return self.expert_rank if self.expert_rank is not None else self._rank // self.num_experts
+
+    @property
+    def _rank(self) -> int:
+        return 32 if self.rank is None else self.rank
 
     def scale(self) -> float:
         """s = alpha / reference rank. Does not depend on the allocated number of experts."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 import logging
 import warnings
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -24,18 +24,22 @@ from talklora_pl import callbacks, registry
 from talklora_pl.callbacks.others import refuse_callbacks
 from talklora_pl.callbacks.progress import EpochProgress
 from talklora_pl.cli.check import Check
-from talklora_pl.cli.options import Option, plugins, right, shipped_configs, split, start_options
+from talklora_pl.cli.options import Option, plugins, right, split, start_options
 from talklora_pl.cli.trainer import RunLogger, RunPlace, RunRecord, Trainer
 from talklora_pl.data import TextData
+from talklora_pl.data.objects import RowsInPython
 from talklora_pl.distributed.launch import allocation_of, classes_of, place_of, resume_from, trainer_arguments
 from talklora_pl.errors import UserError
 from talklora_pl.internals.lightning import raised_by_lightning
 from talklora_pl.module import FineTuner
+from talklora_pl.paths import expand
 from talklora_pl.runs import RUNS
+from talklora_pl.shipped import shipped_configs
 
 # so that options with such values can be kept in a config.yaml
 register_type(torch.device)
 yaml.SafeDumper.add_multi_representer(StrEnum, lambda dumper, value: dumper.represent_str(value.value))
+yaml.SafeDumper.add_representer(RowsInPython, lambda dumper, rows: dumper.represent_str(str(rows)))
 
 EPOCHS = 3
 """How long a fit trains that is given no end."""
@@ -44,6 +48,7 @@ ALWAYS: dict[str, type[L.Callback]] = {
     "checkpoint": callbacks.Checkpoint,
     "export": callbacks.AdapterExport,
     "load_balance": callbacks.LoadBalance,
+    "samples": callbacks.SampleOutputs,
     "resume": callbacks.ExactResume,
     "guard": callbacks.FiniteGuard,
     "preemption": callbacks.Preemption,
@@ -64,14 +69,21 @@ class CLI(LightningCLI):
     Args:
         verb: one of the four.
         argv: its options.
+        more: further options, which come after them.
+        objects: what no text can hold, by the keys of the options: rows in Python (``data.train``, or
+            ``data.train.0.path`` in a list of sources), and arguments of the Trainer.
 
     Raises:
         UserError: all that is wrong with them, found before anything is loaded.
     """
 
-    def __init__(self, verb: str, argv: list[str]) -> None:
+    def __init__(
+        self, verb: str, argv: list[str], more: Sequence[Option] = (), objects: Mapping[str, Any] | None = None
+    ) -> None:
         self.verb = verb
-        options = split(argv)
+        self.objects = dict(objects or {})
+        options = [*split(argv), *more]
+        self.method = _method(options)
         registry.import_plugins(plugins(options))
         self.check = Check(
             {"trainer": L.Trainer, "model": FineTuner, "data": TextData, **ALWAYS},
@@ -99,7 +111,7 @@ class CLI(LightningCLI):
             seed_everything_default=42,
             # an evaluation writes into the folder of the run whose checkpoint it reads: the config there is the fit's
             save_config_callback=RunRecord if verb == "fit" else None,
-            save_config_kwargs={"overwrite": True, "about": {"method": _method(options)}},
+            save_config_kwargs={"overwrite": True, "about": {"method": self.method}},
             trainer_class=Trainer,
             auto_configure_optimizers=False,
             load_from_checkpoint_support=False,
@@ -145,9 +157,17 @@ class CLI(LightningCLI):
             raise self._refusal(*[] if self.check.problems else [_first_line(e)]) from None
         # kept from Lightning, which would take hyperparameters from the checkpoint: what the user typed holds
         self.ckpt_path = self.config[self.verb].pop("ckpt_path")
+        for key, value in self.objects.items():
+            section, name, *place = key.split(".")
+            if section == "data":
+                _put(self.config[self.verb].data, [name, *place], value)
 
     def before_instantiate_classes(self) -> None:
         config = self.config[self.verb]
+        for section, option in ((config.trainer, "default_root_dir"), (config.checkpoint, "dirpath")):
+            section[option] = section[option] and expand(section[option])
+        config.export.dirpath = config.export.dirpath and expand(config.export.dirpath)
+        self.ckpt_path = self.ckpt_path and expand(self.ckpt_path)
         if self.check.problems:
             try:
                 built = self.parser.instantiate_classes(self.config)[self.verb]
@@ -160,8 +180,9 @@ class CLI(LightningCLI):
         dirpath, fits = config.checkpoint.dirpath, self.verb == "fit"
         trained = config.model.adapter_path is not None
         config.ckpt_path = resume_from(self.ckpt_path, root, dirpath, self.verb, trained, name)
-        run = place_of(config.ckpt_path, root, name, self.ckpt_path, dirpath, fits)
-        self.place = RunPlace(root, name, run, config.ckpt_path, fits)
+        run = place_of(config.ckpt_path, root, name, self.ckpt_path, fits)
+        self.place = RunPlace(root, name, run, config.ckpt_path, fits, dirpath, config.export.dirpath)
+        self.place.check()
 
     def instantiate_classes(self) -> None:
         try:
@@ -178,8 +199,10 @@ class CLI(LightningCLI):
         kwargs |= trainer_arguments(config)
         if config.get("logger") in (None, True):
             kwargs["logger"] = RunLogger(str(self.place.root))
+        given = {key.removeprefix("trainer."): v for key, v in self.objects.items() if key.startswith("trainer.")}
         own = config.get("callbacks") or []
-        own = own if isinstance(own, list) else [own]
+        own = [*(own if isinstance(own, list) else [own]), *given.pop("callbacks", [])]
+        kwargs |= {"callbacks": own, **given}
         if config.get("enable_progress_bar") is not False and not any(isinstance(c, ProgressBar) for c in own):
             kwargs["callbacks"] = [*own, EpochProgress()]
         try:
@@ -193,6 +216,7 @@ class CLI(LightningCLI):
         return trainer
 
     def after_instantiate_classes(self) -> None:
+        self.model.method = self.method
         refuse_callbacks(self.trainer, self.model)
         try:
             self.model.check()
@@ -229,7 +253,15 @@ class CLI(LightningCLI):
         return UserError("\n  ".join(["The configuration cannot be used:", *map(str, self.check.problems), *more]))
 
 
-def run(verb: str, argv: list[str], cli: type[CLI] = CLI) -> CLI:
+def _put(config: Any, place: list[str], value: Any) -> None:
+    """Set one entry of a parsed config, which may lie in a list."""
+    *outer, last = place
+    for name in outer:
+        config = config[int(name)] if isinstance(config, list) else config[name]
+    config[int(last) if isinstance(config, list) else last] = value
+
+
+def run(verb: str, argv: list[str], cli: Callable[[str, list[str]], CLI] = CLI) -> CLI:
     """Parse ``argv`` and run one of Lightning's verbs; the result has ``trainer``, ``model`` and ``datamodule``."""
     # of Lightning's own making, and nothing a user could act upon
     warnings.filterwarnings("ignore", ".*LeafSpec.*")
@@ -245,6 +277,25 @@ def run(verb: str, argv: list[str], cli: type[CLI] = CLI) -> CLI:
         if raised_by_lightning(e):
             raise UserError(f"trainer: {' '.join(str(e).split())}") from e
         raise
+
+
+class _Unrun(CLI):
+    """Ends before the fit begins."""
+
+    class Built(Exception):
+        pass
+
+    def before_fit(self) -> None:
+        raise self.Built(self)
+
+
+def built(argv: list[str]) -> CLI:
+    """What a fit with these options would be: checked and built, without weights; nothing is run or written."""
+    try:
+        return run("fit", argv, _Unrun)
+    except _Unrun.Built as e:
+        cli: CLI = e.args[0]
+        return cli
 
 
 def main(verb: str, argv: list[str]) -> None:

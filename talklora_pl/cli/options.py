@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import math
 from collections.abc import Iterator, Mapping
@@ -11,19 +10,14 @@ from typing import Any, NamedTuple
 
 import yaml
 
-from talklora_pl.adapter.config import FAMILIES
+from talklora_pl import strict
+from talklora_pl.adapter.config import FAMILIES, AdapterConfig
 from talklora_pl.cli.check import Check, Problem, load, merge, undotted
 from talklora_pl.errors import UserError
+from talklora_pl.paths import expand
 from talklora_pl.registry import did_you_mean
+from talklora_pl.shipped import shipped_configs
 from talklora_pl.warm_start import SavedAdapter
-
-
-def shipped_configs() -> Path:
-    """The folder of the configs that come with the package."""
-    spec = importlib.util.find_spec("talklora_pl.configs")
-    for folder in (spec.submodule_search_locations or ()) if spec is not None else ():
-        return Path(folder)
-    raise UserError("The configs folder of talklora_pl is missing from this installation.")
 
 
 def find_config(name: str) -> str:
@@ -33,7 +27,7 @@ def find_config(name: str) -> str:
         UserError: neither.
     """
     folder = shipped_configs()
-    for path in (Path(name), folder / name, folder / f"{name}.yaml"):
+    for path in (Path(expand(name)), folder / name, folder / f"{name}.yaml"):
         if path.is_file():
             return str(path)
     known = [str(p.relative_to(folder).with_suffix("")) for p in folder.rglob("*.yaml")]
@@ -43,12 +37,13 @@ def find_config(name: str) -> str:
 
 
 class Option(NamedTuple):
-    """One option (`key`, and its value as typed, None if there is none), or all of a config file."""
+    """One option (`key`, and its value as typed, None if there is none), or all of a config, with its `file` if it is
+    from one."""
 
     key: str = ""
     value: str | None = None
     file: str = ""
-    config: Mapping[str, Any] = {}
+    config: Mapping[str, Any] | None = None
 
     @property
     def asks(self) -> bool:
@@ -90,9 +85,11 @@ def _config(file: str) -> Mapping[str, Any]:
 def read_yaml(text: str | bytes, where: str) -> Any:
     """What YAML text says; `where` it stands is for messages."""
     try:
-        data = yaml.safe_load(text)
+        data = strict.read_yaml(text)
         loaded = load(text if isinstance(text, str) else text.decode())
-    except (yaml.YAMLError, UnicodeDecodeError) as e:
+    except RecursionError:
+        raise UserError(f"{where} is not readable as YAML: it is nested too deeply.") from None
+    except (yaml.YAMLError, ValueError) as e:  # a number of 5,000 digits is a ValueError
         raise UserError(f"{where} is not readable as YAML: {' '.join(str(e).split())}") from None
     try:
         json.dumps(data, default=str, skipkeys=True)
@@ -105,7 +102,7 @@ def plugins(options: list[Option]) -> list[str]:
     """Plugins named by configs and options, to be imported before anything is checked."""
     found: list[Any] = []
     for option in options:
-        if option.file:
+        if option.config is not None:
             found.append(option.config.get("plugins") or [])
         elif option.key.removesuffix("+") == "plugins":
             found.append(read_yaml(option.value or "", "--plugins"))
@@ -119,7 +116,7 @@ def merged(options: list[Option]) -> dict[str, Any]:
     """All options as one mapping; of several values of an option the last."""
     out: dict[str, Any] = {}
     for option in options:
-        merge(out, _nested(option.config if option.file else {option.key: load(option.value or "")}))
+        merge(out, _nested({option.key: load(option.value or "")} if option.config is None else option.config))
     return out
 
 
@@ -142,14 +139,20 @@ def start_options(options: list[Option]) -> list[Option]:
     if not isinstance(model, dict) or not isinstance(path := model.get("adapter_path"), str):
         return []
     given = model.get("adapter")
-    found = SavedAdapter.read(path).config().to_dict()
+    found = adapter_options(SavedAdapter.read(path).config())
     if isinstance(given, dict) and given.keys() & {"rank", "expert_rank"}:  # they exclude each other
         del found["rank"], found["expert_rank"]
+    return [Option(file=path, config={"model": {"adapter": found}})]
+
+
+def adapter_options(adapter: AdapterConfig) -> dict[str, Any]:
+    """All options of an adapter as a config has them."""
+    found = adapter.to_dict()
     for key, value in found.items():
         if key in FAMILIES:
             found[key] = _component(value)
     found["balance"] = [_component(value) for value in found["balance"]]
-    return [Option(file=path, config={"model": {"adapter": found}})]
+    return found
 
 
 def _component(value: dict[str, Any]) -> dict[str, Any]:
@@ -161,7 +164,7 @@ def right(options: list[Option], check: Check) -> list[str]:
     kept: list[tuple[Option, dict[str, Any]]] = []
     for option in options:
         key = option.key.removesuffix(".help")
-        if option.file:
+        if option.config is not None:
             kept.append((option, check.read(option.config, option.file)))
         elif option.value is not None and option.key != "print_config":
             kept.append((option, check.read({key: option.value})))
@@ -186,7 +189,7 @@ def _without(config: Mapping[str, Any], wrong: set[str], above: str = "") -> dic
 
 
 def _arguments(option: Option, config: Mapping[str, Any]) -> Iterator[str]:
-    if option.file:
+    if option.config is not None:
         yield f"--config={_dump(config)}"
         return
     names, value = list[str](), config
@@ -207,7 +210,12 @@ class _Quoted(yaml.SafeDumper):
     """Texts in quotation marks: 1e3 would be a number to jsonargparse."""
 
 
-_Quoted.add_representer(str, lambda dumper, text: dumper.represent_scalar("tag:yaml.org,2002:str", text, style='"'))
+def _quote(dumper: yaml.SafeDumper, text: str) -> yaml.Node:
+    return dumper.represent_scalar("tag:yaml.org,2002:str", str(text), style='"')
+
+
+_Quoted.add_representer(str, _quote)
+_Quoted.add_multi_representer(str, _quote)  # RowsInPython
 
 
 def _dump(value: Any) -> str:

@@ -20,8 +20,8 @@ if TYPE_CHECKING:
 class Batches(torch.utils.data.Dataset[dict[str, Any]]):
     """Index it with a :class:`~talklora_pl.data.sampler.Batch`, get what the objective makes of its rows, and beside it
 
-    in training: the lists `id` and `task`, `step_tokens`, `micro_steps`, `filler` (see Batch), and `pads`, how many of
-    its `places` for tokens hold none; the rows are packed if `pack` says so;
+    in training: the lists `id` and `task`, `tokens` (how many are no pads), and `step_tokens`, `micro_steps`, `filler`
+    (see Batch); the rows are packed if `pack` says so;
 
     in evaluation, per question: `answer` (Q,) the right choice or -1, `prompt_length` (Q,) tokens before the answer,
     `real` (Q,) false for fillers, `index` (Q,) its place in the data, and the lists `id`, `task`, `answers` (texts of
@@ -54,8 +54,7 @@ class Batches(torch.utils.data.Dataset[dict[str, Any]]):
             step = {"step_tokens": batch.step_tokens, "micro_steps": batch.micro_steps, "filler": batch.filler}
             made: dict[str, Any] = self.objective.collate(rows, self.pad_id, True)
             made = packed(made) if self.pack else made
-            real, places = int(made["attention_mask"].sum()), made["attention_mask"].numel()
-            return made | names | step | {"pads": places - real, "places": places}
+            return made | names | step | {"tokens": int(made["attention_mask"].sum())}
         answer_Q = torch.tensor(rows["label"])
         per_question = {
             "index": torch.tensor(batch.rows),

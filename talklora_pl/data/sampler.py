@@ -18,6 +18,8 @@ import numpy as np
 from lightning.pytorch.callbacks import GradientAccumulationScheduler
 from torch.utils.data import Sampler
 
+from talklora_pl.data.mixture import Mixture
+
 CHUNK = 50  # length-grouped: so many steps are sorted by length together
 GRAIN = 8  # packs: lengths are told apart in steps of so many tokens
 
@@ -174,6 +176,7 @@ class TrainBatches(Sampler[Batch]):
         rank, world: which process this is, of how many.
         position: asked at every start of an epoch.
         packs: the rows of a micro-batch by a budget of tokens; ``batch_size`` and ``grouped`` then count for nothing.
+        mixture: draws the rows of an epoch; None: each once. (Not with packs.)
     """
 
     def __init__(
@@ -187,7 +190,9 @@ class TrainBatches(Sampler[Batch]):
         world: int = 1,
         position: Callable[[], Position] = Position,
         packs: Packs | None = None,
+        mixture: Mixture | None = None,
     ) -> None:
+        self.mixture = mixture
         self.lengths, self.loss_tokens = np.asarray(lengths), np.asarray(loss_tokens)
         self.batch_size, self.seed, self.grouped = batch_size, seed, grouped
         self.rank, self.world, self.position, self.packs = rank, world, position, packs
@@ -206,13 +211,15 @@ class TrainBatches(Sampler[Batch]):
         # what a step is made of: rows, or packs of them
         lengths, loss_tokens, size, grouped = self.lengths, self.loss_tokens, self.batch_size, self.grouped
         packs = None
+        drawn = np.arange(len(lengths)) if self.mixture is None else self.mixture.rows(self.seed, at.epoch)
         if self.packs is not None:
             packs = self.packs.rows(self.seed, at.epoch)
             lengths, loss_tokens = (np.array([of[rows].sum() for rows in packs]) for of in (lengths, loss_tokens))
-            size, grouped = 1, False
+            size, grouped, drawn = 1, False, np.arange(len(packs))
         micro = size * self.world
         done = 0
-        for step in epoch_steps(lengths, micro * at.accumulate, self.seed, at.epoch, grouped):
+        for places in epoch_steps(lengths[drawn], micro * at.accumulate, self.seed, at.epoch, grouped):
+            step = drawn[places]
             parts = [step[i : i + micro] for i in range(0, len(step), micro)]
             parts = parts[: int(min(len(parts), at.limit - done))]  # Lightning updates after the last batch of an epoch
             done += len(parts)

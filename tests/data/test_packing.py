@@ -283,9 +283,8 @@ def test_batches_of_the_data_module(base: BaseModel, jsonl: Callable[..., str]) 
     data.setup("fit")
     seen: list[str] = []
     for batch in data.train_dataloader():
-        assert batch["input_ids"].shape == batch["position_ids"].shape == (1, batch["places"])
-        assert batch["places"] <= 40
-        assert batch["pads"] == 0
+        assert batch["input_ids"].shape == batch["position_ids"].shape == (1, batch["tokens"])
+        assert batch["tokens"] <= 40
         assert (batch["position_ids"] == 0).sum() == len(batch["id"]) == len(batch["row_borders"]) - 1
         seen += batch["id"]
     assert len(seen) == len(set(seen)) == 30

@@ -13,8 +13,11 @@ import pytest
 from talklora_pl.distributed.checkpoint import last_checkpoint, read_checkpoint
 from tests.distributed.runs import Run, distance, fit, newest
 
-# validations and checkpoints are frequent, so that many of the random moments fall into them
+# Validations and checkpoints are frequent, so that many of the random moments fall into them. With AdamW's usual eps a
+# difference of 1e-15 (between one rank and two) becomes 0.4 within 400 steps, with no interruption at all: once the
+# rows are learned, every gradient is small and every step is large. With this eps it stays below 1e-16.
 LONG = ("--trainer.val_check_interval", "3", "--trainer.max_epochs", "-1", "--trainer.log_every_n_steps", "50")
+LONG += ("--model.optimizer.init_args.eps", "0.1")
 GRACE = 60.0  # on a machine that does other things, too
 RANKS = {
     "one": (1, ()),
@@ -113,6 +116,5 @@ def end_as_if_nothing_happened(config: Path, folder: Path, full: Path, steps: in
     run = start(config, folder, "one", steps)
     assert run.wait() == [0], run.log()
     fit(config, full, *LONG, "--trainer.max_steps", str(steps))
-    # One rank and two differ by 1e-15, until that tips one of the float32 roundings in Llama's norms: 4e-8 at 195
-    # steps, with no interruption at all. The last step alone moves every tensor by 2e-3 to 1e-2.
-    assert distance(newest(folder), newest(full)) < 1e-5
+    # the last step alone moves every tensor by 1e-6 to 4e-4
+    assert distance(newest(folder), newest(full)) < 1e-10
