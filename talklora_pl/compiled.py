@@ -10,6 +10,8 @@ transformers wraps like any other.
 
 from __future__ import annotations
 
+import logging
+import warnings
 from collections.abc import Callable
 from typing import Any
 
@@ -48,6 +50,8 @@ class CompiledLayers:
             ) from None
         # each kind of layer is compiled for itself, and another shape of the same code is no reason to give up
         torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, 64)
+        # of ours, which remember what a class is and nothing that changes
+        warnings.filterwarnings("ignore", "Dynamo detected a call to a `functools.lru_cache`")
         classes: dict[type, type] = {}
         for layer in self.layers:
             cls = type(layer)
@@ -79,6 +83,8 @@ class CompiledLayers:
         """
         devices = [p.device for p in trained if p.is_cuda][:1]
         before = [p.detach().clone() for p in trained]
+        logged = logging.root.manager.disable
+        logging.disable(logging.ERROR)  # the compiler's own account of what it cannot take
         try:
             with torch.random.fork_rng(devices):
                 torch.manual_seed(0)
@@ -92,6 +98,7 @@ class CompiledLayers:
         except Exception as e:  # what a compiler says of code that it cannot take has no type of its own
             return f"they cannot be compiled ({type(e).__name__}: {next(iter(str(e).splitlines()), '')})"
         finally:
+            logging.disable(logged)
             with torch.no_grad():
                 for p, value in zip(trained, before, strict=True):
                     p.copy_(value)

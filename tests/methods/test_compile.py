@@ -130,7 +130,7 @@ def test_wrong_gradients_and_code_that_cannot_be_compiled_are_found(monkeypatch:
         assert ("away" in (said := CompiledLayers(model).why_not_trusted(trained, loss))) == wrong, said
         assert len(calls) == 3
     monkeypatch.undo()
-    monkeypatch.setattr(torch, "compile", lambda forward, **options: (lambda *args, **kwargs: 1 / 0))
+    monkeypatch.setattr(torch, "compile", lambda forward, **options: lambda *args, **kwargs: 1 / 0)
     said = CompiledLayers(model).why_not_trusted(trained, lambda: SFT().loss(model, BATCHES[0])[0])
     assert said == "they cannot be compiled (ZeroDivisionError: division by zero)"
     for p, value in zip(trained, before, strict=True):
