@@ -7,7 +7,7 @@ import math
 import sys
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import lightning as L
 import rich
@@ -31,6 +31,7 @@ from talklora_pl.callbacks.allocation import ExpertAllocation, refuse_other_allo
 from talklora_pl.callbacks.others import OtherCallbacks, refuse_callbacks, refuse_quantised, whole_precision
 from talklora_pl.callbacks.out_of_memory import OutOfMemory
 from talklora_pl.callbacks.run_metrics import RunMetrics
+from talklora_pl.compiled import CompiledLayers
 from talklora_pl.distributed.checkpoint import refuse_differences
 from talklora_pl.distributed.shards import compare_with_files
 from talklora_pl.errors import UserError
@@ -68,7 +69,8 @@ class FineTuner(AdapterModule):
         param_groups: other learning rates or weight decays for some tensors; the first that matches counts.
         gradient_checkpointing: what decoder layers compute again in the backward pass, for memory: nothing (`off`),
             everything (`full`, or true), or all but matrix products and fused attention (`selective`).
-        compile: compile the model with ``torch.compile``.
+        compile: ``layers``: compile each decoder layer with ``torch.compile``, for training; ``model``: the whole
+            model, in one piece as far as it goes. True is ``model``, False ``off``.
         evaluation: how answers are scored.
         adapter_path: an adapter to begin from, with a new optimiser and counters: an adapter folder, a checkpoint, a
             repository on the hub, or a LoRA folder of PEFT. Options of `adapter` that are given must be those it has
@@ -83,7 +85,7 @@ class FineTuner(AdapterModule):
         lr_scheduler: LRSchedulerCallable | None = None,
         param_groups: list[ParamGroup] | None = None,
         gradient_checkpointing: bool | Checkpointing = "off",
-        compile: bool = False,
+        compile: Literal["off", "layers", "model"] | bool = "off",
         evaluation: Evaluation = Evaluation(),  # noqa: B008 (frozen)
         objective: Objective | None = None,
         adapter_path: str | None = None,
@@ -104,7 +106,9 @@ class FineTuner(AdapterModule):
         self.lr_scheduler = lr_scheduler
         self.param_groups = param_groups or []
         self.gradient_checkpointing = mode_of(gradient_checkpointing)
-        self.compile_model = compile
+        self.compile_mode = {False: "off", True: "model"}.get(compile, compile)  # type: ignore[call-overload]
+        self._compiled: CompiledLayers | None = None
+        self._compared = False  # compiled gradients with eager ones
         self.evaluation = evaluation
         self._told_of_idle = False
         self.allocation = self.start.metadata.experts_per_layer if self.start else None
@@ -150,8 +154,10 @@ class FineTuner(AdapterModule):
             self.start.check_base(self.model)
         self.objective.after_adapter(self.model, warm_start=self.start is not None)
         checkpoint_layers(self.model, self.gradient_checkpointing)
-        if self.compile_model:
+        if self.compile_mode == "model":
             self.model.compile()
+        elif self.compile_mode == "layers":
+            self._compiled = CompiledLayers(self.model)
         self.model.train()
 
     def meta_model(self, device: torch.device | None = None) -> Any:
@@ -292,8 +298,7 @@ class FineTuner(AdapterModule):
 
     def training_step(self, batch: dict[str, Any], batch_idx: int) -> Tensor:
         """Task loss over all tokens of the optimiser step, plus balance losses averaged over its micro-steps."""
-        collector = RoutingCollector(self.model, batch["attention_mask"], batch.get("task_types"), packed_rows(batch))
-        with collector:
+        with self._collector(batch) as collector:
             loss_sum, count, *observed = self.objective.loss(self.model, batch)
         self.routing = collector.records
         self.adapter.count_loads(self.routing)
@@ -314,6 +319,23 @@ class FineTuner(AdapterModule):
                 self.log(name, value, prog_bar=name == "train_loss", sync_dist=True, batch_size=1)
             self._step_sums = {}
         return task + self.balance_loss() * (accumulate / batch.get("micro_steps", accumulate))
+
+    def _collector(self, batch: dict[str, Any]) -> RoutingCollector:
+        return RoutingCollector(self.model, batch["attention_mask"], batch.get("task_types"), packed_rows(batch))
+
+    def _compare_compiled(self, layers: CompiledLayers, batch: dict[str, Any]) -> None:
+        """On the first batch: what compiled layers learn is what they would learn as they are, or they are left so."""
+        self._compared = True
+
+        def loss() -> Tensor:
+            with self._collector(batch) as collector:
+                task, count, *_ = self.objective.loss(self.model, batch)
+            routing = [r.routing.probs_TE.square().mean() for r in collector.records]
+            return task / max(count, 1) + sum(routing)
+
+        layers.on = not (reason := layers.why_not_trusted(list(self.trained().values()), loss))
+        if reason:
+            rank_zero_warn(f"model.compile: layers: the layers are not compiled: {reason}.")
 
     def on_after_backward(self) -> None:
         """Tell once, after the first batch, of trained tensors that its loss does not reach."""

@@ -301,6 +301,7 @@ def _build_layers(
             raise UserError(f"{name!r} is a target twice; targets of plain LoRA and of the mixture must differ.")
         check_attachable(name, module)
         layer.collectors = adapter.collectors
+        adapter.collectors.handed[name] = layer.handed
         _register(adapter.layers, name, layer)
         built[name] = (module, layer)
 
