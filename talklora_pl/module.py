@@ -203,7 +203,7 @@ class FineTuner(AdapterModule):
             steps = self.trainer.estimated_stepping_batches
             if steps == math.inf:
                 raise UserError(
-                    "model.lr_scheduler: a run that ends by time does not know its steps. Give the schedule total_steps."
+                    "model.lr_scheduler: a run that ends by time does not know its steps. Give it total_steps."
                 )
             if isinstance(scheduler, WarmupSchedule):
                 scheduler.plan(int(steps))
