@@ -26,7 +26,7 @@ def main(base: str = BASE, steps: int = 40) -> talklora_pl.Trained:
         },
         data={"test": rows[:20], "val_size": 10, "batch_size": 16, "max_length": 16},
         samples={"count": 2, "max_new_tokens": 4},
-        trainer={"max_steps": steps, "val_check_interval": 0.5, "log_every_n_steps": 5},
+        trainer={"max_steps": steps, "val_check_interval": 20, "log_every_n_steps": 5},
     )
     print(run.generate([row["prompt"] for row in rows[:3]], max_new_tokens=4))
     print(run.test())
