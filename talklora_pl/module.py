@@ -96,8 +96,8 @@ class FineTuner(AdapterModule):
         """Allocation needs a hook that runs before :meth:`configure_model`; also the first hook of a run, to refuse."""
         refuse_callbacks(self.trainer, self)
         whole_precision(self.trainer, self)
-        listed = any(isinstance(c, ExpertAllocation) for c in self.trainer.callbacks)  # type: ignore[attr-defined]
-        return [*([] if listed else [ExpertAllocation()]), OtherCallbacks(), RunMetrics()]
+        listed = {type(c) for c in self.trainer.callbacks}  # type: ignore[attr-defined]
+        return [kind() for kind in (ExpertAllocation, OtherCallbacks, RunMetrics) if kind not in listed]
 
     # --- building
 

@@ -196,6 +196,8 @@ class CLI(LightningCLI):
         given = {key.removeprefix("trainer."): v for key, v in self.objects.items() if key.startswith("trainer.")}
         own = config.get("callbacks") or []
         own = [*(own if isinstance(own, list) else [own]), *given.pop("callbacks", [])]
+        # before the one that ends a run in the middle of this hook's callbacks
+        own = [*own, callbacks.RunMetrics()]
         kwargs |= {"callbacks": own, **given}
         if config.get("enable_progress_bar") is not False and not any(isinstance(c, ProgressBar) for c in own):
             kwargs["callbacks"] = [*own, EpochProgress()]
