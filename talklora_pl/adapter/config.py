@@ -19,7 +19,6 @@ from talklora_pl.experts.shared_b import SharedB
 from talklora_pl.routers import Router
 from talklora_pl.routers.softmax import Softmax, Uniform
 
-
 DEFAULT_RANK = 32
 """TalkLoRA's total rank; not the default of the option, which has to give way to expert_rank."""
 

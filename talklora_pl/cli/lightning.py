@@ -97,7 +97,7 @@ class CLI(LightningCLI):
         args = right([*start_options(options), *options], self.check)
         if verb == "fit" and not self._has_end():
             args = [f"--trainer.max_epochs={EPOCHS}", *args]  # what follows a class's .help belongs to that class
-            if not any(option.asks for option in options):
+            if not self.check.problems and not any(option.asks for option in options):
                 rank_zero_info(f"No end is given: training ends after {EPOCHS} epochs (--trainer.max_epochs).")
         if not any(self._checks(part) for part in BESIDE):
             raise self._refusal()
@@ -259,6 +259,17 @@ def _put(config: Any, place: list[str], value: Any) -> None:
 
 def run(verb: str, argv: list[str], cli: Callable[[str, list[str]], CLI] = CLI) -> CLI:
     """Parse ``argv`` and run one of Lightning's verbs; the result has ``trainer``, ``model`` and ``datamodule``."""
+    quiet()
+    try:
+        return cli(verb, argv)
+    except (MisconfigurationException, ValueError) as e:
+        if raised_by_lightning(e):
+            raise UserError(f"trainer: {' '.join(str(e).split())}") from e
+        raise
+
+
+def quiet() -> None:
+    """Warnings are for a user, and on one line."""
     # of Lightning's own making, and nothing a user could act upon
     warnings.filterwarnings("ignore", ".*LeafSpec.*")
     warnings.filterwarnings("ignore", "Total length of `list` across ranks is zero")  # no validation data
@@ -266,13 +277,11 @@ def run(verb: str, argv: list[str], cli: Callable[[str, list[str]], CLI] = CLI) 
         "ignore", "When using `Trainer\\(accumulate_grad_batches"
     )  # the hooks are per step on purpose
     warnings.formatwarning = _one_line
-    logging.getLogger("lightning.pytorch.utilities.rank_zero").addFilter(lambda r: "litlogger" not in r.getMessage())
-    try:
-        return cli(verb, argv)
-    except (MisconfigurationException, ValueError) as e:
-        if raised_by_lightning(e):
-            raise UserError(f"trainer: {' '.join(str(e).split())}") from e
-        raise
+    logging.getLogger("lightning.pytorch.utilities.rank_zero").addFilter(_is_news)
+
+
+def _is_news(record: logging.LogRecord) -> bool:
+    return not any(words in record.getMessage() for words in ("litlogger", "returned in `LightningModule.configure_"))
 
 
 def main(verb: str, argv: list[str]) -> None:
