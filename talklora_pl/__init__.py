@@ -41,6 +41,7 @@ _lazy = {
     "load_adapter": "talklora_pl.adapter.io",
     "save_adapter": "talklora_pl.adapter.io",
     "set_adapter": "talklora_pl.adapter",
+    "adapter_rows": "talklora_pl.adapter",
     "remove_adapter": "talklora_pl.adapter",
     "merge_adapter": "talklora_pl.export.merge",
     "export_adapter": "talklora_pl.export",

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import json
 import math
 import sys
 from dataclasses import replace
@@ -28,13 +27,25 @@ from talklora_pl.base import BaseModel, describe_base, load_base, load_generatio
 from talklora_pl.base.description import Description
 from talklora_pl.base.loading import new_modules, settle
 from talklora_pl.callbacks.allocation import ExpertAllocation, refuse_other_allocation
-from talklora_pl.callbacks.others import OtherCallbacks, refuse_callbacks, whole_precision
+from talklora_pl.callbacks.others import OtherCallbacks, refuse_callbacks, refuse_quantised, whole_precision
 from talklora_pl.callbacks.run_metrics import RunMetrics
 from talklora_pl.distributed.checkpoint import refuse_differences
 from talklora_pl.distributed.shards import compare_with_files
 from talklora_pl.errors import UserError
-from talklora_pl.evaluation import BatchScores, Evaluation, Generation, TaskScores, predictions, table, write_json
+from talklora_pl.evaluation import (
+    BatchScores,
+    Evaluation,
+    Generation,
+    TaskScores,
+    judged,
+    predictions,
+    table,
+    write_json,
+    write_lines,
+)
+from talklora_pl.inputs import packed_rows
 from talklora_pl.internals.lightning import step_ends, trainer_of
+from talklora_pl.memory.checkpointing import Checkpointing, checkpoint_layers, mode_of
 from talklora_pl.objectives import Objective, choose
 from talklora_pl.optim import ParamGroup, WarmupSchedule, grouped, try_optimizer, watched
 from talklora_pl.routing import RoutingCollector
@@ -52,7 +63,8 @@ class FineTuner(AdapterModule):
         optimizer: of the trained tensors.
         lr_scheduler: stepped every optimiser step.
         param_groups: other learning rates or weight decays for some tensors; the first that matches counts.
-        gradient_checkpointing: recompute decoder layers in the backward pass (never reentrant).
+        gradient_checkpointing: what decoder layers compute again in the backward pass, for memory: nothing (`off`),
+            everything (`full`, or true), or all but matrix products and fused attention (`selective`).
         compile: compile the model with ``torch.compile``.
         evaluation: how answers are scored.
         adapter_path: an adapter to begin from, with a new optimiser and counters: an adapter folder, a checkpoint, a
@@ -67,7 +79,7 @@ class FineTuner(AdapterModule):
         optimizer: OptimizerCallable = lambda p: torch.optim.AdamW(p, lr=3e-4, weight_decay=0.01),
         lr_scheduler: LRSchedulerCallable | None = None,
         param_groups: list[ParamGroup] | None = None,
-        gradient_checkpointing: bool = False,
+        gradient_checkpointing: bool | Checkpointing = "off",
         compile: bool = False,
         evaluation: Evaluation = Evaluation(),  # noqa: B008 (frozen)
         objective: Objective | None = None,
@@ -80,7 +92,7 @@ class FineTuner(AdapterModule):
         self.optimizer = optimizer
         self.lr_scheduler = lr_scheduler
         self.param_groups = param_groups or []
-        self.gradient_checkpointing = gradient_checkpointing
+        self.gradient_checkpointing = mode_of(gradient_checkpointing)
         self.compile_model = compile
         self.evaluation = evaluation
         self._told_of_idle = False
@@ -90,11 +102,12 @@ class FineTuner(AdapterModule):
         # checkpoints hold what is trained; on_load_checkpoint checks that all of it is there
         self.strict_loading = False
         self._fingerprint: str | None = None
-        self._step_loss: Tensor | float = 0.0  # of the micro-batches so far of the optimiser step
+        self._step_sums: dict[str, Tensor] = {}  # of the micro-batches so far of the optimiser step
 
     def configure_callbacks(self) -> list[L.Callback]:
         """Allocation needs a hook that runs before :meth:`configure_model`; also the first hook of a run, to refuse."""
         refuse_callbacks(self.trainer, self)
+        refuse_quantised(self.trainer, self)
         whole_precision(self.trainer, self)
         listed = {type(c) for c in self.trainer.callbacks}  # type: ignore[attr-defined]
         return [kind() for kind in (ExpertAllocation, OtherCallbacks, RunMetrics) if kind not in listed]
@@ -121,8 +134,8 @@ class FineTuner(AdapterModule):
         if self.start:
             self.start.load(self.model, self.device)
             self.start.check_base(self.model)
-        if self.gradient_checkpointing:
-            self.model.activation_checkpointing_enable()
+        self.objective.after_adapter(self.model, warm_start=self.start is not None)
+        checkpoint_layers(self.model, self.gradient_checkpointing)
         if self.compile_model:
             self.model.compile()
         self.model.train()
@@ -171,11 +184,18 @@ class FineTuner(AdapterModule):
         if problems:
             raise UserError("\n".join(problems))
 
+    def count_trained(self) -> int:
+        """Number of trained parameters, of every layer having ``num_experts``; needs no weights."""
+        model = load_base(self.base, meta=True)
+        self._inject(model, self.adapter_config.before_allocation())
+        return sum(p.numel() for p in model.parameters() if p.requires_grad)
+
     def _inject(self, model: Any, config: AdapterConfig, device: torch.device | None = None) -> None:
         saved = {*config.modules_to_save, *self.objective.modules_to_save(model)}
         new = {n for n in new_modules(model) if not any(f"{n}.".startswith(f"{module}.") for module in saved)}
         if saved | new:
             config = replace(config, modules_to_save=sorted(saved | new))
+        config = self.objective.before_adapter(model, config)
         if self.start:
             self.start.check(model, config, self.base)
         inject(model, config, allocation=self.allocation, device=device)
@@ -229,7 +249,7 @@ class FineTuner(AdapterModule):
 
     def on_train_start(self) -> None:
         # a finder's trials end anywhere
-        self._step_loss = 0.0
+        self._step_sums = {}
         self.adapter.forget_loads()
 
     def on_fit_start(self) -> None:
@@ -246,21 +266,27 @@ class FineTuner(AdapterModule):
 
     def training_step(self, batch: dict[str, Any], batch_idx: int) -> Tensor:
         """Task loss over all tokens of the optimiser step, plus balance losses averaged over its micro-steps."""
-        with RoutingCollector(self.model, batch["attention_mask"], batch.get("task_types")) as collector:
-            loss_sum, count = self.objective.loss(self.model, batch)
+        collector = RoutingCollector(self.model, batch["attention_mask"], batch.get("task_types"), packed_rows(batch))
+        with collector:
+            loss_sum, count, *observed = self.objective.loss(self.model, batch)
         self.routing = collector.records
         self.adapter.count_loads(self.routing)
-        if batch.get("filler"):
-            loss_sum = loss_sum * 0  # it only keeps this rank in step with the others
+        sums = {"train_loss": loss_sum, **(observed[0] if observed else {})}
+        if batch.get("filler"):  # it only keeps this rank in step with the others
+            sums = {name: value * 0 for name, value in sums.items()}
         # Lightning divides by the accumulation and DDP by the ranks: undo both, then divide by all tokens of the step
         accumulate = self.trainer.accumulate_grad_batches
         step_tokens = batch.get("step_tokens") or self._count_of_all_ranks(count) * accumulate
-        task = loss_sum * (self.trainer.world_size * accumulate / step_tokens)
-        self._step_loss += task.detach() / accumulate
+        means = {name: value * (self.trainer.world_size * accumulate / step_tokens) for name, value in sums.items()}
+        task = means["train_loss"]
+        for name, value in means.items():
+            share = value.detach() / accumulate
+            self._step_sums[name] = self._step_sums[name] + share if name in self._step_sums else share
         if step_ends(self.trainer):
-            # its mean over ranks is the mean over all tokens of the step, however they are spread
-            self.log("train_loss", self._step_loss, prog_bar=True, sync_dist=True, batch_size=1)
-            self._step_loss = 0.0
+            # their mean over ranks is the mean over all tokens of the step, however they are spread
+            for name, value in self._step_sums.items():
+                self.log(name, value, prog_bar=name == "train_loss", sync_dist=True, batch_size=1)
+            self._step_sums = {}
         return task + self.balance_loss() * (accumulate / batch.get("micro_steps", accumulate))
 
     def on_after_backward(self) -> None:
@@ -353,9 +379,13 @@ class FineTuner(AdapterModule):
     def on_test_epoch_start(self) -> None:
         self.scores = TaskScores(self._tasks()).to(self.device)
         self.base_scores = TaskScores(self._tasks()).to(self.device)
+        self.questions: list[dict[str, Any]] = []
 
     def test_step(self, batch: dict[str, Any], batch_idx: int) -> None:
-        self.scores.update(self.score(batch, generate=True), self._tasks(batch))
+        scored = self.score(batch, generate=True)
+        self.scores.update(scored, self._tasks(batch))
+        if "index" in batch:  # a data module of one's own may not number its questions
+            self.questions += judged(scored, batch)
         if self._compare_base:
             with disable_adapter(self.model):
                 self.base_scores.update(self.score(batch, generate=True), self._tasks(batch))
@@ -364,7 +394,9 @@ class FineTuner(AdapterModule):
         tuned, base = self.scores.compute(), self.base_scores.compute() if self._compare_base else None
         self._log_scores("test", tuned)
         path = self._output("test_scores.json")
+        questions = self._of_all_ranks(self.questions)
         if self.trainer.is_global_zero:
+            write_lines(path.with_name("test_questions.jsonl"), questions)
             write_json(path, tuned, base)
             rich.print(table(tuned, base), f"Scores as JSON: {path}", sep="\n")
 
@@ -377,15 +409,19 @@ class FineTuner(AdapterModule):
         return records
 
     def on_predict_epoch_end(self) -> None:
-        every = [self.predictions]
-        if self.trainer.world_size > 1:
-            every = [[] for _ in range(self.trainer.world_size)]
-            torch.distributed.all_gather_object(every, self.predictions)
+        records = self._of_all_ranks(self.predictions)
         path = self._output("predictions.jsonl")
         if self.trainer.is_global_zero:
-            records = sorted((r for rank in every for r in rank), key=lambda r: r.pop("index"))
-            path.write_text("".join(json.dumps(r, ensure_ascii=False) + "\n" for r in records), encoding="utf-8")
+            write_lines(path, records)
             rich.print(f"{len(records)} predictions: {path}")
+
+    def _of_all_ranks(self, records: list[dict[str, Any]]) -> list[dict[str, Any]]:
+        """In the order of the data, which their `index` gives; a collective."""
+        every = [records]
+        if self.trainer.world_size > 1:
+            every = [[] for _ in range(self.trainer.world_size)]
+            torch.distributed.all_gather_object(every, records)
+        return sorted((r for rank in every for r in rank), key=lambda r: r.pop("index"))
 
     def _tasks(self, batch: dict[str, Any] | None = None) -> list[str]:
         """All tasks there are, or those of a batch's questions; a data module without tasks has one."""
@@ -419,6 +455,8 @@ class FineTuner(AdapterModule):
             "task": self.base.task,
             "num_labels": self.base.num_labels,
         }
+        if self.base.quantization is not None:  # the model on the meta device does not know
+            base["quantization"] = self.base.quantization
         if self.base.revision is not None:
             base["revision"] = self.base.revision
         if like is not None:
@@ -449,6 +487,12 @@ class FineTuner(AdapterModule):
             if have[f"model.{key}"].shape != value.shape:
                 got, want = list(have[f"model.{key}"].shape), list(value.shape)
                 raise UserError(f"The checkpoint's {key!r} has shape {got}, this run needs {want}.")
+        others = (k.removeprefix("model.talklora.").split(".")[0] for k in have if k.startswith("model.talklora."))
+        if lost := sorted(set(others) - set(self.model.talklora)):
+            raise UserError(
+                f"The checkpoint also holds the adapter {lost[0]!r}, which its run began from and compares with. Give "
+                "model.adapter_path (and model.objective) as that run had them."
+            )
 
 
 def trained_tensors(model: nn.Module) -> dict[str, nn.Parameter]:

@@ -18,6 +18,11 @@ def base_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
     return {name: p for name, p in model.named_parameters() if in_base(name)}
 
 
+def base_modules(model: nn.Module) -> list[nn.Module]:
+    """Modules of a model without those of its adapters, with itself."""
+    return [module for name, module in model.named_modules() if in_base(f"{name}.")]
+
+
 def leaf(name: str) -> str:
     """The last part, ``q_proj``."""
     return name.rpartition(".")[2]

@@ -7,11 +7,14 @@ of its own (``model.talklora.<adapter>``).
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from inspect import currentframe
+from threading import get_ident
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from talklora_pl.errors import UserError
@@ -48,11 +51,21 @@ class SwappedParameter:
 
 
 class ActiveAdapter:
-    """Name of the adapter that is on, or None; one object for all layers of a model."""
+    """Name of the adapter that is on, or None; one object for all layers of a model.
+
+    Attributes:
+        rows: of the batches that run now, where they have adapters of their own: the numbers of the rows of each.
+        running: how many forward passes of the model are under way in each thread.
+        calls: depth of those of them that named adapters, and what ends their rows.
+    """
 
     def __init__(self) -> None:
         self._active: str | None = None
         self.swapped: dict[str, SwappedParameter] = {}
+        self.rows: dict[str | None, list[int]] | None = None
+        self.running: Counter[int] = Counter()
+        self.calls: list[tuple[int, ExitStack]] = []
+        self._rows_of = 0  # the thread that they are of
 
     @property
     def active(self) -> str | None:
@@ -60,9 +73,63 @@ class ActiveAdapter:
 
     @active.setter
     def active(self, name: str | None) -> None:
+        if name != self._active:
+            self._refuse_other_threads()
         for parameter in self.swapped.values():
             parameter.exchange(self._active, name)
         self._active = name
+
+    def _refuse_other_threads(self) -> None:
+        """Raises: UserError while another thread runs the model, which would go on with another adapter."""
+        if any(count > 0 for thread, count in list(self.running.items()) if thread != get_ident()):
+            raise UserError(
+                "Another thread is running this model; an adapter cannot be switched under it. Let one thread switch "
+                "and run, or let every row of a batch name its adapter: model(..., adapter_names=[...])."
+            )
+
+    def begin(self) -> None:
+        """A forward pass begins in this thread. Raises: UserError if another thread runs rows of several adapters."""
+        if self.rows is not None and self._rows_of != get_ident():
+            raise UserError("Another thread is running rows of several adapters with this model; let it finish before.")
+        self.running[get_ident()] += 1
+
+    def end(self) -> None:
+        """A forward pass has ended in this thread."""
+        self.running[get_ident()] -= 1
+        if self.running[get_ident()] <= 0:
+            del self.running[get_ident()]
+
+    @contextmanager
+    def of_rows(self, names: Sequence[str | None]) -> Iterator[None]:
+        """Inside of it row i of a batch has the adapter ``names[i]``."""
+        self._refuse_other_threads()
+        before = self.rows, self._rows_of
+        self.rows = {name: [i for i, n in enumerate(names) if n == name] for name in dict.fromkeys(names)}
+        self._rows_of = get_ident()
+        try:
+            yield
+        finally:
+            self.rows, self._rows_of = before
+
+    @contextmanager
+    def one_of_rows(self, name: str | None) -> Iterator[None]:
+        """Inside of it the adapter of some rows is on for all that runs: their part of a batch."""
+        before = self.rows, self._active
+        self.rows, self._active = None, name
+        try:
+            yield
+        finally:
+            self.rows, self._active = before
+
+    @contextmanager
+    def without_layers(self) -> Iterator[None]:
+        """Adapted modules run as they are frozen, but what the active adapter has in place of the base's parameters
+        stays."""
+        before, self._active = self._active, None
+        try:
+            yield
+        finally:
+            self._active = before
 
     def add_value(self, model: nn.Module, path: str, name: str, value: Tensor) -> None:
         """Let ``name``, which is on, have its own value of the base's parameter ``path``."""
@@ -99,6 +166,8 @@ class Adapted:
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         adapters = self.talklora_adapters
+        if adapters.switch.rows is not None:
+            return _forward_by_rows(self, adapters, *args, **kwargs)
         layer = adapters.layers.get(adapters.switch.active) if adapters.switch.active is not None else None
         if layer is None:
             return self.frozen_forward(*args, **kwargs)
@@ -128,6 +197,44 @@ class Adapted:
                 "it. Take ours out (remove_adapter) or merge it (merge_adapter) first, or give PEFT other modules."
             )
         raise AttributeError("base_layer")
+
+
+def _forward_by_rows(module: Adapted, adapters: LayerAdapters, *args: Any, **kwargs: Any) -> Any:
+    """The rows of every adapter by themselves, put together again. Blocks that only decide, and whose Linears add what
+    there is to add, decide for the rows of each and run once."""
+    switch = adapters.switch
+    assert switch.rows is not None
+    layers: dict[str | None, Any] = {name: adapters.layers.get(name or "") for name in switch.rows}
+    if not any(layers.values()):
+        return module.frozen_forward(*args, **kwargs)
+    x: Tensor = args[0] if args else kwargs["hidden_states"]
+    rows = sum(map(len, switch.rows.values()))
+    each, rest = divmod(x.shape[0], rows)  # consecutive: beams of a row, or tokens of a flat batch
+    if rest:
+        raise UserError(f"adapter_names: {rows} names do not fit a batch with {x.shape[0]} rows.")
+    index = {
+        name: torch.tensor([i * each + j for i in numbers for j in range(each)], device=x.device)
+        for name, numbers in switch.rows.items()
+    }
+
+    def part(value: Any, name: str | None) -> Any:
+        ours = isinstance(value, Tensor) and value.shape[:1] == x.shape[:1]
+        return value.index_select(0, index[name]) if ours else value
+
+    if all(hasattr(layer, "decided") for layer in layers.values() if layer is not None):
+        with ExitStack() as stack:
+            for name, layer in layers.items():
+                if layer is not None:
+                    stack.enter_context(layer.decided(part(x, name)))
+            return module.frozen_forward(*args, **kwargs)
+    out: Tensor | None = None
+    for name, layer in layers.items():
+        run: Callable[..., Tensor] = module.frozen_forward if layer is None else lambda *a, **k: layer(module, *a, **k)  # noqa: B023
+        with switch.one_of_rows(name):
+            y = run(*(part(a, name) for a in args), **{k: part(v, name) for k, v in kwargs.items()})
+        out = y.new_empty(x.shape[0], *y.shape[1:]) if out is None else out
+        out.index_copy_(0, index[name], y)
+    return out
 
 
 _classes: dict[type, type] = {}
@@ -160,6 +267,40 @@ class AdapterSet(nn.ModuleDict):
         super().__init__()
         self.base_path = base_path
         self.switch = ActiveAdapter()
+        self.hooks: tuple[Any, ...] = ()
+
+    def watch(self, model: nn.Module) -> None:
+        """Let calls of ``model`` name the adapters of their rows, and know which threads run it."""
+        before = model.register_forward_pre_hook(_before_forward, with_kwargs=True)
+        self.hooks = before, model.register_forward_hook(_after_forward, always_call=True)
+
+
+def _before_forward(model: nn.Module, args: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]] | None:
+    names = kwargs.get("adapter_names")
+    if torch.compiler.is_compiling():
+        if names is not None:
+            raise UserError("adapter_names: a compiled model has one adapter for all rows.")
+        return None
+    switch = adapter_set(model).switch
+    switch.begin()
+    if "adapter_names" not in kwargs:
+        return None
+    if names is not None:
+        rows = ExitStack()
+        rows.enter_context(adapter_rows(model, names))
+        switch.calls.append((switch.running[get_ident()], rows))
+    return args, {key: value for key, value in kwargs.items() if key != "adapter_names"}
+
+
+def _after_forward(model: nn.Module, args: Any, output: Any) -> None:
+    if torch.compiler.is_compiling():
+        return
+    switch = adapter_set(model).switch
+    depth = switch.running[get_ident()]
+    if switch.calls and switch.calls[-1][0] == depth:
+        switch.calls.pop()[1].close()
+    if depth:  # else the call was refused
+        switch.end()
 
 
 def adapter_set(model: nn.Module) -> AdapterSet:
@@ -254,6 +395,8 @@ def remove_adapter(model: nn.Module, name: str = "default") -> None:
         adapters.switch.active = next(iter(adapters), None)
     adapters.switch.forget(name)
     if not adapters:
+        for hook in adapters.hooks:
+            hook.remove()
         del model.talklora
 
 
@@ -263,16 +406,51 @@ def set_adapter(model: nn.Module, name: str) -> None:
     adapter_set(model).switch.active = name
 
 
-@contextmanager
-def disable_adapter(model: nn.Module) -> Iterator[None]:
+def disable_adapter(model: nn.Module) -> AbstractContextManager[None]:
     """Inside ``with disable_adapter(model):`` the model computes what the base computes."""
+    return active_adapter(model, None)
+
+
+@contextmanager
+def active_adapter(model: nn.Module, name: str | None) -> Iterator[None]:
+    """Inside of it ``name`` is the adapter that is on; None: none is."""
     adapters = adapter_set(model)
-    before, adapters.switch.active = adapters.switch.active, None
+    before, adapters.switch.active = adapters.switch.active, name
     try:
         yield
     finally:
         # what was on may have been removed meanwhile
         adapters.switch.active = before if before is None or before in adapters else next(iter(adapters), None)
+
+
+@contextmanager
+def adapter_rows(model: nn.Module, names: Sequence[str | None]) -> Iterator[None]:
+    """Inside of it the rows of every batch have adapters of their own, as with ``model(..., adapter_names=names)``.
+
+    For ``generate`` too, also with several beams. Each row gets what it would get alone with its adapter on.
+
+    Args:
+        names: the adapter of every row; None, or ``__base__`` as in PEFT, for the base alone.
+
+    Raises:
+        UserError: an adapter that the model has not, or that cannot be of some rows only; the model is in training
+            mode, its routing is collected, or another thread runs it.
+    """
+    adapters = adapter_set(model)
+    names, swapped = [None if name == "__base__" else name for name in names], adapters.switch.swapped
+    for name in dict.fromkeys(names):
+        if name is None:
+            continue
+        if get_adapter(model, name).config.modules_to_save or any(name in p.values for p in swapped.values()):
+            raise UserError(
+                f"adapter_names: {name!r} has a head or tokens of its own, which cannot be of some rows only."
+            )
+    if model.training:
+        raise UserError("adapter_names: rows with adapters of their own are for eval mode; call model.eval() before.")
+    if any(adapter.collectors for adapter in adapters.values()):
+        raise UserError("adapter_names: the routing of rows of several adapters cannot be collected.")
+    with adapters.switch.of_rows(names):
+        yield
 
 
 def base_alone(model: nn.Module) -> AbstractContextManager[None]:

@@ -20,6 +20,8 @@ from talklora_pl.balance import Balance, balance_losses
 from talklora_pl.base import portable
 from talklora_pl.base.weights import ModuleWeights
 from talklora_pl.errors import UserError
+from talklora_pl.internals.bitsandbytes import stay_differentiable
+from talklora_pl.internals.transformers import let_trainer_train
 from talklora_pl.names import ADAPTERS, base_parameters, layer_index, leaf, num_layers
 from talklora_pl.ranks import sum_over_ranks
 from talklora_pl.routers import RouterModule
@@ -112,8 +114,24 @@ def inject(
         UserError: bad options, or targets that match nothing.
     """
     check_name(model, name)
+    let_train(model)
     adapter, built = build(model, config, allocation, device)
     return install(model, adapter, built, name)
+
+
+def let_train(model: nn.Module) -> None:
+    """Ready a quantised base for adapters that are trained on it; others need nothing.
+
+    Raises:
+        UserError: gradients do not come through its weights any more.
+    """
+    if repacked := stay_differentiable(model):
+        raise UserError(
+            f"bitsandbytes has repacked the 4-bit weight of {repacked!r} for the CPU when the model was evaluated, and "
+            "no gradient comes through it any more. Load the base anew, and put the adapter in before the model runs "
+            "in eval mode."
+        )
+    let_trainer_train(model)
 
 
 def check_name(model: nn.Module, name: str) -> None:
@@ -175,6 +193,8 @@ def install(model: nn.Module, adapter: Adapter, built: Layers, name: str) -> Ada
     try:
         for module, layer in built.values():
             attach(module, adapters.switch, name, layer)
+        if not hasattr(model, ADAPTERS):
+            adapters.watch(model)
         model.add_module(ADAPTERS, adapters)
     except BaseException:
         for module, _ in built.values():
@@ -188,6 +208,28 @@ def install(model: nn.Module, adapter: Adapter, built: Layers, name: str) -> Ada
     adapter.collectors.advice = _advice(adapter, name)
     adapter.train(model.training)
     return adapter
+
+
+def frozen_copy(model: nn.Module, name: str, copy: str) -> Adapter:
+    """Give ``model`` a copy of its adapter ``name`` that is never trained, and leave on what is on.
+
+    What ``name`` trains of the base itself is not copied.
+
+    Raises:
+        UserError: there is no adapter ``name``, or there is one called ``copy``.
+    """
+    adapter, adapters = get_adapter(model, name), getattr(model, ADAPTERS)
+    check_name(model, copy)
+    on, trained = adapters.switch.active, {p for p in model.parameters() if p.requires_grad}
+    experts = {n: e for n, e in adapter.experts_per_layer.items() if n not in adapter.plain_layers}
+    new, built = build(model, adapter.config, experts, next(adapter.layers.parameters()).device)
+    new.load_state_dict(adapter.state_dict())
+    install(model, new, built, copy)
+    for p in model.parameters():
+        p.requires_grad_(p in trained)
+    new.eval()
+    adapters.switch.active = on
+    return new
 
 
 def _place_of_base(model: nn.Module) -> str:

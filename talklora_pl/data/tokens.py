@@ -156,7 +156,8 @@ class Tokenize:
 
     def _chat(self, example: Example) -> Tokens:
         if example.messages:
-            conversations = [Conversation(example.messages, example.tools, example.variables)]
+            endings = example.endings or [[]]
+            conversations = [Conversation(example.messages + e, example.tools, example.variables) for e in endings]
         else:
             user = {"role": "user", "content": "\n".join(filter(None, (example.prompt, example.input)))}
             turns = [[user, {"role": "assistant", "content": answer}] for answer in example.answers] or [[user]]

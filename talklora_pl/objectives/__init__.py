@@ -11,7 +11,7 @@ from __future__ import annotations
 from abc import abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from typing import Any, ClassVar, Literal
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 import torch
 from torch import Tensor
@@ -21,6 +21,9 @@ from talklora_pl.base import BaseModel
 from talklora_pl.errors import UserError
 from talklora_pl.evaluation import BatchScores, Generation
 from talklora_pl.inputs import labelled
+
+if TYPE_CHECKING:
+    from talklora_pl.adapter import AdapterConfig
 
 Batch = Mapping[str, Any]
 
@@ -35,6 +38,8 @@ class Objective(registry.Component):
             transformers loads it.
         loss_per: what the loss is averaged over: labelled tokens (of the right answer), or rows of the data.
         base_has_score: whether the base without an adapter is worth comparing with.
+        packs: whether the rows of a training batch of :meth:`collate` may be packed
+            (:func:`~talklora_pl.inputs.packed`): each stands for itself, and :meth:`loss` asks ``token_logits``.
     """
 
     family = "objective"
@@ -43,6 +48,7 @@ class Objective(registry.Component):
     task: ClassVar[Literal["causal_lm", "sequence_classification"]] = "causal_lm"
     loss_per: ClassVar[Literal["token", "row"]] = "token"
     base_has_score: ClassVar[bool] = True
+    packs: ClassVar[bool] = False
 
     def collate(self, rows: Mapping[str, list[Any]], pad_id: int, training: bool) -> dict[str, Tensor]:
         """The tensors of a batch; every model input that it has (``input_ids`` and ``attention_mask`` at least).
@@ -64,10 +70,11 @@ class Objective(registry.Component):
         return labelled(ids, labels, pad_id) | {"group": group_B, "choice": choice_B}
 
     @abstractmethod
-    def loss(self, model: Any, batch: Batch) -> tuple[Tensor, int]:
+    def loss(self, model: Any, batch: Batch) -> tuple[Tensor, int] | tuple[Tensor, int, dict[str, Tensor]]:
         """Sum of the loss over what carries it, and how much that is (see ``loss_per``): (scalar, tokens or rows).
 
-        The sum over all batches of an optimiser step is divided by all that carries loss in it.
+        The sum over all batches of an optimiser step is divided by all that carries loss in it. A third item, by name,
+        is what else is logged: sums over the same, without a gradient.
         """
 
     @abstractmethod
@@ -79,6 +86,26 @@ class Objective(registry.Component):
             model: as it is now, adapter on or off.
             batch: on the model's device.
             generate: to answer what is open with; None: nothing is generated.
+        """
+
+    def before_adapter(self, model: Any, config: AdapterConfig) -> AdapterConfig:
+        """What the adapter is built with, if the objective needs it otherwise; it may also prepare the base.
+
+        Args:
+            model: the base, on the meta device too.
+            config: as the user asked for it, with ``modules_to_save``.
+
+        Raises:
+            UserError: the objective cannot train such an adapter.
+        """
+        return config
+
+    def after_adapter(self, model: Any, warm_start: bool) -> None:
+        """The model as the run starts.
+
+        Args:
+            model: with its adapter on.
+            warm_start: the adapter was trained before; else it is fresh, and the model computes what the base does.
         """
 
     def modules_to_save(self, model: Any) -> Sequence[str]:

@@ -5,6 +5,8 @@ T tokens, D input width, E experts, F features per expert, R rank per expert.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -13,6 +15,7 @@ from torch import Tensor, nn
 
 from talklora_pl.errors import UserError
 from talklora_pl.routing import Collectors, Routing
+from talklora_pl.sites import folding
 from talklora_pl.sites.experts import LinearExperts
 from talklora_pl.spec import LayerOptions, LayerSpec, unregistered
 
@@ -26,7 +29,10 @@ class Mixture(nn.Module):
 
     Attributes:
         collectors: those of the adapter that the layer belongs to, innermost last.
+        fold: take the folded path where there is one, see :mod:`talklora_pl.sites.folding`; off, the plain one.
     """
+
+    fold = True
 
     communication: CommunicationModule
     router: RouterModule
@@ -54,6 +60,11 @@ class Mixture(nn.Module):
         """Whether the communication and the router were made."""
         return hasattr(self, "router")
 
+    @property
+    def decided_by(self) -> str:
+        """Under which name the routing of this layer is recorded."""
+        return self.name
+
     def node_features(self, x_TD: Tensor) -> Tensor:
         """Features of the experts for an input alone, m_TEF: for measurements, which need the decision by itself."""
         raise NotImplementedError
@@ -61,7 +72,10 @@ class Mixture(nn.Module):
     def decide(self, x_TD: Tensor, m_TEF: Tensor, leading_shape: torch.Size) -> tuple[Routing, Tensor]:
         """The routing of every token, and the features of the experts after communication."""
         m_TEG = self.communication(m_TEF, x_TD)
-        routing: Routing = self.router(x_TD, m_TEG)
+        return self.observed(self.router(x_TD, m_TEG), leading_shape), m_TEG
+
+    def observed(self, routing: Routing, leading_shape: torch.Size) -> Routing:
+        """The routing as it is applied; whoever collects gets it as it was decided."""
         if self.collectors:
             self.collectors[-1].add(self.name, routing, leading_shape)
             if self.training:  # gradient checkpointing runs the layer again outside of the context
@@ -70,7 +84,7 @@ class Mixture(nn.Module):
             self.collectors.give_advice()
         if self.training and self.dropout_routing > 0:
             routing = routing._replace(weights_TE=F.dropout(routing.weights_TE, self.dropout_routing))
-        return routing, m_TEG
+        return routing
 
     def _is_trained(self) -> bool:
         return any(p.requires_grad for p in self.parameters())
@@ -104,7 +118,12 @@ class BlockMixture(Mixture):
         return self._routing.weights_TE
 
     def forward(self, frozen: Any, *args: Any, **kwargs: Any) -> Any:
-        x = args[0] if args else kwargs.get("hidden_states")
+        with self.decided(args[0] if args else kwargs.get("hidden_states")):
+            return frozen.frozen_forward(*args, **kwargs)
+
+    @contextmanager
+    def decided(self, x: Any) -> Iterator[None]:
+        """Inside of it the Linears of the block have the weights for its input (..., D)."""
         if not isinstance(x, Tensor) or x.shape[-1] != self.width:
             raise UserError(
                 f"router.per: block: {self.name!r} is not called with hidden states of width {self.width} first; "
@@ -112,7 +131,7 @@ class BlockMixture(Mixture):
             )
         outer, self._routing = self._routing, self._decide(x)
         try:
-            return frozen.frozen_forward(*args, **kwargs)
+            yield
         finally:
             self._routing = outer
 
@@ -121,9 +140,17 @@ class BlockMixture(Mixture):
             return x_TD.new_zeros(x_TD.shape[0], self.num_experts, 0)
         return own_features(self._experts[0], x_TD)
 
+    def _folds(self, x_TD: Tensor) -> bool:
+        if not (self.fold and self._experts and folding.exact_enough(self.router, x_TD)):
+            return False
+        return folding.folds(self._experts[0], self.communication, self.router)
+
     def _decide(self, x: Tensor) -> Routing:
         x_TD = x.reshape(-1, x.shape[-1])
         with torch.autocast(x_TD.device.type, enabled=False):
+            if self._folds(x_TD):
+                logits_TE = folding.logits_of(x_TD, self._experts[0], self.communication, self.router)
+                return self.observed(self.router.route(logits_TE), x.shape[:-1])
             return self.decide(x_TD, self.node_features(x_TD), x.shape[:-1])[0]
 
 

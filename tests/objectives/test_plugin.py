@@ -26,7 +26,7 @@ from talklora_pl.registry import from_dict, import_plugins
 from tests.data.tiny import save_model, tokenizer
 
 ROOT = Path(__file__).parents[2]
-ROWS = [{"prompt": f"{i}?", "chosen": "yes" * (1 + i % 2), "rejected": "not at all"} for i in range(11)]
+ROWS = [{"prompt": f"{i}?", "good": "yes" * (1 + i % 2), "bad": "not at all"} for i in range(11)]
 PAGE = (ROOT / "docs/components.md").read_text()
 
 
@@ -34,11 +34,11 @@ PAGE = (ROOT / "docs/components.md").read_text()
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The plugin, rows and a float64 model."""
     folder = tmp_path_factory.mktemp("own")
-    code = next(b for b in re.findall(r"```python\n(.*?)```", PAGE, re.S) if b.startswith("# preference.py"))
-    (folder / "preference.py").write_text(code)
-    (folder / "preferences.jsonl").write_text("".join(json.dumps(row) + "\n" for row in ROWS))
+    code = next(b for b in re.findall(r"```python\n(.*?)```", PAGE, re.S) if b.startswith("# pairs.py"))
+    (folder / "pairs.py").write_text(code)
+    (folder / "pairs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in ROWS))
     save_model(folder / "model", initializer_range=0.2)
-    import_plugins([str(folder / "preference.py")])
+    import_plugins([str(folder / "pairs.py")])
     return folder
 
 
@@ -52,7 +52,7 @@ def by_hand(model: Any, beta: float) -> tuple[float, float]:
     tok, losses = tokenizer(), []
     for row in ROWS:
         prompt, log_p = tok(row["prompt"]).input_ids, []
-        for answer in (row["chosen"], row["rejected"]):
+        for answer in (row["good"], row["bad"]):
             ids = torch.tensor([[*prompt, *tok(answer, add_special_tokens=False).input_ids, 257]])
             logits_SV = model(ids).logits[0, :-1].log_softmax(-1)
             log_p.append(logits_SV.gather(1, ids[0, 1:, None])[len(prompt) - 1 :].sum())
@@ -66,7 +66,7 @@ def test_the_command_line_trains_and_validates(folder: Path, tmp_path: Path, mon
     config = yaml.safe_load(block)
     config["model"]["base"] = {"path": "model", "dtype": "float32"}
     config["model"]["optimizer"] = {"class_path": "AdamW", "init_args": {"lr": 0.02}}
-    config["data"] |= {"val": "preferences.jsonl", "batch_size": 3, "max_length": 60}
+    config["data"] |= {"val": "pairs.jsonl", "batch_size": 3, "max_length": 60}
     quiet = {"enable_progress_bar": False, "enable_model_summary": False, "accelerator": "cpu"}
     config["trainer"] = quiet | {"max_epochs": 6, "default_root_dir": str(tmp_path / "runs"), "log_every_n_steps": 1}
     (tmp_path / "my.yaml").write_text(yaml.safe_dump(config))
@@ -117,7 +117,7 @@ def losses(folder: Path, data: Any, **options: Any) -> list[float]:
 
 
 def rows_of(folder: Path, **options: Any) -> TextData:
-    return TextData(str(folder / "preferences.jsonl"), val_size=0, max_length=60, **options)
+    return TextData(str(folder / "pairs.jsonl"), val_size=0, max_length=60, **options)
 
 
 def test_the_mean_is_over_rows_however_a_step_is_cut(folder: Path) -> None:
@@ -143,7 +143,7 @@ def test_a_filler_has_no_loss(folder: Path) -> None:
 def test_both_are_listed(folder: Path) -> None:
     found = {(row["family"], row["name"]): row for row in components()}
     assert found["objective", "margin"]["options"] == [{"name": "beta", "type": "float", "default": 0.1}]
-    assert found["rows", "preference"]["description"].startswith("A prompt, the answer that was chosen")
+    assert found["rows", "pair"]["description"].startswith("A prompt, a good answer")
     assert {("objective", "sft"), ("objective", "classification"), ("rows", "chat")} <= found.keys()
 
 
@@ -152,16 +152,16 @@ def test_both_are_listed(folder: Path) -> None:
     [
         (
             None,
-            {"rows": "preference"},
-            "preference rows do not fit model.objective: sft .* set model.objective: margin",
+            {"rows": "pair"},
+            "pair rows do not fit model.objective: sft .* set model.objective: margin",
         ),
-        ("margin", {"rows": "completion"}, "completion rows do not fit model.objective: margin .*takes preference"),
-        ("margin", {"columns": {"chosne": "x"}}, "no field 'chosne'. Did you mean 'chosen'"),
+        ("margin", {"rows": "completion"}, "completion rows do not fit model.objective: margin .*takes pair"),
+        ("margin", {"columns": {"goood": "x"}}, "no field 'goood'. Did you mean 'good'"),
     ],
 )
 def test_rows_that_do_not_fit(folder: Path, objective: str | None, source: dict[str, Any], said: str) -> None:
     base = BaseModel(str(folder / "model"))
     chosen = objective and from_dict(Objective, objective)
-    rows = [Source(str(folder / "preferences.jsonl"), **source)]
+    rows = [Source(str(folder / "pairs.jsonl"), **source)]
     with pytest.raises(UserError, match=said):
         TextData(rows, base=base, max_length=60, objective=chosen or None).setup("fit")

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass
 from typing import Any
 
 from talklora_pl.data.rows import ABSENT, Example, Row, RowKind, check_text, find, short
 from talklora_pl.data.source import BadRow
 from talklora_pl.registry import register
+from talklora_pl.strict import read_json
 
 ROLES = ["system", "developer", "user", "assistant", "tool", "function", "ipython", "observation", "environment"]
 ROLES += ["tool_results", "document", "documents"]
@@ -36,7 +36,7 @@ class Chat(RowKind):
         column = row.column(names[-1])
         messages = []
         for name in names:
-            turns = [_turn(turn, f"{row.column(name)}[{i}]") for i, turn in enumerate(row.items(name))]
+            turns = [read_turn(turn, f"{row.column(name)}[{i}]") for i, turn in enumerate(row.items(name))]
             if name == "prompt":  # what is in it is not learned
                 turns = [turn | {"train": False} if turn["role"] == "assistant" else turn for turn in turns]
             messages += turns
@@ -52,13 +52,17 @@ class Chat(RowKind):
             raise BadRow(f"must be an object, got {short(variables)}", row.column("chat_template_kwargs"))
         if documents := _parsed(row.get("documents", required=False)):
             variables = {**variables, "documents": documents}
-        answers = [_text(messages[-1])] if answered else []
+        answers = [answer_text(messages[-1])] if answered else []
         return Example(
-            messages=messages, answers=answers, label=0 if answered else None, tools=_tools(row), variables=variables
+            messages=messages,
+            answers=answers,
+            label=0 if answered else None,
+            tools=read_tools(row),
+            variables=variables,
         )
 
 
-def _turn(message: Any, place: str) -> dict[str, Any]:
+def read_turn(message: Any, place: str) -> dict[str, Any]:
     """A turn in the form {role, content}. Raises BadRow."""
     if not isinstance(message, dict):
         raise BadRow("must be an object {role, content}", place)
@@ -93,7 +97,7 @@ def _turn(message: Any, place: str) -> dict[str, Any]:
     return turn
 
 
-def _text(turn: dict[str, Any]) -> str:
+def answer_text(turn: dict[str, Any]) -> str:
     """The text of an answer, to compare with."""
     content = turn.get("content") or ""
     parts = [content] if isinstance(content, str) else content
@@ -103,8 +107,8 @@ def _text(turn: dict[str, Any]) -> str:
 def _parsed(value: Any) -> Any:
     """JSON in a cell as what it stands for; anything else as it is."""
     try:
-        return json.loads(value) if isinstance(value, str) and value.strip() else value
-    except json.JSONDecodeError:
+        return read_json(value) if isinstance(value, str) and value.strip() else value
+    except (ValueError, RecursionError):
         return value
 
 
@@ -115,7 +119,7 @@ def _calls(value: Any, place: str) -> list[dict[str, Any]]:
     return [{"type": "function", "function": call}]
 
 
-def _tools(row: Row) -> list[Any] | None:
+def read_tools(row: Row) -> list[Any] | None:
     value, column = _parsed(row.get("tools", required=False)), row.column("tools")
     tools = [_parsed(tool) for tool in value] if isinstance(value, list) else value
     if tools and not (isinstance(tools, list) and all(isinstance(tool, dict) for tool in tools)):
