@@ -124,8 +124,8 @@ class FineTuner(AdapterModule):
         refuse_callbacks(self.trainer, self)
         refuse_quantised(self.trainer, self)
         whole_precision(self.trainer, self)
-        listed = any(isinstance(c, ExpertAllocation) for c in self.trainer.callbacks)  # type: ignore[attr-defined]
-        return [*([] if listed else [ExpertAllocation()]), OtherCallbacks(), RunMetrics(), OutOfMemory()]
+        listed = {type(c) for c in self.trainer.callbacks}  # type: ignore[attr-defined]
+        return [kind() for kind in (ExpertAllocation, OtherCallbacks, RunMetrics, OutOfMemory) if kind not in listed]
 
     # --- building
 
@@ -255,7 +255,7 @@ class FineTuner(AdapterModule):
             steps = self.trainer.estimated_stepping_batches
             if steps == math.inf:
                 raise UserError(
-                    "model.lr_scheduler: a run that ends by time does not know its steps. Give the schedule total_steps."
+                    "model.lr_scheduler: a run that ends by time does not know its steps. Give it total_steps."
                 )
             if isinstance(scheduler, WarmupSchedule):
                 scheduler.plan(int(steps))

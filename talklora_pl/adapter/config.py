@@ -19,6 +19,9 @@ from talklora_pl.experts.shared_b import SharedB
 from talklora_pl.routers import Router
 from talklora_pl.routers.softmax import Softmax, Uniform
 
+DEFAULT_RANK = 32
+"""TalkLoRA's total rank; not the default of the option, which has to give way to expert_rank."""
+
 
 @dataclass
 class PlainLoRA:
@@ -101,9 +104,9 @@ class AdapterConfig:
                 f"rank {self.rank} (of all experts together) and expert_rank {self.expert_rank} (of one) exclude each "
                 "other: set one to null (of method files use a single one, they do not add up)"
             )
-        elif self.expert_rank is None and self.num_experts >= 1 and (self._rank < 1 or self._rank % self.num_experts):
+        elif self.expert_rank is None and self.num_experts >= 1 and (self.total < 1 or self.total % self.num_experts):
             out.append(
-                f"rank {self._rank} is not divisible by num_experts {self.num_experts}; use a multiple, or expert_rank"
+                f"rank {self.total} is not divisible by num_experts {self.num_experts}; use a multiple, or expert_rank"
             )
         elif self.expert_rank is not None and self.expert_rank < 1:
             out.append(f"expert_rank must be at least 1, got {self.expert_rank}")
@@ -152,13 +155,14 @@ class AdapterConfig:
             router = replace(router, k=min(table.values()))  # type: ignore[call-arg]
         return replace(self, allocation=UniformAllocation(), router=router)
 
+    @property
+    def total(self) -> int:
+        """The rank of all experts together, where expert_rank does not say that of one."""
+        return DEFAULT_RANK if self.rank is None else self.rank
+
     def rank_per_expert(self) -> int:
         """R."""
-        return self.expert_rank if self.expert_rank is not None else self._rank // self.num_experts
-
-    @property
-    def _rank(self) -> int:
-        return 32 if self.rank is None else self.rank
+        return self.expert_rank if self.expert_rank is not None else self.total // self.num_experts
 
     def scale(self) -> float:
         """s = alpha / reference rank. Does not depend on the allocated number of experts."""
@@ -201,6 +205,8 @@ class AdapterConfig:
             elif f.name == "balance":
                 value = [registry.to_dict(b) for b in value]
             out[f.name] = value
+        if self.expert_rank is None:
+            out["rank"] = self.total
         return out
 
     @classmethod
