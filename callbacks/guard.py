@@ -77,7 +77,7 @@ class FiniteGuard(L.Callback):
         board = Board(trainer)
         if self.skipped > self.skip:
             self._stop = message
-            board.text("nonfinite", message)
+            board.text("alerts/nonfinite", message)
         else:
             board.warn("nonfinite", f"{message} The step is left out ({self.skipped} of at most {self.skip}).")
 

@@ -60,14 +60,17 @@ class LoadBalance(L.Callback):
         self._probe_text = 0
         self._probe_left = 0
         self._before: dict[str, Any] = {}
+        self._start: dict[str, Tensor] = {}  # communication, when training began
 
     # --- state: the rest is made anew at every logged step or evaluation
 
     def state_dict(self) -> dict[str, Any]:
-        return {"probe": self._before, "alerts": self.alerts.state() if self.alerts else {}}
+        alerts = self.alerts.state() if self.alerts else {}
+        return {"probe": self._before, "alerts": alerts, "communication": self._start}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         self._before = state_dict["probe"]
+        self._start = state_dict.get("communication", {})
         if self.alerts:
             self.alerts.restore(state_dict["alerts"])
 
@@ -78,6 +81,7 @@ class LoadBalance(L.Callback):
         self.train_load = RoutingLoad(layers).to(pl_module.device) if layers else None
         board = Board(trainer)
         board.describe_run(pl_module)
+        self._start = self._start or _copies(communication_matrices(pl_module.adapter))
         if self.figures and board.pictures:
             from talklora_pl.monitoring import figures
 
@@ -190,8 +194,11 @@ class LoadBalance(L.Callback):
         if len(load.tasks) > 1:
             board.figure("experts/tasks", figures.tasks(load))
         matrices = communication_matrices(pl_module.adapter, self._inputs)
-        if matrices:
-            board.figure("experts/communication", figures.communication(matrices))
+        if not self._start:  # it depends on the tokens: the first evaluation is what the others are compared with
+            self._start = _copies(matrices)
+        elif matrices.keys() <= self._start.keys():
+            changes = {name: matrix - self._start[name] for name, matrix in matrices.items()}
+            board.figure("experts/communication", figures.communication(changes, change=True))
 
     def _add_probe(self, records: list[RoutingRecord], batch: Any) -> None:
         self._probe_left -= int(batch["attention_mask"].sum())
@@ -208,6 +215,10 @@ class LoadBalance(L.Callback):
             return 0.0, 0.0
         same = [overlap(before["experts"][k], now_TK) for k, now_TK in self._probe.items() if k in before["experts"]]
         return (1 - sum(same) / len(same), 1.0) if same else (0.0, 0.0)
+
+
+def _copies(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    return {name: tensor.clone() for name, tensor in tensors.items()}
 
 
 def _log_every(trainer: L.Trainer) -> int:

@@ -21,6 +21,8 @@ from lightning.pytorch.utilities import rank_zero_info
 from torch.optim.lr_scheduler import ReduceLROnPlateau
 
 from talklora_pl.adapter_module import AdapterModule
+from talklora_pl.base import load_config
+from talklora_pl.base.quantization import quantization_of
 from talklora_pl.errors import UserError
 from talklora_pl.registry import did_you_mean
 
@@ -33,7 +35,7 @@ REFUSED: dict[type[L.Callback], str] = {
     ModelPruning: "it renames the tensors that it prunes, so the adapter could be neither saved nor resumed",
     OnExceptionCheckpoint: "it resumes by itself from amid a step; last.ckpt is kept anyway, see --ckpt_path last",
 }
-IN_TRAINING = ("train_", "load/", "balance/", "alerts/")
+IN_TRAINING = ("train_", "train/", "cost/", "load/", "balance/", "alerts/")
 """Beginnings of the names of metrics that may come later than the first validation."""
 DTYPES = {"16-true": "float16", "bf16-true": "bfloat16", "64-true": "float64"}
 
@@ -54,6 +56,17 @@ def refuse_callbacks(trainer: L.Trainer, pl_module: AdapterModule) -> None:
         )
     if lines:
         raise UserError("\n".join(lines))
+
+
+def refuse_quantised(trainer: L.Trainer, pl_module: AdapterModule) -> None:
+    """Raise a `UserError` where a strategy shards the base and its weights are kept in few bits."""
+    if not hasattr(trainer.strategy, "loads_base"):
+        return
+    if name := pl_module.base.quantization or quantization_of(load_config(pl_module.base)):
+        raise UserError(
+            f"trainer.strategy fsdp shards floating-point weights, and those of this base are {name}: model.base."
+            "quantization goes with one process or trainer.strategy ddp, where each has the whole base in few bits."
+        )
 
 
 def whole_precision(trainer: L.Trainer, pl_module: AdapterModule) -> None:

@@ -210,10 +210,12 @@ def _data(trainer: L.Trainer, accumulate: int) -> dict[str, Any]:
     data: Any = getattr(trainer, "datamodule", None)
     if not hasattr(data, "batch_size"):
         return {}
+    batches = trainer.world_size * accumulate
+    size = {"rows of an optimiser step (batch_size x processes x accumulate_grad_batches)": data.batch_size * batches}
+    if (budget := getattr(data, "max_tokens", None)) is not None:
+        size = {"batches of an optimiser step (processes x accumulate_grad_batches)": batches, "max_tokens": budget}
     return {
-        "rows of an optimiser step (batch_size x processes x accumulate_grad_batches)": data.batch_size
-        * trainer.world_size
-        * accumulate,
+        **size,
         **{name: getattr(data, name) for name in ("seed", "length_grouped") if hasattr(data, name)},
         "rows": {name: len(table) for name, table in getattr(data, "tables", {}).items() if name == "train"},
     }

@@ -10,6 +10,7 @@ import lightning as L
 from talklora_pl.adapter import Adapter, AdapterConfig
 from talklora_pl.adapter.metadata import AdapterMetadata
 from talklora_pl.base import BaseModel
+from talklora_pl.evaluation import Generation
 from talklora_pl.names import ADAPTERS
 from talklora_pl.optim import ParamGroup
 from talklora_pl.routing import RoutingRecord
@@ -27,6 +28,8 @@ class AdapterModule(L.LightningModule):
         allocation: experts by module name, decided before the adapter is built; None: as the adapter's rule says.
         model: the base with the adapter, once it is built.
         routing: of the newest training micro-step.
+        tokenizer: the base's.
+        method: name of the shipped method, if it is one.
     """
 
     base: BaseModel
@@ -36,11 +39,21 @@ class AdapterModule(L.LightningModule):
     allocation: dict[str, int] | None
     model: Any
     routing: list[RoutingRecord]
+    tokenizer: Any
+    method: str | None = None
 
     @property
     def adapter(self) -> Adapter:
         """The adapter that is trained."""
         return getattr(self.model, ADAPTERS)["default"]
+
+    @abstractmethod
+    def generation(self, max_new_tokens: int | None = None) -> Generation:
+        """Answers prompts with the model as it is now, as the evaluation does.
+
+        Args:
+            max_new_tokens: None: the evaluation's.
+        """
 
     @abstractmethod
     def adapter_metadata(self, like: str | None = None) -> AdapterMetadata:

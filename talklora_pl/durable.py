@@ -1,11 +1,12 @@
 """Files and folders that appear whole or not at all, whatever happens while they are written.
 
 They are written beside their place, in the *same* directory (a rename across file systems is a copy), under a name that
-tells the process, and renamed at the end.
+tells the process, flushed to disk, and renamed at the end.
 """
 
 from __future__ import annotations
 
+import errno
 import os
 import re
 import shutil
@@ -45,6 +46,37 @@ def folder_beside(path: Path) -> Iterator[Path]:
         shutil.rmtree(work, ignore_errors=True)
 
 
+def put(work: Path, target: Path) -> None:
+    """Flush a folder with all that is in it to disk, and give it its name, at which there is nothing yet.
+
+    Raises:
+        OSError: another process has put one there, or it cannot be written.
+    """
+    for folder, _, files in os.walk(work):
+        for name in files:
+            _flush(Path(folder, name))
+        _flush(Path(folder))
+    work.rename(target)
+    _flush(target.parent)
+
+
+NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO)
+"""What keeps a program from writing and is no fault of it: a full disk, a quota, a limit, no permission, a bad disk."""
+
+
+def no_room(error: BaseException | None) -> OSError | None:
+    """The failed write behind an error, if there is one: torch and libraries in Rust (safetensors, tokenizers) raise
+    errors of their own for it."""
+    while error is not None:
+        number = error.errno if isinstance(error, OSError) else None
+        if said := re.search(r"\(os error (\d+)\)", str(error)):
+            number = int(said[1])
+        if number in NO_ROOM:
+            return error if isinstance(error, OSError) else OSError(number, os.strerror(number))
+        error = error.__cause__ or error.__context__
+    return None
+
+
 def beside(path: Path) -> Path:
     """Where this process writes what will be at ``path``."""
     return path.with_name(f".{path.name}.{socket.gethostname()}.{os.getpid()}.tmp")
@@ -59,14 +91,18 @@ def remove_leftovers(directory: Path) -> None:
 
 
 def alive(pid: int) -> bool:
-    """Whether there is a process of this number on this machine."""
+    """Whether a process of this number runs on this machine. One that has ended may still have its number, until its
+    parent asks how it ended."""
     try:
         os.kill(pid, 0)
     except ProcessLookupError:
         return False
     except PermissionError:  # somebody else's
         pass
-    return True
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] not in ("Z", "X")
+    except (OSError, IndexError):  # no Linux, or gone meanwhile
+        return not Path("/proc/self").exists()
 
 
 def _flush(path: Path) -> None:

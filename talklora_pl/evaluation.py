@@ -16,14 +16,15 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
-import torch.nn.functional as F
 from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 from torchmetrics import Metric
 
 from talklora_pl.base.description import Description
 from talklora_pl.errors import UserError
-from talklora_pl.inputs import NO_LOSS, labelled, masked, model_inputs, to_device, token_logits
+from talklora_pl.inputs import NO_LOSS, labelled, masked, model_inputs, to_device
+from talklora_pl.pieces import label_nll
+from talklora_pl.shared_prefix import runs_trees, shared_nll
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -61,13 +62,6 @@ class Evaluation:
             raise UserError(
                 f"model.evaluation.answer_pattern: {self.answer_pattern!r} is no regular expression: {e}."
             ) from None
-
-
-def token_nll(logits_NV: Tensor, targets_N: Tensor) -> Tensor:
-    """Negative log-likelihood of every target in float32, shape (N,); in pieces, since float32 logits are large."""
-    pieces = zip(logits_NV.split(1024), targets_N.split(1024), strict=True)
-    losses = [F.cross_entropy(logits.float(), targets, reduction="none") for logits, targets in pieces]
-    return torch.cat(losses) if losses else logits_NV.new_zeros(0, dtype=torch.float32)
 
 
 def row_nll(nll_N: Tensor, row_N: Tensor, rows: int) -> tuple[Tensor, Tensor]:
@@ -206,10 +200,17 @@ def _until(ends: set[int], ids: list[int]) -> list[int]:
     return ids[: next((i + 1 for i, token in enumerate(ids) if token in ends), len(ids))]
 
 
-def answer_nll(model: Any, batch: Mapping[str, Any]) -> tuple[Tensor, Tensor]:
-    """Summed negative log-likelihood of each row's labelled tokens, and their number, both (B,) and float32."""
-    logits_NV, targets_N, row_N = token_logits(model, batch)
-    return row_nll(token_nll(logits_NV, targets_N), row_N, len(batch["input_ids"]))
+def answer_nll(model: Any, batch: Mapping[str, Any], share: bool = False) -> tuple[Tensor, Tensor]:
+    """Summed negative log-likelihood of each row's labelled tokens, and their number, both (B,) and float32 at least.
+
+    Args:
+        share: compute what rows of one ``group`` share once, see :mod:`~talklora_pl.shared_prefix`. The same numbers.
+    """
+    rows = len(batch["input_ids"])
+    if share and runs_trees(model) and (shared_N := shared_nll(model, batch)) is not None:
+        return row_nll(shared_N, batch["loss_row"], rows)
+    nll_N, row_N = label_nll(model, batch)
+    return row_nll(nll_N, row_N, rows)
 
 
 def score_answers(model: Any, batch: Mapping[str, Any], generate: Generation | None = None) -> BatchScores:
@@ -226,7 +227,7 @@ def score_answers(model: Any, batch: Mapping[str, Any], generate: Generation | N
     answer_Q = batch.get("answer", torch.zeros_like(group_B))
     real_Q = batch.get("real", torch.ones_like(answer_Q, dtype=torch.bool))
 
-    nll_B, tokens_B = answer_nll(model, batch)
+    nll_B, tokens_B = answer_nll(model, batch, share="group" in batch and not model.training)
     scores_QC = choice_scores(nll_B, tokens_B, group_B, choice_B)
     gold_B = (choice_B == answer_Q[group_B]) & real_Q[group_B]
     several_Q = scores_QC.isfinite().sum(1) > 1
@@ -345,6 +346,25 @@ def write_json(path: Path, tuned: dict[str, Any], base: dict[str, Any] | None) -
     """The same as JSON: ``{"adapter": {task: scores}, "base": {task: scores}}``."""
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps({"adapter": tuned} | ({"base": base} if base else {}), indent=1) + "\n", "utf-8")
+
+
+def write_lines(path: Path, records: Sequence[Mapping[str, Any]]) -> None:
+    """Records as JSON lines."""
+    path.write_text("".join(json.dumps(r, ensure_ascii=False) + "\n" for r in records), encoding="utf-8")
+
+
+def judged(scored: BatchScores, batch: dict[str, Any]) -> list[dict[str, Any]]:
+    """The records of :func:`predictions`, each with what it counts for: `right` where it was judged, and the `loss` per
+    token of the right answer where that is known."""
+    out = predictions(scored, batch)
+    real = [q for q, real in enumerate(batch["real"].tolist()) if real]
+    judged_Q, loss_Q = scored.ranked_Q | scored.generated_Q, scored.nll_Q / scored.tokens_Q
+    for record, q in zip(out, real, strict=True):
+        if judged_Q[q]:
+            record["right"] = bool(scored.right_Q[q])
+        if scored.tokens_Q[q]:
+            record["loss"] = float(loss_Q[q])
+    return out
 
 
 def predictions(scored: BatchScores, batch: dict[str, Any]) -> list[dict[str, Any]]:

@@ -1,7 +1,8 @@
 """From rows of tokens to the arguments of a model, and back to the logits that carry loss.
 
-B rows, S tokens of the longest of them, V vocabulary, N positions whose next token carries loss. Rows are padded on the
-right unless said otherwise; the attention mask alone says what is real.
+B rows, S tokens of the longest of them, V vocabulary, D width, N positions whose next token carries loss. Rows are
+padded on the right unless said otherwise; the attention mask alone says what is real. A *packed* batch has its rows one
+after the other in a single row of T tokens, without pads: positions begin anew with each, and none sees another.
 """
 
 from __future__ import annotations
@@ -12,6 +13,9 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+from talklora_pl import trials, varlen
+from talklora_pl.routing import PackedRows
 
 NO_LOSS = -100
 MODEL_INPUTS = ("input_ids", "attention_mask", "token_type_ids", "position_ids")
@@ -58,6 +62,54 @@ def loss_positions(labels_BS: Tensor) -> dict[str, Tensor]:
     return {"loss_index": index_N, "loss_target": targets_BS[row_N, column_N], "loss_row": row_N}
 
 
+def packed(batch: Mapping[str, Any]) -> dict[str, Any]:
+    """A batch of :func:`labelled` rows without its pads.
+
+    Returns:
+        ``input_ids``, ``position_ids``, ``attention_mask`` and ``labels``, all (1,T); the :func:`loss_positions`;
+        ``token_row`` (T,), the row of every token; ``row_borders`` (B + 1,) int32, where the rows begin and the last
+        one ends; ``longest_row``, a number.
+    """
+    real_BS = batch["attention_mask"].bool()
+    row_T, position_T = real_BS.nonzero(as_tuple=True)
+    # no token foretells the first one of the next row
+    labels_1T = batch["labels"][real_BS].where(position_T > 0, NO_LOSS).unsqueeze(0)
+    positions = loss_positions(labels_1T)
+    length_B = real_BS.sum(1)
+    return {
+        "input_ids": batch["input_ids"][real_BS].unsqueeze(0),
+        "position_ids": position_T.unsqueeze(0),
+        "attention_mask": torch.ones_like(labels_1T),
+        "labels": labels_1T,
+        "token_row": row_T,
+        "row_borders": F.pad(length_B.cumsum(0), (1, 0)).int(),
+        "longest_row": int(length_B.max()),
+        **positions,
+        "loss_row": row_T[positions["loss_index"]],
+    }
+
+
+def packed_rows(batch: Mapping[str, Any]) -> PackedRows | None:
+    """Whose token is whose, of a packed batch; of another None."""
+    return PackedRows(batch["token_row"], len(batch["row_borders"]) - 1) if "row_borders" in batch else None
+
+
+def causal_inputs(model: Any, batch: Mapping[str, Any]) -> dict[str, Any]:
+    """What of a batch of :func:`labelled` or :func:`packed` rows a causal model is called with: no mask.
+
+    No token of a row sees the pads behind it, and a mask of them would keep attention from its fast kernels. A model
+    that reads forward too gets the mask (see :func:`~talklora_pl.trials.reads_back_only`), and so does a batch of
+    unknown origin, whose pads may be on the left.
+    """
+    inputs: dict[str, Any] = model_inputs(batch)
+    if "row_borders" in batch:
+        del inputs["attention_mask"]
+        return inputs | varlen.arguments(model, batch["row_borders"], batch["longest_row"])
+    if "loss_index" in batch and trials.reads_back_only(model):
+        inputs.pop("attention_mask", None)
+    return inputs
+
+
 def token_logits(model: Any, batch: Mapping[str, Any]) -> tuple[Tensor, Tensor, Tensor]:
     """Logits at the positions whose next token carries loss.
 
@@ -67,11 +119,13 @@ def token_logits(model: Any, batch: Mapping[str, Any]) -> tuple[Tensor, Tensor, 
 
     Args:
         model: a causal language model.
-        batch: of :func:`labelled`; the index is made from ``labels`` where a batch of another origin has none.
+        batch: of :func:`labelled` or :func:`packed`; the index is made from ``labels`` where a batch of another origin
+            has none.
 
     Returns:
         logits_NV, the tokens to predict (N,), and the batch row of each (N,).
     """
+    inputs = causal_inputs(model, batch)
     if "loss_index" not in batch:
         batch = {**batch, **to_device(loss_positions(batch["labels"].cpu()), batch["labels"].device)}
     index_N = batch["loss_index"]
@@ -80,7 +134,8 @@ def token_logits(model: Any, batch: Mapping[str, Any]) -> tuple[Tensor, Tensor, 
         lambda _, args: (args[0].flatten(0, 1).index_select(0, index_N).unsqueeze(0), *args[1:])
     )
     try:
-        logits_1NV = model(**model_inputs(batch)).logits
+        with varlen.packed("row_borders" in batch):
+            logits_1NV = model(**inputs).logits
     finally:
         hook.remove()
     return logits_1NV.squeeze(0), batch["loss_target"], batch["loss_row"]

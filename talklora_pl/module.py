@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-import json
+import math
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -27,14 +27,27 @@ from talklora_pl.base import BaseModel, describe_base, load_base, load_generatio
 from talklora_pl.base.description import Description
 from talklora_pl.base.loading import new_modules, settle
 from talklora_pl.callbacks.allocation import ExpertAllocation, refuse_other_allocation
-from talklora_pl.callbacks.others import OtherCallbacks, refuse_callbacks, whole_precision
+from talklora_pl.callbacks.others import OtherCallbacks, refuse_callbacks, refuse_quantised, whole_precision
+from talklora_pl.callbacks.run_metrics import RunMetrics
 from talklora_pl.distributed.checkpoint import refuse_differences
 from talklora_pl.distributed.shards import compare_with_files
 from talklora_pl.errors import UserError
-from talklora_pl.evaluation import BatchScores, Evaluation, Generation, TaskScores, predictions, table, write_json
+from talklora_pl.evaluation import (
+    BatchScores,
+    Evaluation,
+    Generation,
+    TaskScores,
+    judged,
+    predictions,
+    table,
+    write_json,
+    write_lines,
+)
+from talklora_pl.inputs import packed_rows
 from talklora_pl.internals.lightning import step_ends, trainer_of
+from talklora_pl.memory.checkpointing import Checkpointing, checkpoint_layers, mode_of
 from talklora_pl.objectives import Objective, choose
-from talklora_pl.optim import ParamGroup, grouped, try_optimizer, watched
+from talklora_pl.optim import ParamGroup, WarmupSchedule, grouped, try_optimizer, watched
 from talklora_pl.routing import RoutingCollector
 from talklora_pl.sites.left_out import summary
 from talklora_pl.warm_start import SavedAdapter
@@ -50,7 +63,8 @@ class FineTuner(AdapterModule):
         optimizer: of the trained tensors.
         lr_scheduler: stepped every optimiser step.
         param_groups: other learning rates or weight decays for some tensors; the first that matches counts.
-        gradient_checkpointing: recompute decoder layers in the backward pass (never reentrant).
+        gradient_checkpointing: what decoder layers compute again in the backward pass, for memory: nothing (`off`),
+            everything (`full`, or true), or all but matrix products and fused attention (`selective`).
         compile: compile the model with ``torch.compile``.
         evaluation: how answers are scored.
         adapter_path: an adapter to begin from, with a new optimiser and counters: an adapter folder, a checkpoint, a
@@ -65,7 +79,7 @@ class FineTuner(AdapterModule):
         optimizer: OptimizerCallable = lambda p: torch.optim.AdamW(p, lr=3e-4, weight_decay=0.01),
         lr_scheduler: LRSchedulerCallable | None = None,
         param_groups: list[ParamGroup] | None = None,
-        gradient_checkpointing: bool = False,
+        gradient_checkpointing: bool | Checkpointing = "off",
         compile: bool = False,
         evaluation: Evaluation = Evaluation(),  # noqa: B008 (frozen)
         objective: Objective | None = None,
@@ -78,7 +92,7 @@ class FineTuner(AdapterModule):
         self.optimizer = optimizer
         self.lr_scheduler = lr_scheduler
         self.param_groups = param_groups or []
-        self.gradient_checkpointing = gradient_checkpointing
+        self.gradient_checkpointing = mode_of(gradient_checkpointing)
         self.compile_model = compile
         self.evaluation = evaluation
         self._told_of_idle = False
@@ -93,9 +107,10 @@ class FineTuner(AdapterModule):
     def configure_callbacks(self) -> list[L.Callback]:
         """Allocation needs a hook that runs before :meth:`configure_model`; also the first hook of a run, to refuse."""
         refuse_callbacks(self.trainer, self)
+        refuse_quantised(self.trainer, self)
         whole_precision(self.trainer, self)
         listed = any(isinstance(c, ExpertAllocation) for c in self.trainer.callbacks)  # type: ignore[attr-defined]
-        return [OtherCallbacks()] if listed else [ExpertAllocation(), OtherCallbacks()]
+        return [*([] if listed else [ExpertAllocation()]), OtherCallbacks(), RunMetrics()]
 
     # --- building
 
@@ -120,8 +135,7 @@ class FineTuner(AdapterModule):
             self.start.load(self.model, self.device)
             self.start.check_base(self.model)
         self.objective.after_adapter(self.model, warm_start=self.start is not None)
-        if self.gradient_checkpointing:
-            self.model.activation_checkpointing_enable()
+        checkpoint_layers(self.model, self.gradient_checkpointing)
         if self.compile_model:
             self.model.compile()
         self.model.train()
@@ -170,6 +184,12 @@ class FineTuner(AdapterModule):
         if problems:
             raise UserError("\n".join(problems))
 
+    def count_trained(self) -> int:
+        """Number of trained parameters, of every layer having ``num_experts``; needs no weights."""
+        model = load_base(self.base, meta=True)
+        self._inject(model, self.adapter_config.before_allocation())
+        return sum(p.numel() for p in model.parameters() if p.requires_grad)
+
     def _inject(self, model: Any, config: AdapterConfig, device: torch.device | None = None) -> None:
         saved = {*config.modules_to_save, *self.objective.modules_to_save(model)}
         new = {n for n in new_modules(model) if not any(f"{n}.".startswith(f"{module}.") for module in saved)}
@@ -200,7 +220,15 @@ class FineTuner(AdapterModule):
         assert self.lr_scheduler is not None
         scheduler = self.lr_scheduler(optimizer)
         if getattr(scheduler, "total_steps", 0) is None:
-            setattr(scheduler, "total_steps", int(self.trainer.estimated_stepping_batches))  # noqa: B010
+            steps = self.trainer.estimated_stepping_batches
+            if steps == math.inf:
+                raise UserError(
+                    "model.lr_scheduler: a run that ends by time does not know its steps. Give the schedule total_steps."
+                )
+            if isinstance(scheduler, WarmupSchedule):
+                scheduler.plan(int(steps))
+            else:
+                scheduler.total_steps = int(steps)
         return scheduler
 
     @property
@@ -238,7 +266,8 @@ class FineTuner(AdapterModule):
 
     def training_step(self, batch: dict[str, Any], batch_idx: int) -> Tensor:
         """Task loss over all tokens of the optimiser step, plus balance losses averaged over its micro-steps."""
-        with RoutingCollector(self.model, batch["attention_mask"], batch.get("task_types")) as collector:
+        collector = RoutingCollector(self.model, batch["attention_mask"], batch.get("task_types"), packed_rows(batch))
+        with collector:
             loss_sum, count, *observed = self.objective.loss(self.model, batch)
         self.routing = collector.records
         self.adapter.count_loads(self.routing)
@@ -315,6 +344,14 @@ class FineTuner(AdapterModule):
         eos_id = getattr(self._datamodule, "eos_id", None)
         return self.tokenizer.eos_token_id if eos_id is None else eos_id
 
+    def generation(self, max_new_tokens: int | None = None) -> Generation:
+        options = self.evaluation
+        if max_new_tokens is not None:
+            options = replace(options, max_new_tokens=max_new_tokens)
+        shared = self.device_mesh is not None  # the model, by the ranks
+        any_rank = (lambda here: self.trainer.strategy.reduce_boolean_decision(here, all=False)) if shared else None
+        return Generation(self.model, self.tokenizer, self.description, self.eos_id, options, any_rank)
+
     @torch.no_grad()
     def score(self, batch: dict[str, Any], generate: bool = False) -> BatchScores:
         """Score an evaluation batch with the model as it is now, adapter on or off.
@@ -323,11 +360,7 @@ class FineTuner(AdapterModule):
             batch: on the model's device.
             generate: also answer what is open, by generating up to ``evaluation.max_new_tokens``.
         """
-        answer = None
-        if generate and self.evaluation.max_new_tokens:
-            shared = self.device_mesh is not None  # the model, by the ranks
-            any_rank = (lambda here: self.trainer.strategy.reduce_boolean_decision(here, all=False)) if shared else None
-            answer = Generation(self.model, self.tokenizer, self.description, self.eos_id, self.evaluation, any_rank)
+        answer = self.generation() if generate and self.evaluation.max_new_tokens else None
         return self.objective.score(self.model, batch, answer)
 
     def on_validation_epoch_start(self) -> None:
@@ -346,9 +379,13 @@ class FineTuner(AdapterModule):
     def on_test_epoch_start(self) -> None:
         self.scores = TaskScores(self._tasks()).to(self.device)
         self.base_scores = TaskScores(self._tasks()).to(self.device)
+        self.questions: list[dict[str, Any]] = []
 
     def test_step(self, batch: dict[str, Any], batch_idx: int) -> None:
-        self.scores.update(self.score(batch, generate=True), self._tasks(batch))
+        scored = self.score(batch, generate=True)
+        self.scores.update(scored, self._tasks(batch))
+        if "index" in batch:  # a data module of one's own may not number its questions
+            self.questions += judged(scored, batch)
         if self._compare_base:
             with disable_adapter(self.model):
                 self.base_scores.update(self.score(batch, generate=True), self._tasks(batch))
@@ -357,7 +394,9 @@ class FineTuner(AdapterModule):
         tuned, base = self.scores.compute(), self.base_scores.compute() if self._compare_base else None
         self._log_scores("test", tuned)
         path = self._output("test_scores.json")
+        questions = self._of_all_ranks(self.questions)
         if self.trainer.is_global_zero:
+            write_lines(path.with_name("test_questions.jsonl"), questions)
             write_json(path, tuned, base)
             rich.print(table(tuned, base), f"Scores as JSON: {path}", sep="\n")
 
@@ -370,15 +409,19 @@ class FineTuner(AdapterModule):
         return records
 
     def on_predict_epoch_end(self) -> None:
-        every = [self.predictions]
-        if self.trainer.world_size > 1:
-            every = [[] for _ in range(self.trainer.world_size)]
-            torch.distributed.all_gather_object(every, self.predictions)
+        records = self._of_all_ranks(self.predictions)
         path = self._output("predictions.jsonl")
         if self.trainer.is_global_zero:
-            records = sorted((r for rank in every for r in rank), key=lambda r: r.pop("index"))
-            path.write_text("".join(json.dumps(r, ensure_ascii=False) + "\n" for r in records), encoding="utf-8")
+            write_lines(path, records)
             rich.print(f"{len(records)} predictions: {path}")
+
+    def _of_all_ranks(self, records: list[dict[str, Any]]) -> list[dict[str, Any]]:
+        """In the order of the data, which their `index` gives; a collective."""
+        every = [records]
+        if self.trainer.world_size > 1:
+            every = [[] for _ in range(self.trainer.world_size)]
+            torch.distributed.all_gather_object(every, records)
+        return sorted((r for rank in every for r in rank), key=lambda r: r.pop("index"))
 
     def _tasks(self, batch: dict[str, Any] | None = None) -> list[str]:
         """All tasks there are, or those of a batch's questions; a data module without tasks has one."""
@@ -412,6 +455,8 @@ class FineTuner(AdapterModule):
             "task": self.base.task,
             "num_labels": self.base.num_labels,
         }
+        if self.base.quantization is not None:  # the model on the meta device does not know
+            base["quantization"] = self.base.quantization
         if self.base.revision is not None:
             base["revision"] = self.base.revision
         if like is not None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import re
+from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -74,7 +75,15 @@ def try_optimizer(
         part = "lr_scheduler"
         if lr_scheduler is not None:
             watched(lr_scheduler(made))
-    except (ArithmeticError, TypeError, ValueError) as e:
+    except (ArithmeticError, ImportError, TypeError, ValueError) as e:
+        shapes = [tuple(p.shape) for g in groups for p in g["params"]]
+        others = [shape for shape in shapes if len(shape) != 2]
+        if part == "optimizer" and others and re.search(r"\b2-?D\b", str(e)):  # torch.optim.Muon
+            raise UserError(
+                f"model.optimizer: this one takes matrices alone, and {len(others)} of the {len(shapes)} trained tensors "
+                f"are none, such as a stack of experts of shape {max(others, key=len)}. Take one for tensors of any "
+                "shape: AdamW, Adafactor, bitsandbytes.optim.AdamW8bit."
+            ) from e
         raise UserError(f"model.{part}: {e}") from e
 
 
@@ -93,18 +102,43 @@ def watched(scheduler: Any) -> str | None:
     return monitor
 
 
-class WarmupLinear(LambdaLR):
-    """Factor s/warmup up to step ``warmup_steps``, then linearly to 0 at ``total_steps``.
+class WarmupSchedule(LambdaLR, ABC):
+    """A factor of every group's learning rate: s/warmup in step s of the warm-up, then from 1 down to the floor.
 
     Args:
         warmup_steps: optimiser steps; a value below 1 is a share of total_steps.
         total_steps: optimiser steps; None means those of the whole fit (FineTuner fills it in).
+        warmup_ratio: the warm-up as a share of total_steps, in place of warmup_steps.
+        min_lr_ratio: the floor.
     """
 
-    def __init__(self, optimizer: Optimizer, warmup_steps: float = 0, total_steps: int | None = None) -> None:
-        self.warmup_steps = warmup_steps
+    def __init__(
+        self,
+        optimizer: Optimizer,
+        warmup_steps: float = 0,
+        total_steps: int | None = None,
+        warmup_ratio: float | None = None,
+        min_lr_ratio: float = 0.0,
+    ) -> None:
+        if warmup_ratio is not None and warmup_steps:
+            raise ValueError(f"warmup_steps {warmup_steps} and warmup_ratio {warmup_ratio} exclude each other")
+        for name, value in (("warmup_ratio", warmup_ratio), ("min_lr_ratio", min_lr_ratio)):
+            if value is not None and not 0 <= value <= 1:
+                raise ValueError(f"{name} must be in [0, 1], got {value}")
+        if warmup_steps < 0:
+            raise ValueError(f"warmup_steps must be at least 0, got {warmup_steps}")
+        # one number says both
+        self.warmup_steps = warmup_steps if warmup_ratio is None else min(warmup_ratio, 1 - 1e-9)
+        self.min_lr_ratio = min_lr_ratio
         self.total_steps = total_steps
         super().__init__(optimizer, self.factor)
+
+    def plan(self, total_steps: int) -> None:
+        """Take the number of steps, before the first."""
+        self.total_steps = total_steps
+        self._last_lr = [base * self.factor(self.last_epoch) for base in self.base_lrs]
+        for group, rate in zip(self.optimizer.param_groups, self._last_lr, strict=True):
+            group["lr"] = rate
 
     def factor(self, step: int) -> float:
         total = self.total_steps or math.inf
@@ -113,15 +147,50 @@ class WarmupLinear(LambdaLR):
             return step / warmup
         if math.isinf(total):
             return 1.0
-        return self.decay(min(1.0, (step - warmup) / max(1.0, total - warmup)))
+        decay = self.decay(min(1.0, (step - warmup) / max(1.0, total - warmup)))
+        return self.min_lr_ratio + (1 - self.min_lr_ratio) * decay
+
+    @abstractmethod
+    def decay(self, progress: float) -> float:
+        """From 1 to 0 for a progress in [0, 1] after warm-up."""
+
+
+class WarmupLinear(WarmupSchedule):
+    """Warm-up, then a line."""
 
     def decay(self, progress: float) -> float:
-        """Factor after warm-up for a progress in [0, 1]."""
         return 1 - progress
 
 
-class WarmupCosine(WarmupLinear):
-    """Like :class:`WarmupLinear` with half a cosine, (1 + cos(pi p)) / 2, in place of the line."""
+class WarmupCosine(WarmupSchedule):
+    """Warm-up, then half a cosine, (1 + cos(pi p)) / 2."""
 
     def decay(self, progress: float) -> float:
         return (1 + math.cos(math.pi * progress)) / 2
+
+
+class WarmupConstant(WarmupSchedule):
+    """Warm-up, then the rate as it is: decay_ratio of the steps after it, the last ones, go down to the floor in a
+    line (warm-up, stable, decay).
+
+    Args:
+        decay_ratio: share of the steps after the warm-up.
+        others: as for :class:`WarmupSchedule`.
+    """
+
+    def __init__(
+        self,
+        optimizer: Optimizer,
+        warmup_steps: float = 0,
+        total_steps: int | None = None,
+        warmup_ratio: float | None = None,
+        min_lr_ratio: float = 0.0,
+        decay_ratio: float = 0.0,
+    ) -> None:
+        if not 0 <= decay_ratio <= 1:
+            raise ValueError(f"decay_ratio must be in [0, 1], got {decay_ratio}")
+        self.decay_ratio = decay_ratio
+        super().__init__(optimizer, warmup_steps, total_steps, warmup_ratio, min_lr_ratio)
+
+    def decay(self, progress: float) -> float:
+        return min(1.0, (1 - progress) / self.decay_ratio) if self.decay_ratio else 1.0

@@ -29,6 +29,7 @@ from typing import Any, ClassVar, TypeVar, get_type_hints
 
 from talklora_pl import typed
 from talklora_pl.errors import UserError
+from talklora_pl.paths import expand
 
 C = TypeVar("C", bound="type[Component]")
 
@@ -158,12 +159,19 @@ def import_plugins(plugins: Iterable[str]) -> None:
         UserError: the module cannot be found or fails while it is imported.
     """
     for plugin in plugins:
-        path = Path(plugin).expanduser()
+        path = Path(expand(plugin))
         try:
             if plugin.endswith(".py"):
                 if not path.is_file():
                     raise UserError(f"plugins: there is no file {plugin!r}.")
-                if path.stem not in sys.modules:
+                loaded = sys.modules.get(path.stem)
+                if loaded is not None and not _is_of(loaded, path):
+                    where = getattr(loaded, "__file__", None) or "built into Python"
+                    raise UserError(
+                        f"plugins: {plugin!r} would be the module {path.stem!r}, and another of that name is loaded "
+                        f"({where}). Give the file another name."
+                    )
+                if loaded is None:
                     spec = importlib.util.spec_from_file_location(path.stem, path)
                     assert spec is not None and spec.loader is not None
                     module = importlib.util.module_from_spec(spec)
@@ -179,5 +187,13 @@ def import_plugins(plugins: Iterable[str]) -> None:
                 importlib.import_module(plugin)
         except UserError:
             raise
+        except SystemExit as e:
+            raise UserError(f"plugins: importing {plugin!r} ended the program (sys.exit, status {e.code}).") from e
         except Exception as e:
             raise UserError(f"plugins: importing {plugin!r} failed: {type(e).__name__}: {e}") from e
+
+
+def _is_of(module: Any, path: Path) -> bool:
+    """Whether a loaded module was made from this file."""
+    file = getattr(module, "__file__", None)
+    return file is not None and Path(file).exists() and path.samefile(file)

@@ -34,6 +34,13 @@ class Routing(NamedTuple):
     selected_TK: Tensor | None = None
 
 
+class PackedRows(NamedTuple):
+    """Which row of a packed batch every token belongs to: ``row_T`` from 0, of ``count`` rows."""
+
+    row_T: Tensor
+    count: int
+
+
 @dataclass
 class RoutingRecord:
     """One layer's routing in one forward pass.
@@ -43,6 +50,7 @@ class RoutingRecord:
         mask_T: False for pads.
         shape: of the tokens before they were flattened, usually (batch, sequence).
         task_types_B: kind of task of every row of the batch, where the data says so.
+        packed: rows of every token, where they follow each other without pads.
     """
 
     layer: str
@@ -50,6 +58,15 @@ class RoutingRecord:
     mask_T: Tensor
     shape: tuple[int, ...] = ()
     task_types_B: Tensor | None = None
+    packed: PackedRows | None = None
+
+    def sum_by_row(self, values_TE: Tensor) -> Tensor:
+        """Sums over the real tokens of every row of the batch, (B,E)."""
+        values_TE = values_TE * self.mask_T.unsqueeze(-1)
+        if self.packed is None:
+            return values_TE.view(self.shape[0], -1, values_TE.shape[-1]).sum(1)
+        sums_BE = values_TE.new_zeros(self.packed.count, values_TE.shape[-1])
+        return sums_BE.index_add(0, self.packed.row_T, values_TE)
 
     def sum_of(self, values: Tensor) -> Tensor:
         """Sum of (T, ...) over the real tokens."""
@@ -108,6 +125,7 @@ class RoutingCollector:
         model: a model with adapters, or one of its adapters.
         mask: attention mask (batch, sequence) of the forward pass; 0 marks pads.
         task_types: kind of task of every row (batch,), for losses that ask for it.
+        packed: the rows of a batch that is packed, see :func:`talklora_pl.inputs.packed_rows`.
 
     Attributes:
         records: what was collected, in the order in which the layers ran.
@@ -116,8 +134,15 @@ class RoutingCollector:
         UserError: on entering, the model has no adapter.
     """
 
-    def __init__(self, model: nn.Module, mask: Tensor | None = None, task_types: Tensor | None = None) -> None:
+    def __init__(
+        self,
+        model: nn.Module,
+        mask: Tensor | None = None,
+        task_types: Tensor | None = None,
+        packed: PackedRows | None = None,
+    ) -> None:
         self.model = model
+        self.packed = packed
         self.mask = mask
         self.task_types = task_types
         self.records: list[RoutingRecord] = []
@@ -140,7 +165,8 @@ class RoutingCollector:
     def add(self, layer: str, routing: Routing, leading_shape: torch.Size) -> None:
         # by number, not by shape: some models flatten (batch, sequence) before their feed-forward Linears (OPT)
         if self.mask is not None and self.mask.numel() == routing.weights_TE.shape[0]:
-            mask_T, leading_shape = self.mask.reshape(-1).bool(), self.mask.shape
+            mask_T, leading_shape, packed = self.mask.reshape(-1).bool(), self.mask.shape, self.packed
         else:  # a layer that does not see one row per token, such as a pooler
+            packed = None
             mask_T = torch.ones(routing.weights_TE.shape[0], dtype=torch.bool, device=routing.weights_TE.device)
-        self.records.append(RoutingRecord(layer, routing, mask_T, tuple(leading_shape), self.task_types))
+        self.records.append(RoutingRecord(layer, routing, mask_T, tuple(leading_shape), self.task_types, packed))

@@ -52,7 +52,7 @@ class Run:
         """What the fit has written of itself; nothing for a run of version 0.1."""
         try:
             found = json.loads((self.folder / RECORD).read_text(encoding="utf-8"))
-        except (OSError, ValueError):
+        except (OSError, ValueError, RecursionError):
             return {}
         return found if isinstance(found, dict) else {}
 
@@ -60,6 +60,10 @@ class Run:
     def checkpoints(self) -> Path:
         """Where its checkpoints are."""
         return Path(self.record.get("checkpoints") or self.folder / "checkpoints")
+
+    def folders(self) -> set[str]:
+        """Where it keeps checkpoints and adapters, if not in its own folder."""
+        return {str(place) for name in ("checkpoints", "adapters") if (place := self.record.get(name))}
 
     @property
     def state(self) -> str:
@@ -111,9 +115,12 @@ class Run:
         """Take the lock; it is free again when this process ends, however it ends.
 
         Raises:
-            UserError: another process has it.
+            UserError: another process has it, or nothing can be written there.
         """
-        descriptor = os.open(self.folder / LOCK, os.O_RDWR | os.O_CREAT, 0o644)
+        try:
+            descriptor = os.open(self.folder / LOCK, os.O_RDWR | os.O_CREAT, 0o644)
+        except OSError as e:
+            raise UserError(f"The run {self.folder} cannot be written to: {e.strerror}.") from None
         for _ in range(20):  # somebody may just be looking
             try:
                 fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)

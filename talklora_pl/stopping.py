@@ -7,7 +7,7 @@ import signal
 import subprocess
 import sys
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from types import FrameType
 
@@ -42,8 +42,12 @@ def requeue(number: int) -> None:
 
 
 @contextmanager
-def nothing_to_keep() -> Iterator[None]:
-    """While imports, the base and the data take their time: a signal ends the process, without a traceback."""
+def nothing_to_keep(early: Sequence[int] = ()) -> Iterator[None]:
+    """While imports, the base and the data take their time: a signal ends the process, without a traceback.
+
+    Args:
+        early: signals that it got before; the first one ends it at once.
+    """
     if threading.current_thread() is not threading.main_thread():
         yield
         return
@@ -63,6 +67,8 @@ def nothing_to_keep() -> Iterator[None]:
         os._exit(exit_code(number))
 
     before = {number: signal.signal(number, end) for number in SIGNALS}
+    for number in early:
+        end(number, None)
     try:
         yield
     finally:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,6 +22,7 @@ from talklora_pl.base import BaseModel
 from talklora_pl.distributed.checkpoint import flatten, read_checkpoint
 from talklora_pl.errors import UserError
 from talklora_pl.export.run import tensors_of
+from talklora_pl.paths import expand
 
 SIZES = ("num_experts", "rank", "expert_rank", "alpha")
 MODULES = ("targets", "exclude", "layers")
@@ -51,7 +51,7 @@ class SavedAdapter:
         Raises:
             UserError: it is none of them, or damaged.
         """
-        local = Path(os.path.expanduser(path))
+        local = Path(expand(path))
         try:
             if local.is_file():
                 saved = read_checkpoint(local)

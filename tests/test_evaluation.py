@@ -28,8 +28,8 @@ from talklora_pl.evaluation import (
     predictions,
     row_nll,
     table,
-    token_nll,
 )
+from talklora_pl.pieces import token_nll
 from tests.data.tiny import save_model, tokenizer
 
 Jsonl = Callable[..., str]

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 
+from talklora_pl.cli.trainer import RunPlace
 from talklora_pl.errors import UserError
 from talklora_pl.runs import Run, all_runs, new_run, run_of, to_go_on
 
@@ -119,3 +120,34 @@ def test_a_damaged_record_says_nothing(tmp_path: Path) -> None:
     run = a_run(tmp_path, "a")
     (run.folder / "run.json").write_text('{"state": "fin')
     assert run.record == {} and run.state == "unknown"
+
+
+@pytest.mark.parametrize(("option", "file"), [("checkpoints", "last.ckpt"), ("adapters", "best")])
+def test_a_folder_elsewhere_is_of_one_run(tmp_path: Path, option: str, file: str) -> None:
+    """Nobody replaces what is in it, nor writes to it at the same time."""
+    root, kept = tmp_path / "runs", tmp_path / "kept"
+    place = {option: str(kept)}
+    first = RunPlace(root, None, None, None, True, **place)
+    first.check()
+    locks = first.enter()
+    with pytest.raises(UserError, match=rf"{kept} is still going on: process {os.getpid()}"):
+        RunPlace(root, None, None, None, True, **place).enter()
+    assert len(list(root.iterdir())) == 1  # the one that was refused leaves nothing
+    (kept / file).touch()
+    assert first.run is not None
+    first.run.write(**{option: str(kept)})
+    for run, lock in locks:
+        run.unlock(lock)
+    for run, ckpt_path in ((None, None), (None, "x.ckpt"), (a_run(root, "other"), "runs/other/checkpoints/last.ckpt")):
+        with pytest.raises(UserError, match="there already, of another run"):
+            RunPlace(root, None, run, ckpt_path, True, **place).enter()
+    RunPlace(root, None, first.run, "kept/last.ckpt", True, **place).check()
+    RunPlace(root, None, None, None, False, **place).check()
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root may write anywhere")
+def test_a_folder_that_cannot_be_written_to(tmp_path: Path) -> None:
+    run = a_run(tmp_path, "a")
+    run.folder.chmod(0o500)
+    with pytest.raises(UserError, match="cannot be written to: Permission denied"):
+        run.lock()

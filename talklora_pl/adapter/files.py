@@ -6,21 +6,25 @@ Nothing they name is imported, run or opened, and no memory is taken before name
 ``adapter.safetensors``  tensors of the adapter (``layers.*``, ``bank.*``, ``balance.*``) and, as
                          ``base.<name>``, tensors of the base that were trained along (a new head)
 ``talklora.json``        format version, what base it belongs to, adapter options, experts of every
-                         adapted module, digest of the tensors
+                         adapted module; digests of the tensors, of the files beside it (tokenizer, ...)
+                         and of what it says itself
 =======================  ==========================================================================
 """
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
-from collections.abc import Iterator
+import re
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from safetensors import SafetensorError, safe_open
 
+from talklora_pl import strict
 from talklora_pl.cache import sha256
 from talklora_pl.durable import write_whole
 from talklora_pl.errors import UserError
@@ -29,6 +33,9 @@ from talklora_pl.internals.torch import TorchDispatchMode
 FORMAT_VERSION = 1
 TENSORS = "adapter.safetensors"
 CONFIG = "talklora.json"
+CARD = "README.md"
+OWN_DIGEST, FILE_DIGESTS = "sha256", "files_sha256"
+"""Entries of talklora.json, which those of version 0.1 do not have."""
 MAX_JSON = 1 << 24
 
 
@@ -50,7 +57,7 @@ def read_json(path: Path) -> dict[str, Any]:
         raise UserError(f"{path} is larger than {MAX_JSON >> 20} MiB; no adapter needs that.")
     try:
         text = path.read_text(encoding="utf-8")
-        data = json.loads(text, parse_constant=_no_constant, parse_float=_finite)
+        data = strict.read_json(text, parse_constant=_no_constant, parse_float=_finite)
     except (ValueError, RecursionError) as e:
         raise UserError(f"{path} is not readable as JSON: {short(e)}") from None
     if not isinstance(data, dict):
@@ -97,6 +104,32 @@ def check_digest(folder: Path, digest: str | None) -> None:
     """
     if sha256(folder / TENSORS) != digest:
         raise UserError(f"{folder / TENSORS} is damaged, or not the file that {CONFIG} belongs to: the digests differ.")
+
+
+def digest_of(data: Mapping[str, Any]) -> str:
+    """Digest of what a JSON file says, however it is indented; of all entries but :data:`OWN_DIGEST`."""
+    said = {key: value for key, value in data.items() if key != OWN_DIGEST}
+    return hashlib.sha256(json.dumps(said, sort_keys=True).encode()).hexdigest()
+
+
+def digests_beside(folder: Path) -> dict[str, str]:
+    """Digests of the files in a folder, without the two of the adapter and what is there to be edited: its card."""
+    files = (p for p in sorted(folder.iterdir()) if p.is_file() and p.name not in (TENSORS, CONFIG, CARD))
+    return {p.name: sha256(p) for p in files}
+
+
+def check_digests_beside(folder: Path, digests: Mapping[str, Any]) -> None:
+    """Compare files with their digests, those that are there.
+
+    Raises:
+        UserError: one is not the file that the adapter was exported with.
+    """
+    for name, digest in digests.items():
+        if re.fullmatch(r"\w[\w.-]*", name) and (folder / name).is_file() and sha256(folder / name) != digest:
+            raise UserError(
+                f"{folder / name} is damaged, or not the file that the adapter was exported with: the digests differ. "
+                f"If the change is yours, delete the entries {FILE_DIGESTS!r} and {OWN_DIGEST!r} of {CONFIG}."
+            )
 
 
 def shapes_of(f: Any) -> dict[str, tuple[tuple[int, ...], str]]:

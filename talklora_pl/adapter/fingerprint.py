@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from talklora_pl.base.loading import vocabulary
 from talklora_pl.internals.torch import own_part
 from talklora_pl.names import base_parameters
+from talklora_pl.sites.targets import is_linear
 
 SAMPLES = 1024
 VOCABULARY_ROWS = 16
@@ -31,19 +32,28 @@ VOCABULARY_ROWS = 16
 def fingerprint(model: nn.Module, without: Iterable[str] = (), like: str | None = None) -> str | None:
     """``2:<digest of names and shapes>:<samples, base64>``, or None where weights cannot be read as numbers.
 
-    That is so for quantised bases, tensors of classes other than torch's own, and on the meta device. Weights sharded
-    as DTensors take one all-reduce of the samples, so every process has to call this.
+    That is so for tensors of classes other than torch's own, and on the meta device. Of a quantised base only what is
+    never quantised counts (``q:`` instead of ``2:``): all but the weights of Linears, the output head excepted. Weights
+    sharded as DTensors take one all-reduce of the samples, so every process has to call this.
 
     Args:
         without: names of parameters that are no part of the frozen base: those trained along.
-        like: a fingerprint to compare with: earlier versions had no mark and counted all rows.
+        like: a fingerprint to compare with: earlier versions had no mark and counted all rows, and one of a quantised
+            base is compared with the same part of another.
     """
     skip = set(without)
     frozen = {n: p for n, p in base_parameters(model).items() if n not in skip}
     quantised = getattr(model, "is_quantized", False) or getattr(model, "hf_quantizer", None) is not None
-    if quantised or not frozen or not all(_is_readable(p) for p in frozen.values()):
+    mark = ("q:" if quantised else "2:") if like is None else like[:2] if like[:2] in ("2:", "q:") else ""
+    if quantised and mark != "q:":
         return None
-    marked = like is None or like.startswith("2:")
+    if mark == "q:":
+        tokens = vocabulary(model)
+        linear = {id(m.weight) for m in model.modules() if is_linear(m)} - tokens.keys()
+        frozen = {n: p for n, p in frozen.items() if id(p) not in linear}
+    if not frozen or not all(_is_readable(p) for p in frozen.values()):
+        return None
+    marked = mark != ""
     of_tokens = vocabulary(model) if marked else {}
     shapes = {n: list(p.shape[1:] if id(p) in of_tokens else p.shape) for n, p in frozen.items()}
     structure = hashlib.sha256("\n".join(f"{n} {shape}" for n, shape in sorted(shapes.items())).encode())
@@ -58,7 +68,7 @@ def fingerprint(model: nn.Module, without: Iterable[str] = (), like: str | None 
         torch.distributed.all_reduce(values, torch.distributed.ReduceOp.MAX)
     numbers = values.to(torch.bfloat16).cpu().view(torch.int16).numpy().astype("<i2")
     text = f"{structure.hexdigest()[:16]}:{base64.b64encode(numbers.tobytes()).decode()}"
-    return f"2:{text}" if marked else text
+    return mark + text
 
 
 def agree(one: str, other: str) -> bool:

@@ -122,6 +122,16 @@ class ActiveAdapter:
         finally:
             self.rows, self._active = before
 
+    @contextmanager
+    def without_layers(self) -> Iterator[None]:
+        """Adapted modules run as they are frozen, but what the active adapter has in place of the base's parameters
+        stays."""
+        before, self._active = self._active, None
+        try:
+            yield
+        finally:
+            self._active = before
+
     def add_value(self, model: nn.Module, path: str, name: str, value: Tensor) -> None:
         """Let ``name``, which is on, have its own value of the base's parameter ``path``."""
         parameter = self.swapped.setdefault(path, SwappedParameter(model, path))

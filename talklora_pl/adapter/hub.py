@@ -9,6 +9,7 @@ from typing import Any
 
 from talklora_pl.adapter.metadata import read_metadata
 from talklora_pl.errors import UserError
+from talklora_pl.paths import expand
 
 # what a program needs of an adapter repository; nothing else is fetched
 PATTERNS = ["*.json", "adapter.safetensors", "*.txt", "*.model", "*.jinja", "README.md", "modeling_talklora.py"]
@@ -30,7 +31,7 @@ def local_folder(name: str | os.PathLike[str], revision: str | None = None, **hu
     Raises:
         UserError: neither a folder nor a repository that can be reached.
     """
-    path = Path(os.path.expanduser(name))
+    path = Path(expand(name))
     if path.is_dir():
         return path
     if isinstance(name, Path) or path.exists() or not is_repository_name(str(name)):

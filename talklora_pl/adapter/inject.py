@@ -20,6 +20,8 @@ from talklora_pl.balance import Balance, balance_losses
 from talklora_pl.base import portable
 from talklora_pl.base.weights import ModuleWeights
 from talklora_pl.errors import UserError
+from talklora_pl.internals.bitsandbytes import stay_differentiable
+from talklora_pl.internals.transformers import let_trainer_train
 from talklora_pl.names import ADAPTERS, base_parameters, layer_index, leaf, num_layers
 from talklora_pl.ranks import sum_over_ranks
 from talklora_pl.routers import RouterModule
@@ -120,8 +122,24 @@ def inject(
         UserError: bad options, or targets that match nothing.
     """
     check_name(model, name)
+    let_train(model)
     adapter, built = build(model, config, allocation, device)
     return install(model, adapter, built, name)
+
+
+def let_train(model: nn.Module) -> None:
+    """Ready a quantised base for adapters that are trained on it; others need nothing.
+
+    Raises:
+        UserError: gradients do not come through its weights any more.
+    """
+    if repacked := stay_differentiable(model):
+        raise UserError(
+            f"bitsandbytes has repacked the 4-bit weight of {repacked!r} for the CPU when the model was evaluated, and "
+            "no gradient comes through it any more. Load the base anew, and put the adapter in before the model runs "
+            "in eval mode."
+        )
+    let_trainer_train(model)
 
 
 def check_name(model: nn.Module, name: str) -> None:

@@ -23,10 +23,11 @@ from talklora_pl.adapter.files import (
 from talklora_pl.adapter.fingerprint import agree, fingerprint
 from talklora_pl.adapter.host import adapter_set, base_alone, check_no_peft, get_adapter
 from talklora_pl.adapter.hub import local_folder
-from talklora_pl.adapter.inject import Adapter, Layers, build, check_name, install, selected_parameters
+from talklora_pl.adapter.inject import Adapter, Layers, build, check_name, install, let_train, selected_parameters
 from talklora_pl.adapter.metadata import AdapterMetadata, BaseInfo, read_metadata, write_files
 from talklora_pl.base import portable
 from talklora_pl.base.loading import vocabulary
+from talklora_pl.base.quantization import quantization_of
 from talklora_pl.errors import UserError
 from talklora_pl.names import ADAPTERS, base_parameters, in_base
 from talklora_pl.registry import import_plugins
@@ -90,6 +91,7 @@ def adapter_metadata(model: nn.Module, name: str = "default", **base: Any) -> Ad
         "model_type": getattr(config, "model_type", None),
         # FSDP2 puts a class of its own, FSDPxyz, in front of the model's
         "class_name": type(model).__name__.removeprefix("FSDP"),
+        "quantization": quantization_of(config),
         **base,
     }
     if "name_or_path" in base:
@@ -155,6 +157,8 @@ def load_adapter(
     except UserError as e:
         raise UserError(f"{folder / CONFIG}: {short(e)}") from None
     _check_kind(model, metadata, misfit)
+    if trainable:
+        let_train(model)
     # the base is looked at as it is without the heads and new tokens of other adapters
     with base_alone(model), open_tensors(folder) as f:
         shapes = shapes_of(f)

@@ -14,7 +14,19 @@ from torch import Tensor
 import talklora_pl
 from talklora_pl import aliases
 from talklora_pl.adapter.config import AdapterConfig
-from talklora_pl.adapter.files import CONFIG, FORMAT_VERSION, TENSORS, read_json, short, write_json
+from talklora_pl.adapter.files import (
+    CONFIG,
+    FILE_DIGESTS,
+    FORMAT_VERSION,
+    OWN_DIGEST,
+    TENSORS,
+    check_digests_beside,
+    digest_of,
+    digests_beside,
+    read_json,
+    short,
+    write_json,
+)
 from talklora_pl.cache import sha256
 from talklora_pl.durable import write_whole
 from talklora_pl.errors import UserError
@@ -33,6 +45,7 @@ class BaseInfo:
         class_name: of the model (``class`` in files, which Python does not allow here).
         task: a name of ``model.base.task``; None if the adapter was not trained by a run.
         num_labels: number of classes of a classifier, where the run chose one.
+        quantization: how the frozen weights were stored in training, see :mod:`~talklora_pl.base.quantization`.
         fingerprint: of the frozen weights, see :mod:`~talklora_pl.adapter.fingerprint`.
     """
 
@@ -42,6 +55,7 @@ class BaseInfo:
     class_name: str = ""
     task: str | None = None
     num_labels: int | None = None
+    quantization: str | None = None
     fingerprint: str | None = None
 
     def to_dict(self) -> dict[str, Any]:
@@ -163,18 +177,34 @@ def read_metadata(folder: str | os.PathLike[str]) -> AdapterMetadata:
     """``talklora.json`` of a folder, checked for form.
 
     Raises:
-        UserError: no such file, not JSON, or what :meth:`AdapterMetadata.from_dict` refuses.
+        UserError: no such file, not JSON, what :meth:`AdapterMetadata.from_dict` refuses, or a digest that differs.
     """
     path = Path(folder) / CONFIG
-    metadata = AdapterMetadata.from_dict(read_json(path), path)
+    data = read_json(path)
+    metadata = AdapterMetadata.from_dict(data, path)
     if metadata.tensors_sha256 is None:
         raise UserError(f"{path}: 'tensors_sha256' is missing or of the wrong type.")
+    if data.get(OWN_DIGEST, digest := digest_of(data)) != digest:
+        raise UserError(
+            f"{path} is damaged, or was changed: its digest is not that of what it says. If the change is yours, "
+            f"delete its entry {OWN_DIGEST!r}."
+        )
+    if not isinstance(beside := data.get(FILE_DIGESTS, {}), dict):
+        raise UserError(f"{path}: {FILE_DIGESTS!r} is of the wrong type.")
+    check_digests_beside(Path(folder), beside)
     return metadata
 
 
-def write_files(folder: Path, tensors: dict[str, Tensor], metadata: AdapterMetadata) -> None:
-    """Write both files; each appears whole or not at all, and the digest tells a mixture of old and new ones."""
+def write_files(folder: Path, tensors: dict[str, Tensor], metadata: AdapterMetadata, beside: bool = False) -> None:
+    """Write both files; each appears whole or not at all, and the digest tells a mixture of old and new ones.
+
+    Args:
+        beside: the other files that are in the folder belong to the adapter too, and get their digests.
+    """
     ready = {k: v.detach().contiguous().cpu() for k, v in tensors.items()}
     folder.mkdir(parents=True, exist_ok=True)
     write_whole(folder / TENSORS, lambda p: save_file(ready, p, {"format": "pt"}))
-    write_json(folder / CONFIG, replace(metadata, tensors_sha256=sha256(folder / TENSORS)).to_dict())
+    data = replace(metadata, tensors_sha256=sha256(folder / TENSORS)).to_dict()
+    if beside:
+        data[FILE_DIGESTS] = digests_beside(folder)
+    write_json(folder / CONFIG, data | {OWN_DIGEST: digest_of(data)})

@@ -76,7 +76,7 @@ def _load(file: Path | None) -> dict[str, Exponents]:
         return {}
     try:
         return {module: Exponents(**values) for module, values in json.loads(file.read_text()).items()}
-    except (OSError, ValueError, TypeError, AttributeError):  # absent or damaged: compute again
+    except (OSError, ValueError, TypeError, AttributeError, RecursionError):  # absent or damaged: compute again
         return {}
 
 

@@ -12,7 +12,9 @@ import yaml
 from talklora_pl.allocation import Allocation, LayerTargets, per_layer
 from talklora_pl.base.weights import WeightSource
 from talklora_pl.errors import UserError
+from talklora_pl.paths import expand
 from talklora_pl.registry import did_you_mean, register
+from talklora_pl.strict import read_yaml
 
 PUBLISHED: dict[str, tuple[int, ...]] = {
     # AlphaLoRA's released run script, T = 160 over 32 layers, beta = 2.5
@@ -124,12 +126,12 @@ class File(Allocation):
     def allocate(
         self, layers: Sequence[LayerTargets], num_experts: int, weights: WeightSource | None = None
     ) -> dict[str, int]:
-        path = Path(self.path).expanduser()
+        path = Path(expand(self.path))
         if not self.path or not path.is_file():
             raise UserError(f"allocation file: there is no file {self.path!r}. Write one with the allocate command.")
         try:
-            content = yaml.safe_load(path.read_text())
-        except (yaml.YAMLError, UnicodeDecodeError) as e:
+            content = read_yaml(path.read_text())
+        except (yaml.YAMLError, ValueError, RecursionError) as e:
             raise UserError(f"{path}: not valid YAML or JSON: {' '.join(str(e).split())}") from None
         for key in ("model", "adapter", "allocation", "init_args", "experts"):
             if isinstance(content, dict) and key in content:

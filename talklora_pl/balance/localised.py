@@ -24,8 +24,7 @@ class LocalisedLoss(BalanceLoss):
 
     def rows(self, r: RoutingRecord) -> Tensor:
         """Z_BE of one record."""
-        w_TE = r.routing.weights_TE * r.mask_T.unsqueeze(-1)
-        z_BE = w_TE.view(r.shape[0], -1, w_TE.shape[-1]).sum(1)
+        z_BE = r.sum_by_row(r.routing.weights_TE)
         if self.delta == 0:
             return z_BE
         if r.task_types_B is None:

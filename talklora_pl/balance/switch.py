@@ -6,8 +6,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Literal
 
+import torch
 from torch import Tensor
-from torch.nn.functional import one_hot
 
 from talklora_pl.balance import Balance, BalanceLoss
 from talklora_pl.registry import register
@@ -24,7 +24,8 @@ class SwitchLoss(BalanceLoss):
     def statistics(self, record: RoutingRecord) -> tuple[Tensor, ...]:
         probs_TE = record.routing.probs_TE
         # summed over the choices: K may differ among the layers of a group
-        chosen_TE = one_hot(record.chosen(), probs_TE.shape[1]).float().sum(1)
+        one_E = torch.arange(probs_TE.shape[1], device=probs_TE.device)  # one_hot reads the range of the numbers back
+        chosen_TE = (record.chosen().unsqueeze(-1) == one_E).sum(1).float()
         return chosen_TE, probs_TE
 
     def value(self, tokens: Tensor, *sums: Tensor) -> Tensor:

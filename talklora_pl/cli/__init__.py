@@ -8,9 +8,11 @@ from __future__ import annotations
 
 import importlib
 import sys
+from collections.abc import Sequence
 from contextlib import nullcontext
 
 from talklora_pl import stopping
+from talklora_pl.durable import no_room
 from talklora_pl.errors import UserError
 
 VERBS = {
@@ -19,6 +21,7 @@ VERBS = {
     "test": ("lightning", "evaluate on the test data, beside the base model"),
     "predict": ("lightning", "write predictions as JSON lines"),
     "allocate": ("allocate", "how many experts each layer gets, from the spectra of its weights"),
+    "compare": ("compare", "methods on the same data with the same seeds, and what their differences are worth"),
     "components": ("components", "list all parts with their options"),
     "data": ("data", "data preview: print rows as the model reads them, with what is learned marked"),
     "export": ("export", "write the adapter folder of a checkpoint"),
@@ -31,23 +34,56 @@ VERBS = {
 USAGE = "python -m talklora_pl VERB"
 
 
-def main(argv: list[str] | None = None) -> int:
-    """Run one verb; returns the exit status."""
+def main(argv: list[str] | None = None, early: Sequence[int] = ()) -> int:
+    """Run one verb; returns the exit status.
+
+    Args:
+        argv: verb and options; by default those of the command line.
+        early: signals that a fit got before this.
+    """
     verb, *rest = (sys.argv[1:] if argv is None else argv) or ["--help"]
     try:
-        if verb in ("-h", "--help"):
+        if verb in ("-V", "--version"):
+            print(versions())
+        elif verb in ("-h", "--help"):
             lines = "\n".join(f"  {name:<11}{text}" for name, (_, text) in VERBS.items())
-            print(f"usage: {USAGE} [options]\n\n{lines}\n\nOptions of a verb: {USAGE} --help")
+            print(f"usage: {USAGE} [options]\n\n{lines}\n\nOptions of a verb: {USAGE} --help. Versions: --version")
         elif verb in VERBS:
             # a signal may come at any time from here on
             stopping.requeues = "--preemption.requeue=false" not in "=".join(rest).lower()
-            with stopping.nothing_to_keep() if verb == "fit" else nullcontext():
+            with stopping.nothing_to_keep(early) if verb == "fit" else nullcontext():
                 importlib.import_module(f"talklora_pl.cli.{VERBS[verb][0]}").main(verb, rest)
         else:
             from talklora_pl.registry import did_you_mean
 
             raise UserError(f"There is no command {verb!r}.{did_you_mean(verb, VERBS)}")
     except UserError as e:
-        print(f"error: {e}", file=sys.stderr)
-        return 2
+        return _refuse(str(e))
+    except Exception as e:
+        cause = no_room(e) if isinstance(e, OSError) or "os error" in str(e) else None
+        if cause is None:
+            raise
+        return _refuse(f"{cause.filename or 'a file'}: {cause.strerror}. What was whole before is as it was.")
     return 0
+
+
+def _refuse(message: str) -> int:
+    print(f"error: {message}", file=sys.stderr)
+    return 2
+
+
+def versions() -> str:
+    """Of this package, and of what decides how it runs."""
+    from importlib.metadata import PackageNotFoundError, version
+    from platform import python_version
+
+    from talklora_pl import __version__
+
+    def of(package: str) -> str:
+        try:
+            return f"{package} {version(package)}"
+        except PackageNotFoundError:
+            return f"{package} is not installed"
+
+    others = ", ".join(map(of, ("torch", "lightning", "transformers", "datasets")))
+    return f"talklora_pl {__version__} (Python {python_version()}, {others})"

@@ -20,6 +20,7 @@ from talklora_pl.base import BaseModel, load_base
 from talklora_pl.base.weights import SafetensorsWeights
 from talklora_pl.cli.parse import parse
 from talklora_pl.errors import UserError
+from talklora_pl.paths import expand
 
 
 def allocate(
@@ -64,7 +65,7 @@ def allocate(
     registry.import_plugins(plugins)
     alpha = Alpha(budget=budget, beta=beta, estimator=estimator, granularity=granularity, compat=compat)
     chosen = {name.strip(): parse_rule(name.strip(), alpha) for name in rules.split(",")}
-    yaml_file = Path(output).expanduser()
+    yaml_file = Path(expand(output))
     if yaml_file.suffix not in (".yaml", ".yml"):
         raise UserError(f"--output: {output!r} should be a .yaml file.")
     if not yaml_file.parent.is_dir():

@@ -10,11 +10,12 @@ import collections.abc
 import inspect
 import re
 import sys
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import MISSING, dataclass, field, fields, is_dataclass, replace
 from difflib import get_close_matches
 from functools import reduce
 from importlib import import_module
+from importlib.util import find_spec
 from inspect import Parameter
 from operator import or_
 from pathlib import Path
@@ -44,14 +45,19 @@ KINDS: dict[type, str] = {
 }
 """Families of classes that are chosen by name; those of the package register themselves."""
 
+REFUSALS = (ImportError, ValueError, MisconfigurationException)
+"""What classes raise about the values of their options."""
+
 _load: Callable[[str], Any] = get_loader("yaml")
 
 
 def load(text: str) -> Any:
     """What YAML says, as jsonargparse reads it (1e-3 is a number), or the text itself."""
     try:
-        return _load(text)
-    except yaml.YAMLError:
+        value = _load(text)
+        repr(value)  # can messages say what it is?
+        return value
+    except (yaml.YAMLError, ValueError, RecursionError):  # a number of 5,000 digits, a list in a list in a list ...
         return text
 
 
@@ -154,7 +160,10 @@ class Check:
                 replace(chosen.default, **chosen.options)
         except TypeError:  # arguments that come later, such as an optimiser's parameters
             pass
-        except (ImportError, ValueError, MisconfigurationException) as e:  # a logger whose package is not installed
+        except Exception as e:
+            # a logger's package is not installed, or its service refuses with an error of its own
+            if not isinstance(e, REFUSALS) and not issubclass(chosen.cls, Logger):
+                raise
             named = [place for option, place in chosen.places.items() if re.search(rf"\b{option}\b", str(e))]
             file, place = (named or [(file, key) for file, _ in chosen.places.values()] or [("", key)])[0]
             self._report(place, str(e), file)
@@ -182,6 +191,11 @@ class Check:
                 chosen.options[bare], chosen.places[bare] = right, (self.file, where)
                 merge(out, {name: right})
             elif not chosen.complete:
+                try:
+                    _refuse_classes(value)
+                except Wrong as e:
+                    self._report(where, f"{bare}: {e}" if item else str(e))
+                    continue
                 out[name] = value
             elif chosen is self.top or (self._is_record(chosen.cls) and not chosen.listed):
                 known = list(self._keys(self.top, ""))
@@ -237,8 +251,9 @@ class Check:
                 return self._options(given, chosen, key, listed)
         else:
             return out  # of the family's base
-        if "init_args" in given:
-            out["init_args"] = self._options(given["init_args"] or {}, chosen, key, listed)
+        for part in ("init_args", "dict_kwargs"):  # jsonargparse takes an option out of either
+            if part in given:
+                out[part] = self._options(given[part] or {}, chosen, key, listed)
         return out
 
     # --- one value
@@ -255,6 +270,7 @@ class Check:
             if not any(_is(value, kind) for kind in plain) or (structured and isinstance(loaded, (dict, list))):
                 value = loaded
         if any(_is(value, kind) for kind in plain):
+            _refuse_classes(value, plain)
             if not listed:
                 self.chosen.pop(key, None)
             return value
@@ -380,6 +396,18 @@ def merge(into: dict[str, Any], new: Mapping[str, Any]) -> None:
             into[key] = value
 
 
+def _refuse_classes(value: Any, kinds: Sequence[Any] = (Any,)) -> None:
+    """Raise Wrong where a value names a class and nothing says of what kind it has to be: jsonargparse would call
+    whatever `class_path` names."""
+    if isinstance(value, str) and any(kind not in (str, int, float, bool, NoneType) for kind in kinds):
+        value = load(value)
+    inner = value.values() if isinstance(value, Mapping) else value if isinstance(value, (list, tuple)) else ()
+    if isinstance(value, Mapping) and "class_path" in value:
+        raise Wrong(f"class_path: {value['class_path']}: this option does not say of which kind a class has to be.")
+    for each in inner:
+        _refuse_classes(each)
+
+
 def _is_class(kind: Any) -> bool:
     """Not a type that is written as a plain value, as those of the standard library are."""
     return isinstance(kind, type) and get_origin(kind) is None and kind.__module__ not in sys.stdlib_module_names
@@ -407,7 +435,7 @@ def _is(value: Any, kind: Any) -> bool:
         return fits(value, kind)  # a config.yaml has its keys as text
     if get_origin(kind) in (dict, tuple) or kind in (dict, list):
         return isinstance(value, (dict, list, tuple)) and isinstance(value, dict) == (dict in (kind, get_origin(kind)))
-    if isinstance(kind, type) and kind is not object:
+    if isinstance(kind, type) and kind not in (object, Any):  # Any is a class since Python 3.11
         return isinstance(value, (str, kind))
     return True
 
@@ -434,14 +462,20 @@ def find_class(name: Any, families: tuple[type, ...]) -> tuple[str, type]:
         try:
             cls = getattr(import_module(module), last)
         except (ImportError, AttributeError, ValueError):
+            package = module.partition(".")[0]
+            if package.isidentifier() and find_spec(package) is None:
+                raise Wrong(f"There is no class {name!r}: the package {package!r} is not installed here.") from None
             raise Wrong(f"There is no class {name!r}.{did_you_mean(last, _children(families))}") from None
         if not (isinstance(cls, type) and issubclass(cls, families)):
             raise Wrong(f"{name} is not a {kind}.")
         return path, cls
     children = _children(families)
     if len(same := children.get(name, [])) > 1:
-        # of two libraries that use one name, that which extends the other
+        # of two libraries that use one name, that which extends the other, or to which the family belongs
+        own = {family.__module__.partition(".")[0] for family in families}
+        of_family = [c for c in same if c.__module__.partition(".")[0] in own]
         cls = next((c for c in same if all(issubclass(c, other) for other in same)), None)
+        cls = cls or (of_family[0] if len(of_family) == 1 else None)
         paths = [f"{c.__module__}.{c.__qualname__}" for c in same]
         if cls is None:  # torch's AdamW, though something has imported bitsandbytes, which has another
             ours = [c for c in same if c.__module__.split(".")[0] in ("torch", "lightning")]

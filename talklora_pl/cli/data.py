@@ -12,6 +12,7 @@ from rich.text import Text
 
 from talklora_pl.base import load_tokenizer
 from talklora_pl.cli.lightning import CLI, run
+from talklora_pl.data.table import numbers
 from talklora_pl.errors import UserError
 from talklora_pl.inputs import NO_LOSS
 
@@ -89,8 +90,8 @@ def preview(argv: list[str], limit: int = 3) -> None:
                         counts = f"{len(ids)} tokens, class {row['label']}"
                     console.print(Text(f"--- data.{name}: {row['id']}: {counts}", "dim"))
                     console.print(marked(tokenizer, ids, labels, console.is_terminal))
-            tokens, learned = sum(part.table["length"]), sum(part.table["loss_tokens"])
-            what = f"{learned} of {tokens} tokens learned" if part.table["labels"][0] else f"{tokens} tokens"
+            tokens, learned = (int(numbers(part.table, name).sum()) for name in ("length", "loss_tokens"))
+            what = f"{learned} of {tokens} tokens learned" if part.table[0]["labels"] else f"{tokens} tokens"
             console.print(Text(f"=== data.{name}: {part.source.path}: {len(part.table)} rows, {what}", "bold"))
 
 

@@ -23,6 +23,7 @@ from talklora_pl.data.source import Source
 from talklora_pl.errors import UserError
 from talklora_pl.inputs import masked
 from talklora_pl.monitoring.inspection import Inspection
+from talklora_pl.paths import expand
 from talklora_pl.registry import import_plugins
 
 MAX_CLASSES = 1 << 20
@@ -71,7 +72,7 @@ def inspect(
     for name, value in (("limit", limit), ("examples", examples), ("batch_size", batch_size)):
         if value < 1:
             raise UserError(f"--{name}: must be at least 1, got {value}.")
-    page = Path(output).expanduser()
+    page = Path(expand(output))
     if page.suffix not in (".html", ".htm"):
         raise UserError(f"--output: {output!r} should be an .html file.")
     if not page.parent.is_dir():

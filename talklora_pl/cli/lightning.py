@@ -32,6 +32,7 @@ from talklora_pl.distributed.launch import allocation_of, classes_of, place_of, 
 from talklora_pl.errors import UserError
 from talklora_pl.internals.lightning import raised_by_lightning
 from talklora_pl.module import FineTuner
+from talklora_pl.paths import expand
 from talklora_pl.runs import RUNS
 from talklora_pl.shipped import shipped_configs
 
@@ -47,6 +48,7 @@ ALWAYS: dict[str, type[L.Callback]] = {
     "checkpoint": callbacks.Checkpoint,
     "export": callbacks.AdapterExport,
     "load_balance": callbacks.LoadBalance,
+    "samples": callbacks.SampleOutputs,
     "resume": callbacks.ExactResume,
     "guard": callbacks.FiniteGuard,
     "preemption": callbacks.Preemption,
@@ -81,6 +83,7 @@ class CLI(LightningCLI):
         self.verb = verb
         self.objects = dict(objects or {})
         options = [*split(argv), *more]
+        self.method = _method(options)
         registry.import_plugins(plugins(options))
         self.check = Check(
             {"trainer": L.Trainer, "model": FineTuner, "data": TextData, **ALWAYS},
@@ -108,7 +111,7 @@ class CLI(LightningCLI):
             seed_everything_default=42,
             # an evaluation writes into the folder of the run whose checkpoint it reads: the config there is the fit's
             save_config_callback=RunRecord if verb == "fit" else None,
-            save_config_kwargs={"overwrite": True, "about": {"method": _method(options)}},
+            save_config_kwargs={"overwrite": True, "about": {"method": self.method}},
             trainer_class=Trainer,
             auto_configure_optimizers=False,
             load_from_checkpoint_support=False,
@@ -161,6 +164,10 @@ class CLI(LightningCLI):
 
     def before_instantiate_classes(self) -> None:
         config = self.config[self.verb]
+        for section, option in ((config.trainer, "default_root_dir"), (config.checkpoint, "dirpath")):
+            section[option] = section[option] and expand(section[option])
+        config.export.dirpath = config.export.dirpath and expand(config.export.dirpath)
+        self.ckpt_path = self.ckpt_path and expand(self.ckpt_path)
         if self.check.problems:
             try:
                 built = self.parser.instantiate_classes(self.config)[self.verb]
@@ -173,8 +180,9 @@ class CLI(LightningCLI):
         dirpath, fits = config.checkpoint.dirpath, self.verb == "fit"
         trained = config.model.adapter_path is not None
         config.ckpt_path = resume_from(self.ckpt_path, root, dirpath, self.verb, trained, name)
-        run = place_of(config.ckpt_path, root, name, self.ckpt_path, dirpath, fits)
-        self.place = RunPlace(root, name, run, config.ckpt_path, fits)
+        run = place_of(config.ckpt_path, root, name, self.ckpt_path, fits)
+        self.place = RunPlace(root, name, run, config.ckpt_path, fits, dirpath, config.export.dirpath)
+        self.place.check()
 
     def instantiate_classes(self) -> None:
         try:
@@ -208,6 +216,7 @@ class CLI(LightningCLI):
         return trainer
 
     def after_instantiate_classes(self) -> None:
+        self.model.method = self.method
         refuse_callbacks(self.trainer, self.model)
         try:
             self.model.check()
@@ -268,6 +277,25 @@ def run(verb: str, argv: list[str], cli: Callable[[str, list[str]], CLI] = CLI) 
         if raised_by_lightning(e):
             raise UserError(f"trainer: {' '.join(str(e).split())}") from e
         raise
+
+
+class _Unrun(CLI):
+    """Ends before the fit begins."""
+
+    class Built(Exception):
+        pass
+
+    def before_fit(self) -> None:
+        raise self.Built(self)
+
+
+def built(argv: list[str]) -> CLI:
+    """What a fit with these options would be: checked and built, without weights; nothing is run or written."""
+    try:
+        return run("fit", argv, _Unrun)
+    except _Unrun.Built as e:
+        cli: CLI = e.args[0]
+        return cli
 
 
 def main(verb: str, argv: list[str]) -> None:

@@ -10,9 +10,11 @@ from typing import Any, NamedTuple
 
 import yaml
 
+from talklora_pl import strict
 from talklora_pl.adapter.config import FAMILIES, AdapterConfig
 from talklora_pl.cli.check import Check, Problem, load, merge, undotted
 from talklora_pl.errors import UserError
+from talklora_pl.paths import expand
 from talklora_pl.registry import did_you_mean
 from talklora_pl.shipped import shipped_configs
 from talklora_pl.warm_start import SavedAdapter
@@ -25,7 +27,7 @@ def find_config(name: str) -> str:
         UserError: neither.
     """
     folder = shipped_configs()
-    for path in (Path(name), folder / name, folder / f"{name}.yaml"):
+    for path in (Path(expand(name)), folder / name, folder / f"{name}.yaml"):
         if path.is_file():
             return str(path)
     known = [str(p.relative_to(folder).with_suffix("")) for p in folder.rglob("*.yaml")]
@@ -83,9 +85,11 @@ def _config(file: str) -> Mapping[str, Any]:
 def read_yaml(text: str | bytes, where: str) -> Any:
     """What YAML text says; `where` it stands is for messages."""
     try:
-        data = yaml.safe_load(text)
+        data = strict.read_yaml(text)
         loaded = load(text if isinstance(text, str) else text.decode())
-    except (yaml.YAMLError, UnicodeDecodeError) as e:
+    except RecursionError:
+        raise UserError(f"{where} is not readable as YAML: it is nested too deeply.") from None
+    except (yaml.YAMLError, ValueError) as e:  # a number of 5,000 digits is a ValueError
         raise UserError(f"{where} is not readable as YAML: {' '.join(str(e).split())}") from None
     try:
         json.dumps(data, default=str, skipkeys=True)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 import re
 from collections.abc import Callable
+from keyword import iskeyword
 from typing import Any
 
 from jsonargparse import ArgumentError, ArgumentParser
@@ -25,8 +26,9 @@ def parse(verb: str, function: Callable[..., Any], argv: list[str], positional: 
     """
     takes = inspect.signature(function).parameters
     flags = {f"--{name}" for name, p in takes.items() if p.default is False}
-    # --no-cache is as good as --no_cache
+    # --no-cache is as good as --no_cache, and --for is the option for_: Python has the bare word for itself
     argv = [re.sub(r"^--[\w-]+", lambda m: "--" + m[0][2:].replace("-", "_"), arg) for arg in argv]
+    argv = [re.sub(r"^--(\w+)", lambda m: m[0] + "_" * iskeyword(m[1]), arg) for arg in argv]
     argv = [f"{arg}=true" if arg in flags else arg for arg in argv]
     prog = f"python -m talklora_pl {verb}"
     parser = ArgumentParser(prog=prog, description=(function.__doc__ or "").split("\n")[0], exit_on_error=False)

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from talklora_pl.cli.parse import parse
+from talklora_pl.paths import expand
 from talklora_pl.runs import RUNS, Run, all_runs
 
 
@@ -31,7 +32,7 @@ def show(root: str = RUNS, json: bool = False) -> None:
         root: the folder of all runs, trainer.default_root_dir of the fit.
         json: machine-readable.
     """
-    rows = [row(run) for run in all_runs(root)]
+    rows = [row(run) for run in all_runs(expand(root))]
     if json:
         print(dumps(rows, indent=1, ensure_ascii=False))
         return

@@ -6,7 +6,8 @@ import math
 import os
 import socket
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,10 +16,13 @@ import lightning as L
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.cli import LightningArgumentParser, SaveConfigCallback
 from lightning.pytorch.loggers import TensorBoardLogger
+from lightning.pytorch.utilities import rank_zero_info
 
 from talklora_pl import stopping
 from talklora_pl.errors import UserError
-from talklora_pl.runs import Run, new_run
+from talklora_pl.internals.lightning import keep_logs_in
+from talklora_pl.monitoring.tensorboard import first_page
+from talklora_pl.runs import Run, all_runs, new_run
 
 
 @dataclass
@@ -31,6 +35,7 @@ class RunPlace:
         run: the one to go on with.
         ckpt_path: what the run begins from.
         writes: it is a fit, which nobody else may write to.
+        checkpoints, adapters: folders of its own elsewhere (``checkpoint.dirpath``, ``export.dirpath``).
     """
 
     root: Path
@@ -38,17 +43,49 @@ class RunPlace:
     run: Run | None
     ckpt_path: str | None
     writes: bool
+    checkpoints: str | None = None
+    adapters: str | None = None
 
-    def enter(self) -> int | None:
-        """Make or lock the folder. One process does, when all are there."""
-        new = self.run is None
-        self.run = self.run or new_run(self.root, self.name)
+    def check(self) -> None:
+        """Raise a UserError where the fit would replace what another run has written into a folder elsewhere."""
         if not self.writes:
-            return None
-        lock = self.run.lock()
-        if new:
+            return
+        places = {"checkpoint.dirpath": (self.checkpoints, ".ckpt"), "export.dirpath": (self.adapters, "")}
+        for option, (place, end) in places.items():
+            found = [path for name in ("last", "best") if place and (path := Path(place, name + end)).exists()]
+            if found and self._is_of_another(str(place)):
+                raise UserError(
+                    f"{option}: {found[0]} is there already, of another run, and this one would replace it. Choose "
+                    "another folder, or go on with that run by --ckpt_path last."
+                )
+
+    def _is_of_another(self, place: str) -> bool:
+        owners = [r for r in all_runs(self.root) if os.path.abspath(place) in r.folders()]
+        return self.run not in owners if owners else self.ckpt_path is None
+
+    def enter(self) -> list[tuple[Run, int]]:
+        """Make the folder and lock it, with those elsewhere. One process does, when all are there."""
+        locks: list[tuple[Run, int]] = []
+        try:
+            for place in {self.checkpoints, self.adapters} - {None} if self.writes else ():
+                elsewhere = Run(Path(str(place)))
+                try:
+                    elsewhere.folder.mkdir(parents=True, exist_ok=True)
+                except OSError as e:
+                    raise UserError(f"{place} cannot be made: {e.strerror}.") from None
+                locks.append((elsewhere, elsewhere.lock()))
+            self.check()
+            new = self.run is None
+            self.run = self.run or new_run(self.root, self.name)
+            if self.writes:
+                locks.append((self.run, self.run.lock()))
+        except UserError:
+            for run, lock in locks:
+                run.unlock(lock)
+            raise
+        if new and self.writes:
             stopping.at_once.append(self.run.abandon)
-        return lock
+        return locks
 
 
 class Nowhere:
@@ -79,16 +116,33 @@ class RunLogger(TensorBoardLogger):
     def experiment(self) -> Any:
         return super().experiment if self.open else Nowhere()
 
+    def log_metrics(self, metrics: Mapping[str, float], step: int | None = None) -> None:  # type: ignore[override]
+        super().log_metrics({**metrics, **first_page(metrics)}, step)
+
     def save(self) -> None:
         if self.open:
             super().save()
+
+
+def begin(logger: Any) -> None:
+    """Let a logger of a service begin, before there is work to lose.
+
+    Raises:
+        UserError: it cannot: nobody is logged in, its server or its store is not there.
+    """
+    if isinstance(logger, TensorBoardLogger):
+        return
+    try:
+        logger.experiment  # noqa: B018
+    except Exception as e:  # each has errors of its own
+        raise UserError(f"trainer.logger: {type(logger).__name__} cannot begin: {' '.join(str(e).split())}") from e
 
 
 class Trainer(L.Trainer):
     """Lightning's, whose ``log_dir`` is the run's folder under every logger and none."""
 
     place: RunPlace | None = None
-    _lock: int | None = None
+    _locks: Sequence[tuple[Run, int]] = ()
     _entered = False
 
     @property
@@ -110,7 +164,9 @@ class Trainer(L.Trainer):
         answer: Any = None
         if self.is_global_zero:
             try:
-                self._lock = place.enter()
+                self._locks = place.enter()
+                for logger in self.loggers:
+                    begin(logger)
                 answer = place.run, place.ckpt_path
             except UserError as e:  # the others wait for an answer
                 answer = e
@@ -127,12 +183,14 @@ class Trainer(L.Trainer):
             if isinstance(logger, RunLogger):
                 logger.folder = str(place.run.folder)
                 logger.open = not (place.writes and place.ckpt_path)
+            elif before := keep_logs_in(logger, str(place.run.folder)):
+                rank_zero_info(f"{type(logger).__name__} writes into {place.run.folder}, not into {before}.")
 
     def leave(self) -> None:
         """Let others write to the run's folder."""
-        if self._lock is not None and self.place is not None and self.place.run is not None:
-            self.place.run.unlock(self._lock)
-            self._lock = None
+        for run, lock in self._locks:
+            run.unlock(lock)
+        self._locks = ()
 
 
 class RunRecord(SaveConfigCallback):
@@ -151,6 +209,7 @@ class RunRecord(SaveConfigCallback):
             "data": _data(config.data.train),
             "base": config.model.base.path,
             "seed": config.seed_everything,
+            "adapters": config.export.dirpath and os.path.abspath(config.export.dirpath),
         }
         self._began = False
 
@@ -205,7 +264,11 @@ class RunRecord(SaveConfigCallback):
         self, trainer: Trainer, pl_module: L.LightningModule, exception: BaseException
     ) -> None:
         stopped = isinstance(exception, SystemExit | KeyboardInterrupt)
-        self._write(trainer, state="stopped" if stopped else "failed", step=trainer.global_step)
+        with suppress(OSError):  # the disk may be what stopped it
+            self._write(trainer, state="stopped" if stopped else "failed", step=trainer.global_step)
+        if not self._began:  # refused before anything was written
+            for act in stopping.at_once:
+                act()
         self.teardown(trainer, pl_module, "fit")
 
     def teardown(self, trainer: Trainer, pl_module: L.LightningModule, stage: str) -> None:  # type: ignore[override]

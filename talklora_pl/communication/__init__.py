@@ -15,7 +15,8 @@ from talklora_pl.spec import LayerSpec
 
 
 class CommunicationModule(nn.Module):
-    """Communication of one layer.
+    """Communication of one layer. One that is linear in the features may define ``fold(weight_NEG) -> weight_NEF`` as
+    well: the weights on the features before that give what ``weight_NEG`` gives on those after.
 
     Attributes:
         features: G, width of what it returns per expert. Equal to the F it was built with unless it says otherwise.

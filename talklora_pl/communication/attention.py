@@ -25,20 +25,24 @@ class AttentionModule(CommunicationModule):
         self.qkv = layer.uniform(3 * features, features, fan_in=features)
         self.out = layer.uniform(features, features, fan_in=features)
 
-    def attend(self, m_TEF: Tensor) -> tuple[Tensor, Tensor]:
-        """Attention a_THEE and the values it is for, (T,H,E,d)."""
+    def projected(self, m_TEF: Tensor) -> tuple[Tensor, ...]:
+        """Queries, keys and values of every head, (T,H,E,d)."""
         T, E, _ = m_TEF.shape
         n_TEF = normalise(m_TEF, self.options.norm)
-        q, k, v = nn.functional.linear(n_TEF, self.qkv).view(T, E, 3, self.options.heads, -1).permute(2, 0, 3, 1, 4)
-        return (q @ k.transpose(-1, -2) * q.shape[-1] ** -0.5).softmax(-1), v
+        return (
+            nn.functional.linear(n_TEF, self.qkv).view(T, E, 3, self.options.heads, -1).permute(2, 0, 3, 1, 4).unbind()
+        )
 
     def matrix(self, m_TEF: Tensor | None = None) -> Tensor | None:
-        return None if m_TEF is None else self.attend(m_TEF)[0].mean((0, 1))
+        if m_TEF is None:
+            return None
+        q, k, _ = self.projected(m_TEF)
+        return (q @ k.transpose(-1, -2) * q.shape[-1] ** -0.5).softmax(-1).mean((0, 1))
 
     def forward(self, m_TEF: Tensor, x_TD: Tensor) -> Tensor:
         T, E, F = m_TEF.shape
-        a_THEE, v = self.attend(m_TEF)
-        update_TEF = nn.functional.linear((a_THEE @ v).transpose(1, 2).reshape(T, E, F), self.out)
+        heard = nn.functional.scaled_dot_product_attention(*self.projected(m_TEF))
+        update_TEF = nn.functional.linear(heard.transpose(1, 2).reshape(T, E, F), self.out)
         return m_TEF + update_TEF if self.options.residual else update_TEF
 
 

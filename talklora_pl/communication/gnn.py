@@ -14,6 +14,7 @@ from torch.nn.functional import linear
 
 from talklora_pl.communication import Communication, CommunicationModule, graphs
 from talklora_pl.communication.arithmetic import ACTIVATIONS, Activation
+from talklora_pl.kept import Kept
 from talklora_pl.registry import register
 from talklora_pl.spec import LayerSpec
 
@@ -37,6 +38,7 @@ class GraphModule(CommunicationModule):
         super().__init__(width)
         self.options = options
         self.activation = ACTIVATIONS[options.activation]
+        self._fixed: Kept[Tensor] = Kept()
         self.rounds = nn.ParameterList([layer.glorot(width, width) for _ in range(options.rounds)])
 
     def set_graph(self, layer: LayerSpec, nodes_EF: Tensor | None) -> None:
@@ -67,10 +69,21 @@ class GraphModule(CommunicationModule):
             return self.edges.to(m_TEF.dtype)
         return graphs.strongest(graphs.cosines(m_TEF), self.options.density)
 
-    def pass_messages(self, z_TNG: Tensor, a_NN: Tensor) -> Tensor:
-        s_NN = propagation(a_NN)
+    def graph(self, m_TEF: Tensor) -> Tensor:
+        """A_NN of all nodes, or A_TNN."""
+        return self.adjacency(m_TEF)
+
+    def propagation(self, m_TEF: Tensor) -> Tensor:
+        """S_NN or S_TNN; of fixed edges it is computed once."""
+        if not hasattr(self, "edges") or torch.compiler.is_compiling():
+            return propagation(self.graph(m_TEF))
+        return self._fixed.get([self.edges], lambda: propagation(self.graph(m_TEF)), m_TEF.dtype)
+
+    def pass_messages(self, z_TNG: Tensor, s_NN: Tensor) -> Tensor:
+        """The rounds, for S of the graph, one or one per token."""
+        s_TNN = s_NN.expand(len(z_TNG), -1, -1)  # as a batch: a matrix would be multiplied with a transposed copy of z
         for W_GG in self.rounds:
-            update_TNG = self.activation(linear(s_NN @ z_TNG, W_GG))
+            update_TNG = self.activation(linear(torch.bmm(s_TNN, z_TNG), W_GG))
             z_TNG = z_TNG + update_TNG if self.options.residual else update_TNG
         return z_TNG
 
@@ -88,7 +101,7 @@ class ExpertGraphModule(GraphModule):
         self.set_graph(layer, None)
 
     def forward(self, m_TEF: Tensor, x_TD: Tensor) -> Tensor:
-        return self.pass_messages(m_TEF, self.adjacency(m_TEF))
+        return self.pass_messages(m_TEF, self.propagation(m_TEF))
 
 
 class EmbeddedGraphModule(GraphModule):
@@ -109,10 +122,12 @@ class EmbeddedGraphModule(GraphModule):
         z_TG = self.activation(linear(x_TD.to(self.W_x.dtype), self.W_x))
         T, E = z_TG.shape[0], z_EG.shape[0]
         z_TNG = torch.cat([z_EG.expand(T, -1, -1), z_TG.unsqueeze(1)], dim=1)
+        return self.pass_messages(z_TNG, self.propagation(z_TNG[:, :E]))[:, :E]
+
+    def graph(self, m_TEF: Tensor) -> Tensor:
         # the token's node is the last one, joined to every expert
-        a_NN = nn.functional.pad(self.adjacency(z_TNG[:, :E]), (0, 1, 0, 1), value=1.0)
-        a_NN = a_NN * (1 - torch.eye(E + 1, device=a_NN.device, dtype=a_NN.dtype))
-        return self.pass_messages(z_TNG, a_NN)[:, :E]
+        a_NN = nn.functional.pad(self.adjacency(m_TEF), (0, 1, 0, 1), value=1.0)
+        return a_NN * (1 - torch.eye(a_NN.shape[-1], device=a_NN.device, dtype=a_NN.dtype))
 
 
 @register("gnn")

@@ -17,6 +17,9 @@ class Identity(CommunicationModule):
     def forward(self, m_TEF: Tensor, x_TD: Tensor) -> Tensor:
         return m_TEF
 
+    def fold(self, weight_NEG: Tensor) -> Tensor:
+        return weight_NEG
+
 
 @register("none")
 @dataclass

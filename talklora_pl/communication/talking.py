@@ -27,6 +27,9 @@ class TalkingModule(CommunicationModule):
     def forward(self, m_TEF: Tensor, x_TD: Tensor) -> Tensor:
         return torch.einsum("ij,tjf->tif", self.C, m_TEF)
 
+    def fold(self, weight_NEG: Tensor) -> Tensor:
+        return torch.bmm(self.C.t().expand(len(weight_NEG), -1, -1), weight_NEG)
+
     def matrix(self, m_TEF: Tensor | None = None) -> Tensor:
         return self.C.detach()
 

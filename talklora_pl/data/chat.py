@@ -502,7 +502,7 @@ def _other_arguments(turn: Turn) -> Turn:
         arguments = function.get("arguments")
         try:
             other = json.loads(arguments) if isinstance(arguments, str) else json.dumps(arguments, ensure_ascii=False)
-        except json.JSONDecodeError:
+        except (ValueError, RecursionError):
             other = arguments
         function = {**function, "arguments": other}
         calls.append({**call, "function": function} if "function" in call else function)

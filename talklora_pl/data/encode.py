@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import json
 import re
 from bisect import bisect_left, bisect_right
 from functools import cached_property
+from itertools import chain
 from typing import TYPE_CHECKING, Any, Literal
 
 from talklora_pl.data.source import BadRow
+from talklora_pl.internals.transformers import encodes_by_backend
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -16,6 +19,20 @@ if TYPE_CHECKING:
 # the data spell, one for those that a format or chat template writes.
 SPELLED, WRITTEN, END = 0x100000, 0x108000, 0x10FFFD
 _PRIVATE = re.compile(f"[{chr(SPELLED)}-{chr(END)}]")
+
+# Patterns of byte-level tokenizers (GPT-2, Llama 3, Qwen 2 and 3.5, GPT-4o; digits by one or three), all of which
+# divide a text between a letter and a space, whatever else is in it
+_WORDS = (
+    r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+",
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+",
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?[\p{L}\p{M}]+|\p{N}| ?[^\s\p{L}\p{M}\p{N}]+[\r\n]*|\s*[\r\n]+"
+    r"|\s+(?!\S)|\s+",
+    r"[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]*[\p{Ll}\p{Lm}\p{Lo}\p{M}]+(?i:'s|'t|'re|'ve|'m|'ll|'d)?"
+    r"|[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]+[\p{Ll}\p{Lm}\p{Lo}\p{M}]*(?i:'s|'t|'re|'ve|'m|'ll|'d)?"
+    r"|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+",
+)
+_BETWEEN_WORDS = re.compile(r"(?<=[A-Za-z])(?= [A-Za-z])")
+MANY = 200_000  # words whose ids are remembered
 
 
 class Encoder:
@@ -33,6 +50,7 @@ class Encoder:
         self, tokenizer: PreTrainedTokenizerBase, special_tokens_in_data: Literal["text", "control"] = "text"
     ) -> None:
         self.tokenizer, self.as_text = tokenizer, special_tokens_in_data == "text"
+        self._words: dict[str, list[int]] = {}
         added = tokenizer.added_tokens_decoder
         special: dict[str, Any] = {token.content: i for i, token in added.items() if token.special}
         special |= {name: tokenizer.convert_tokens_to_ids(name) for name in tokenizer.all_special_tokens}
@@ -77,7 +95,26 @@ class Encoder:
         """Ids of a protected text. Raises BadRow: the tokenizer cannot read a special token as text."""
         if _PRIVATE.search(text):
             return self._as_text(text)[0]
-        return list(self.tokenizer(text, add_special_tokens=False, verbose=False).input_ids) if text else []
+        if not text:
+            return []
+        if self._fast is None:
+            return list(self.tokenizer(text, add_special_tokens=False, verbose=False).input_ids)
+        return self._by_words(text) if self._divides else self._encode([text])[0]
+
+    def _encode(self, texts: list[str]) -> list[list[int]]:
+        return [list(encoding.ids) for encoding in self._fast.encode_batch_fast(texts, add_special_tokens=False)]
+
+    def _by_words(self, text: str) -> list[int]:
+        """The ids word by word, most of which were seen before."""
+        words, known = _BETWEEN_WORDS.split(text), self._words
+        try:
+            return list(chain.from_iterable(map(known.__getitem__, words)))
+        except KeyError:
+            if len(known) > MANY:
+                known.clear()
+            new = list(dict.fromkeys(word for word in words if word not in known))
+            known.update(zip(new, self._encode(new)))
+        return [i for word in words for i in known[word]]
 
     def spans(self, text: str, spans: list[tuple[int, int]]) -> tuple[list[int], list[tuple[int, int]]]:
         """Ids of a protected text, and the tokens that hold anything of each span of its characters.
@@ -109,19 +146,57 @@ class Encoder:
         return re.sub(f"[{chr(SPELLED)}-{chr(WRITTEN - 1)}]", lambda match: self._name[match[0]], text)
 
     @cached_property
+    def _fast(self) -> Any:
+        """The tokenizer's core, which makes the same ids without the wrapping around them; None: it has none."""
+        if not encodes_by_backend(self.tokenizer):
+            return None
+        copy = self._copy()
+        copy.encode_special_tokens = bool(self.tokenizer.split_special_tokens)  # type: ignore[attr-defined]
+        return copy
+
+    @cached_property
+    def _divides(self) -> bool:
+        """Whether every text between an ASCII letter and a space before a letter is divided for sure."""
+        if self._fast is None:
+            return False
+        core = json.loads(self._fast.to_str())
+        normalizer, steps = core["normalizer"], core["pre_tokenizer"] or {}
+        steps = steps.get("pretokenizers", [steps])
+        if (
+            core["model"]["type"] != "BPE"
+            or core["model"].get("dropout")
+            or (normalizer or {}).get("type", "NFC") != "NFC"
+        ):
+            return False
+        for token in core["added_tokens"]:
+            text = token["content"]
+            swallows = token["lstrip"] or token["rstrip"] or token["single_word"]
+            if " " in text or (swallows and (text[0].isalnum() or text[-1].isalnum())):
+                return False
+        patterns = [s["pattern"].get("Regex", "").replace("{1,3}", "") for s in steps if s.get("type") == "Split"]
+        patterns += [_WORDS[0] for s in steps if s.get("type") == "ByteLevel" and s["use_regex"]]
+        others = {s.get("type") for s in steps} - {"Split", "ByteLevel", "Digits"}
+        return not others and bool(patterns) and set(patterns) <= set(_WORDS)
+
+    def _copy(self) -> Any:
+        from tokenizers import Tokenizer
+
+        copy: Any = Tokenizer.from_str(self.tokenizer.backend_tokenizer.to_str())  # type: ignore[attr-defined]
+        copy.no_truncation()
+        copy.no_padding()
+        return copy
+
+    @cached_property
     def _backend(self) -> tuple[Any, dict[int, int]] | None:
         """A copy of the tokenizer that reads special tokens as text and private characters as special tokens.
 
         The private characters are added tokens that are not special, cut from the text just as their originals.
         """
-        backend: Any = getattr(self.tokenizer, "backend_tokenizer", None)
-        if backend is None:
+        if getattr(self.tokenizer, "backend_tokenizer", None) is None:
             return None
-        from tokenizers import AddedToken, Tokenizer
+        from tokenizers import AddedToken
 
-        copy: Any = Tokenizer.from_str(backend.to_str())
-        copy.no_truncation()
-        copy.no_padding()
+        copy = self._copy()
         copy.post_processor = None  # it would trim the offsets
         copy.encode_special_tokens = True
         ids = {}

@@ -24,7 +24,9 @@ from talklora_pl.cache import sha256
 from talklora_pl.data.objects import PathOrRows, RowsInPython
 from talklora_pl.errors import UserError
 from talklora_pl.internals.datasets import content_digest
+from talklora_pl.paths import expand
 from talklora_pl.registry import did_you_mean
+from talklora_pl.strict import read_json
 
 ROW_TYPES = (".jsonl", ".ndjson", ".json", ".csv", ".tsv", ".parquet")
 TEXT_TYPES = (".txt", ".md")
@@ -58,6 +60,7 @@ class Source:
         split: split of a hub data set, or of a folder with several.
         revision: branch, tag or commit of a hub data set.
         limit: use the first so many rows only.
+        weight: of training data, its share of an epoch, beside the weights of the other sources.
         sample_by: what is one row of a text file: the whole ``document``, a ``paragraph`` (they are separated by blank
             lines) or a ``line``.
     """
@@ -71,6 +74,7 @@ class Source:
     split: str = DEFAULT_SPLIT
     revision: str | None = None
     limit: int | None = None
+    weight: float | None = None
     sample_by: Literal["document", "paragraph", "line"] = "document"
 
     def __post_init__(self) -> None:
@@ -88,11 +92,11 @@ class Source:
 
 
 if TYPE_CHECKING:
-    Sources = list[str | Source] | PathOrRows | None
+    Sources = list[str | Source] | dict[str, Source] | PathOrRows | None
 else:
     # what a config can say. The list comes first, or jsonargparse would write its sources as text; without Path it
     # would read a file as a part of the config.
-    Sources = list[str | Source] | str | Path | None
+    Sources = list[str | Source] | dict[str, Source] | str | Path | None
 
 
 @dataclass
@@ -109,10 +113,6 @@ class BadRow(Exception):
         return f"{self.file}, {self.where}{column}: {self.problem}"
 
 
-def _expand(path: str) -> str:
-    return os.path.expanduser(os.path.expandvars(path))
-
-
 def file_type(path: Path) -> tuple[str, str]:
     """The type of a file and its compression by its name: ``.jsonl`` and ``.gz``, or ``.jsonl`` and nothing."""
     packed = path.suffix if path.suffix in COMPRESSED else ""
@@ -125,11 +125,9 @@ def check_path(source: Source) -> Path:
     Raises:
         UserError: a file that is not there, or of an unknown type.
     """
-    path = Path(_expand(str(source.path)))
+    path = Path(expand(source.path))
     if isinstance(source.path, RowsInPython):
         return path
-    if "$" in str(path):
-        raise UserError(f"{source.path}: the environment variable in this path is not set.")
     kind, packed = file_type(path)
     if path.is_file() and (kind not in FILE_TYPES or (packed and kind == ".parquet")):
         raise UserError(
@@ -161,6 +159,8 @@ class Reader:
     Args:
         source: what to read.
         class_column: a column whose numbers become names where the data set says what its classes are.
+        streaming: a data set of the hub, and an ``IterableDataset`` of Python, is read as it is used; nothing has a
+            digest.
 
     Raises:
         UserError: nothing is there, or it cannot be opened.
@@ -170,17 +170,22 @@ class Reader:
         class_names: of the ``class_column``, in the order of the data set; empty where it has none.
     """
 
-    def __init__(self, source: Source, class_column: str | None = None) -> None:
-        self.source, self.class_column = source, class_column
+    def __init__(self, source: Source, class_column: str | None = None, streaming: bool = False) -> None:
+        self.source, self.class_column, self.streaming = source, class_column, streaming
         self.file = check_path(source)
         self.dataset: Any = None
         self.texts = [] if isinstance(source.path, RowsInPython) else text_files(self.file)
         features: Any = None
+        self.identity = ""
         if isinstance(source.path, RowsInPython):
-            self.dataset, self.identity = source.path.read(source.limit)
+            if streaming and hasattr(source.path.given, "load_state_dict"):
+                self.dataset = source.path.given
+            else:
+                self.dataset, self.identity = source.path.read(source.limit)
             features = getattr(source.path.given, "features", None)
         elif self.texts or self.file.is_file():
-            self.identity = self._digest(self.texts or [self.file])
+            if not streaming:
+                self.identity = self._digest(self.texts or [self.file])
             if self.file.is_dir() and (others := [f.name for f in _files(self.file) if f not in self.texts]):
                 many = "1 file is no text and is not read:"
                 if len(others) > 1:
@@ -188,14 +193,26 @@ class Reader:
                 rank_zero_warn(f"{self.file}: {many} {others[0]}")
         else:
             self.dataset = self._load()
-            self.identity, features = content_digest(self.dataset), self.dataset.features
+            if not streaming:
+                self.identity = content_digest(self.dataset)
+            elif source.limit is not None and hasattr(self.dataset, "take"):
+                self.dataset = self.dataset.take(source.limit)
+            features = self.dataset.features
         names = getattr((features or {}).get(class_column), "names", None)
         self.class_names: list[str] = list(names or [])
 
     def __iter__(self) -> Iterator[tuple[str, dict[str, Any] | BadRow]]:
         """``(place, row)``; a row that cannot be read is a :class:`BadRow`."""
+        return ((where, self.parse(raw)) for where, raw in self.raw())
+
+    def parse(self, raw: Any) -> dict[str, Any] | BadRow:
+        """The row of what :meth:`raw` gives."""
+        return self._parse(raw) if isinstance(raw, bytes) else raw
+
+    def raw(self) -> Iterator[tuple[str, Any]]:
+        """``(place, row)``, the rows as what can be handed to another process at least cost: lines as bytes."""
         if self.dataset is not None:
-            return self._dataset()
+            return self.of_dataset(self.dataset)
         if self.texts:
             return self._documents()
         kind = file_type(self.file)[0]
@@ -207,6 +224,17 @@ class Reader:
             return self._parquet()
         return self._csv()
 
+    @property
+    def total(self) -> int | None:
+        """How many rows there are, where that is known before they are read."""
+        total, kind = None, file_type(self.file)
+        if self.dataset is not None:
+            total = len(self.dataset) if hasattr(self.dataset, "__len__") else None
+        elif kind in ((".jsonl", ""), (".ndjson", "")):
+            with self._open(self.file) as lines:
+                total = sum(block.count(b"\n") for block in iter(lambda: lines.read(1 << 22), b""))
+        return total if total is None or self.source.limit is None else min(total, self.source.limit)
+
     def _digest(self, files: list[Path]) -> str:
         digests = []
         for file in files:
@@ -216,9 +244,10 @@ class Reader:
                 raise UserError(f"{file}: cannot be read: {e.strerror}") from e
         return digests[0].split()[1] if self.file.is_file() else hashlib.sha256("\n".join(digests).encode()).hexdigest()
 
-    def _dataset(self) -> Iterator[tuple[str, dict[str, Any] | BadRow]]:
+    def of_dataset(self, dataset: Any, done: int = 0) -> Iterator[tuple[str, dict[str, Any] | BadRow]]:
+        """The rows of this data set or of a part of it, of which so many have been read before."""
         names, column = self.class_names, str(self.class_column)
-        for i, row in enumerate(self.dataset, 1):
+        for i, row in enumerate(dataset, done + 1):
             if not isinstance(row, dict):
                 yield f"row {i}", BadRow(f"a row must be a dict, got {type(row).__name__}")
                 continue
@@ -230,11 +259,13 @@ class Reader:
         """What `datasets` makes of a folder or a name of the hub."""
         import datasets
 
-        source, path = self.source, _expand(str(self.source.path))
+        source, path = self.source, expand(self.source.path)
         try:
             if any((self.file / name).is_file() for name in ("state.json", "dataset_dict.json")):
                 return self._saved(datasets.load_from_disk(path))
-            return datasets.load_dataset(path, source.name, split=source.split, revision=source.revision)
+            return datasets.load_dataset(
+                path, source.name, split=source.split, revision=source.revision, streaming=self.streaming
+            )
         except UserError:
             raise
         except Exception as e:  # network, names, splits, formats: the message says which
@@ -301,21 +332,23 @@ class Reader:
         except (OSError, ValueError) as e:  # pyarrow's errors are children of these
             raise UserError(f"{self.file}: not a readable Parquet file: {e}") from e
 
-    def _json_lines(self) -> Iterator[tuple[str, dict[str, Any] | BadRow]]:
+    def _json_lines(self) -> Iterator[tuple[str, bytes]]:
         with self._open(self.file) as lines:
             for number, line in enumerate(lines, 1):
                 if line.strip():
-                    yield f"line {number}", self._parse(line)
+                    yield f"line {number}", line
 
     def _parse(self, line: bytes) -> dict[str, Any] | BadRow:
         try:
-            row = json.loads(line.decode("utf-8-sig").rstrip("\r\n"))
+            row = read_json(line.decode("utf-8-sig").rstrip("\r\n"))
         except UnicodeDecodeError as e:
             return BadRow(f"invalid UTF-8 at byte {e.start + 1} of the line")
         except json.JSONDecodeError as e:
             return BadRow(f"broken JSON at character {e.colno}: {e.msg}")
         except RecursionError:
             return BadRow("JSON that is nested too deeply")
+        except ValueError as e:  # an integer of 5,000 digits
+            return BadRow(f"broken JSON: {e}")
         return row if isinstance(row, dict) else BadRow(f"a row must be an object, got {type(row).__name__}")
 
     def _text(self, file: Path) -> str:
@@ -329,10 +362,14 @@ class Reader:
 
     def _json(self) -> Iterator[tuple[str, dict[str, Any] | BadRow]]:
         try:
-            rows = json.loads(self._text(self.file))
+            rows = read_json(self._text(self.file))
         except json.JSONDecodeError as e:
             hint = " One object a line? Then the file's name must end in .jsonl." if "Extra data" in e.msg else ""
             raise UserError(f"{self.file}, line {e.lineno}, character {e.colno}: broken JSON: {e.msg}.{hint}") from None
+        except RecursionError:
+            raise UserError(f"{self.file}: JSON that is nested too deeply.") from None
+        except ValueError as e:  # an integer of 5,000 digits
+            raise UserError(f"{self.file}: broken JSON: {e}") from None
         if isinstance(rows, dict):  # {"data": [...]}, as some tools write it
             lists = [value for value in rows.values() if isinstance(value, list)]
             rows = lists[0] if len(lists) == 1 else rows

@@ -16,7 +16,7 @@ import torch
 from lightning.pytorch.plugins.io import TorchCheckpointIO
 
 from talklora_pl.adapter.files import FORMAT_VERSION
-from talklora_pl.durable import remove_leftovers, write_whole
+from talklora_pl.durable import no_room, remove_leftovers, write_whole
 from talklora_pl.errors import UserError
 from talklora_pl.runs import all_runs
 
@@ -45,8 +45,7 @@ class DurableCheckpointIO(TorchCheckpointIO):
             remove_leftovers(path.parent)
             write_whole(path, lambda part: _save(checkpoint, part))
         except (OSError, RuntimeError) as error:
-            # torch.save turns a failed write into a RuntimeError of its own, the cause is in its context
-            cause = next((e for e in _chain(error) if isinstance(e, OSError)), error)
+            cause = no_room(error) or error
             kept = "The checkpoint of that name from before is untouched. " if path.exists() else ""
             raise UserError(
                 f"The checkpoint {path} could not be written: {cause}. {kept}"
@@ -139,12 +138,6 @@ def flatten(value: Any, key: str = "") -> Iterator[tuple[str, Any]]:
             yield from flatten(inner, f"{key}.{name}" if key else str(name))
     else:
         yield key, list(value) if isinstance(value, tuple) else value
-
-
-def _chain(error: BaseException | None) -> Iterator[BaseException]:
-    while error is not None:
-        yield error
-        error = error.__cause__ or error.__context__
 
 
 def last_checkpoint(root: str | os.PathLike[str], name: str = "last") -> Path | None:

@@ -82,7 +82,7 @@ class AdapterFSDP2Strategy(ModelParallelStrategy):
             super().model_to_device()
             return
         assert self.model is not None
-        self.model._apply(lambda t: t if isinstance(t, DTensor) else t.to(self.root_device))
+        move_unsharded(self.model, self.root_device)
 
     @contextmanager
     def block_backward_sync(self) -> Iterator[None]:
@@ -153,6 +153,21 @@ def shard_frozen(
         fully_shard(layer, mesh=mesh, offload_policy=policy, ignored_params=ignored)
     fully_shard(model, mesh=mesh, offload_policy=policy, ignored_params=ignored)
     fill_from_files(model, torch.device("cpu") if cpu_offload else device, device, revision)
+
+
+def move_unsharded(module: nn.Module, device: torch.device) -> None:
+    """Move what is not sharded. ``Module.to`` would exchange the shards, too, whose places FSDP2 remembers."""
+    if not any(isinstance(p, DTensor) for p in module.parameters()):
+        module.to(device)
+        return
+    for p in module._parameters.values():
+        if p is not None and not isinstance(p, DTensor):
+            p.data = p.data.to(device)
+    for name, buffer in module._buffers.items():
+        if buffer is not None:
+            module._buffers[name] = buffer.to(device)
+    for child in module.children():
+        move_unsharded(child, device)
 
 
 def decoder_layers(model: nn.Module) -> list[nn.Module]:

@@ -119,9 +119,7 @@ def classes_of(ckpt_path: str | None) -> dict[str, Any]:
     return dict(read_checkpoint(ckpt_path).get("TextData", {}))
 
 
-def place_of(
-    ckpt_path: str | None, root: Path, name: str | None, asked: str | None, dirpath: str | None, fits: bool
-) -> Run | None:
+def place_of(ckpt_path: str | None, root: Path, name: str | None, asked: str | None, fits: bool) -> Run | None:
     """The run in whose folder a command goes on; None: it gets a new one.
 
     Args:
@@ -129,7 +127,6 @@ def place_of(
         root: the folder of all runs.
         name: of the run, if it was given.
         asked: what ``--ckpt_path`` was.
-        dirpath: where checkpoints go, if not into the folder of the run.
         fits: it trains, and so needs the run for itself.
 
     Raises:
@@ -146,9 +143,4 @@ def place_of(
             )
     if run is not None and fits:
         run.refuse_live()
-    if run is None and fits and dirpath and not ckpt_path and (kept := newest(Path(dirpath), "last")):
-        raise UserError(
-            f"checkpoint.dirpath: {kept} is there already, of another run. Choose another folder, or go on with it by "
-            "--ckpt_path last."
-        )
     return run

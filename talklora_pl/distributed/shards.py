@@ -98,10 +98,10 @@ def _local_content(
             "Pass --trainer.strategy.meta_init false, so that Hugging Face converts the weights."
         )
     if isinstance(like, DTensor):
-        local = stored[own_part(like)].to(shard_device, like.dtype, copy=True)
-        full: torch.Tensor = DTensor.from_local(
-            local, like.device_mesh, like.placements, run_check=False, shape=like.shape, stride=like.stride()
-        )
+        # not from_local: it moves a part that shall stay in main memory to the device of the mesh
+        full: torch.Tensor = torch.empty_like(like, device=shard_device, requires_grad=False)
+        assert isinstance(full, DTensor)
+        full.to_local().copy_(stored[own_part(like)])
     else:
         full = stored.to(device, like.dtype, copy=True)
     return nn.Parameter(full, requires_grad=like.requires_grad) if isinstance(like, nn.Parameter) else full

@@ -26,6 +26,9 @@ class PrivateA(LinearExperts):
         h_TER: Tensor = h_TP.unflatten(-1, self.A.shape[:2])
         return h_TER
 
+    def fold(self, weight_NEF: Tensor) -> tuple[Tensor, Tensor | None]:
+        return weight_NEF.flatten(1), None
+
 
 class PrivateExperts(PrivateA):
     """y += sum_i w_i B_i A_i x, with B (E,R,O) zero."""

@@ -35,6 +35,10 @@ class SharedAExperts(LinearExperts):
     def node_features(self, h_TER: Tensor) -> Tensor:
         return h_TER if self.embedding is None else h_TER + self.embedding
 
+    def fold(self, weight_NEF: Tensor) -> tuple[Tensor, Tensor | None]:
+        bias_N = None if self.embedding is None else (weight_NEF * self.embedding).sum((1, 2))
+        return weight_NEF.sum(1), bias_N
+
     def up(self) -> Tensor:
         return self.B.flatten(0, 1)
 

@@ -30,11 +30,16 @@ class SharedBExperts(PrivateA):
         z_TES = torch.einsum("ter,esr->tes", h_TER, self.core)
         return super().mix(z_TES, w_TE)
 
+    def fold(self, weight_NEF: Tensor) -> tuple[Tensor, Tensor | None]:
+        return super().fold(weight_NEF)  # mix is nothing but the core and the weights
+
     def up(self) -> Tensor:
         # on a model spread over devices, B lives on one of them
         holder: Any = self._shared[0]
         B_ERO: Tensor = holder.B
-        return B_ERO[: self.A.shape[0]].flatten(0, 1).to(self.A.device)
+        if len(B_ERO) > len(self.A):
+            B_ERO = B_ERO[: len(self.A)]
+        return B_ERO.flatten(0, 1).to(self.A.device)
 
 
 @register("shared_b")

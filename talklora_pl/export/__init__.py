@@ -24,14 +24,15 @@ from typing import Any
 from torch import Tensor, nn
 from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
-from talklora_pl.adapter.files import CONFIG, write_json
+from talklora_pl.adapter.files import CARD, CONFIG, write_json
 from talklora_pl.adapter.io import adapter_metadata, adapter_tensors
 from talklora_pl.adapter.metadata import AdapterMetadata, write_files
 from talklora_pl.base.heads import HEADS
-from talklora_pl.durable import beside, folder_beside
+from talklora_pl.durable import beside, folder_beside, no_room, put
 from talklora_pl.errors import UserError
 from talklora_pl.export.auto import BASE, REVISION
 from talklora_pl.export.card import Facts, card
+from talklora_pl.paths import expand
 
 MODELING = "modeling_talklora.py"
 # entries of a base's config.json that describe how its own files are stored or how it was trained
@@ -78,14 +79,14 @@ def write_folder(
 
     facts = facts or Facts()
     with replaced_folder(Path(folder)) as work:
-        write_files(work, tensors, metadata)
         write_json(work / "config.json", config_json(config, metadata))
         shutil.copyfile(Path(__file__).with_name(MODELING), work / MODELING)
         if tokenizer is not None:
             tokenizer.save_pretrained(work)
         peft = write_peft(work / "peft", tensors, metadata, config)
-        (work / "README.md").write_text(card(metadata, tensors, facts, peft), encoding="utf-8")
-    return Path(folder)
+        (work / CARD).write_text(card(metadata, tensors, facts, peft), encoding="utf-8")
+        write_files(work, tensors, metadata, beside=True)
+    return Path(expand(folder))
 
 
 def config_json(config: PretrainedConfig, metadata: AdapterMetadata) -> dict[str, Any]:
@@ -108,7 +109,7 @@ def replaced_folder(target: Path) -> Iterator[Path]:
     Raises:
         UserError: in the place is something else than an adapter folder, or nothing can be written there.
     """
-    target = Path(os.path.abspath(target))
+    target = Path(os.path.abspath(expand(target)))
     if target == Path.cwd():
         raise UserError("The current folder cannot be exchanged for a new one; name a folder in it.")
     if target.is_symlink() or (target.exists() and not target.is_dir()):
@@ -126,11 +127,19 @@ def replaced_folder(target: Path) -> Iterator[Path]:
             if target.exists():
                 target.rename(old)
             try:
-                work.rename(target)
+                put(work, target)
             except OSError:
                 if old.exists():
                     old.rename(target)
                 raise
             shutil.rmtree(old, ignore_errors=True)
-    except OSError as e:  # a full disk, for example
-        raise UserError(f"{target} could not be written: {e.strerror or e}. What was there before is untouched.") from e
+    except Exception as e:
+        # tokenizers and safetensors raise errors of their own where the disk is full
+        if (cause := no_room(e)) is None and not isinstance(e, OSError):
+            raise
+        said = cause or e
+        raise UserError(
+            f"{target} could not be written: {getattr(said, 'strerror', None) or said}. What was there before is "
+            "untouched, and so are the checkpoints of a run: `python -m talklora_pl export CKPT --out DIR` writes the "
+            "folder from one."
+        ) from e

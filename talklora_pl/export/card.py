@@ -55,7 +55,8 @@ def card(metadata: AdapterMetadata, tensors: dict[str, Tensor], facts: Facts, pe
         f"# {_title(metadata)}\n\nA mixture of low-rank experts ({numbers:,} trained numbers) for "
         f"`{base.name_or_path or base.class_name}`"
         + (f" at revision `{base.revision}`" if base.revision else "")
-        + ", trained with talklora-pl. The base's weights are not in this folder.",
+        + (f", its weights in {base.quantization} while it was" if base.quantization else ",")
+        + " trained with talklora-pl. The base's weights are not in this folder.",
         "## Method\n\n" + _table(_method(metadata)),
     ]
     if facts.data:

@@ -42,16 +42,22 @@ def why_not(config: AdapterConfig, experts_per_layer: dict[str, int]) -> str | N
     return None
 
 
-def low_rank(adapter: Adapter, layers: Mapping[str, nn.Module]) -> dict[str, LowRank]:
-    """The change of every Linear of an adapter for which :func:`why_not` is None.
+def low_rank(
+    adapter: Adapter, layers: Mapping[str, nn.Module], weights: Mapping[str, Tensor] | None = None
+) -> dict[str, LowRank]:
+    """The change of every Linear of an adapter for which :func:`why_not` is None, or whose weights are held fixed.
 
     Args:
         layers: adapter layers by name of the module that they adapt.
+        weights: w_E of the experts, by name of the module that decides; where there is none it is 1/E.
     """
+    known = weights or {}
     out: dict[str, LowRank] = {}
     for name, experts in adapter.experts_per_layer.items():
         site = LINEAR if name in adapter.plain_layers else adapter.config.experts.site
-        out |= site.low_rank(name, layers[name], experts)
+        layer: Any = layers[name]
+        w_E = known.get(layer.decided_by, torch.full((experts,), 1 / experts))
+        out |= site.low_rank(name, layer, w_E)
     return out
 
 
@@ -71,19 +77,38 @@ def merge_adapter(model: nn.Module, name: str = "default") -> None:
     adapters = adapter_set(model)
     if others := [n for n in adapters if n != name]:
         raise UserError(f"Merging {name!r} would change what {others[0]!r} was trained on; remove that adapter first.")
-    layers = dict(adapter.layers.named_modules())
-    merged: list[tuple[nn.Parameter, Tensor]] = []
-    for path, change in low_rank(adapter, layers).items():
-        weight, transposed = _mergeable(model, path)
-        delta_OD = change.B_PO.mT.double() @ change.A_PD.double()
-        new = weight.double() + (delta_OD.mT if transposed else delta_OD)
-        merged.append((weight, new.to(weight.dtype)))
-    for weight, new in merged:
+    merge_changes(model, low_rank(adapter, dict(adapter.layers.named_modules())), name)
+
+
+@torch.no_grad()
+def merge_changes(model: nn.Module, changes: Mapping[str, LowRank], name: str = "default") -> None:
+    """Add changes to the frozen weights, and take the adapter that they stand for out of the model.
+
+    Raises:
+        UserError: as :func:`merged_weights`; then nothing has changed.
+    """
+    for weight, new in merged_weights(model, changes):
         weight.copy_(new)
+    adapters = adapter_set(model)
     adapters.switch.active = name
     for parameter in adapters.switch.swapped.values():  # a trained head stays
         parameter.base = parameter.values.get(name, parameter.base)
     remove_adapter(model, name)
+
+
+def merged_weights(model: nn.Module, changes: Mapping[str, LowRank]) -> list[tuple[nn.Parameter, Tensor]]:
+    """Weights of the base that changes belong to, each with what it is after the change. Nothing is changed yet.
+
+    Raises:
+        UserError: a weight is quantised or shared.
+    """
+    merged: list[tuple[nn.Parameter, Tensor]] = []
+    for path, change in changes.items():
+        weight, transposed = _mergeable(model, path)
+        delta_OD = change.B_PO.mT.double() @ change.A_PD.double()
+        new = weight.double() + (delta_OD.mT if transposed else delta_OD)
+        merged.append((weight, new.to(weight.dtype)))
+    return merged
 
 
 def _mergeable(model: nn.Module, path: str) -> tuple[nn.Parameter, bool]:
@@ -97,7 +122,10 @@ def _mergeable(model: nn.Module, path: str) -> tuple[nn.Parameter, bool]:
         transposed = isinstance(module, Conv1D)
     weight = getattr(module, last)
     if type(weight) is not nn.Parameter or not weight.is_floating_point():
-        raise UserError(f"The adapter cannot be merged: the weight of {path!r} is quantised. {ALTERNATIVES}")
+        raise UserError(
+            f"The adapter cannot be merged: the weight of {path!r} is quantised. Merge into the base "
+            f"in full precision (export CHECKPOINT --merge --base FULL_PRECISION). {ALTERNATIVES}"
+        )
     owners = [n for n, m in model.named_modules() if getattr(m, last, None) is weight]
     if len(owners) > 1:
         raise UserError(f"The adapter cannot be merged: {' and '.join(owners)} share one weight. {ALTERNATIVES}")

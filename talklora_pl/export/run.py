@@ -11,6 +11,7 @@ from typing import Any
 
 import lightning as L
 import torch
+from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor
 from transformers import AutoTokenizer
 
@@ -18,12 +19,14 @@ from talklora_pl.adapter.metadata import AdapterMetadata
 from talklora_pl.base import BaseModel, load_config, load_tokenizer, portable
 from talklora_pl.base.description import describe, pool_before
 from talklora_pl.base.heads import HEADS
+from talklora_pl.base.quantization import quantization_of
 from talklora_pl.distributed.checkpoint import read_checkpoint
 from talklora_pl.errors import UserError
 from talklora_pl.export import write_folder
 from talklora_pl.export.auto import from_pretrained
 from talklora_pl.export.card import Facts
 from talklora_pl.export.merge import ALTERNATIVES, merge_adapter, why_not
+from talklora_pl.paths import expand
 
 RUN = "talklora_run"
 """Entry of a checkpoint with what the model card tells of its run."""
@@ -37,7 +40,11 @@ def facts_of(trainer: L.Trainer) -> Facts:
     sources = getattr(data, "sources", {})
     return Facts(
         data=[f"{split}: {_data_name(s)}" for split in ("train", "val") for s in sources.get(split, [])],
-        metrics={k: v for k, v in sorted(numbers.items()) if not k.startswith(("load/", "val_load/", "alerts/"))},
+        metrics={
+            k: v
+            for k, v in sorted(numbers.items())
+            if not k.startswith(("load/", "val_load/", "alerts/", "train/", "cost/"))
+        },
         routing={k: v for k, v in sorted(numbers.items()) if k.startswith("load/") and k.count("/") == 1},
         steps=trainer.global_step,
         labels=list(getattr(data, "class_names", [])),
@@ -46,7 +53,7 @@ def facts_of(trainer: L.Trainer) -> Facts:
 
 def _data_name(source: Any) -> str:
     """Name of a data set, without the folders of this machine."""
-    local = os.path.exists(os.path.expanduser(source.path)) or os.path.isabs(source.path)
+    local = os.path.exists(expand(source.path)) or os.path.isabs(source.path)
     return Path(source.path).name if local else source.path
 
 
@@ -85,7 +92,7 @@ def export_checkpoint(
     Raises:
         UserError: not a checkpoint of this package, or its base cannot be found.
     """
-    path = find_checkpoint(Path(checkpoint))
+    path = find_checkpoint(Path(expand(checkpoint)))
     data = read_checkpoint(path)
     metadata = AdapterMetadata.from_dict(data["talklora"], path)
     if metadata.base.task not in HEADS or not all(isinstance(t, Tensor) for t in data["state_dict"].values()):
@@ -118,12 +125,13 @@ def merge_checkpoint(
     Raises:
         UserError: the adapter cannot be merged (before any weights are loaded), or as :func:`export_checkpoint`.
     """
-    path, folder = find_checkpoint(Path(checkpoint)), Path(folder)
+    path, folder = find_checkpoint(Path(expand(checkpoint))), Path(expand(folder))
     metadata = AdapterMetadata.from_dict(read_checkpoint(path)["talklora"], path)
     if reason := why_not(metadata.config(), metadata.experts_per_layer):
         raise UserError(f"The adapter of {path} cannot be merged: {reason}. {ALTERNATIVES}")
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise UserError(f"{folder} exists and is not empty; choose another place.")
+    into_full_precision(metadata, base)
     with tempfile.TemporaryDirectory() as scratch:
         adapter = export_checkpoint(path, Path(scratch) / "adapter", base)
         model = from_pretrained(HEADS[str(metadata.base.task)].auto_class, adapter)
@@ -132,6 +140,25 @@ def merge_checkpoint(
         if (adapter / "tokenizer_config.json").is_file():
             AutoTokenizer.from_pretrained(adapter).save_pretrained(folder)
     return folder
+
+
+def into_full_precision(metadata: AdapterMetadata, base: str | None) -> None:
+    """Before a merge into weights: say what they are, where the adapter was trained on others.
+
+    Raises:
+        UserError: the base's weights are stored in few bits, so nothing can be added to them.
+    """
+    path, revision = (base, None) if base else (metadata.base.name_or_path, metadata.base.revision)
+    if stored := quantization_of(load_config(BaseModel(path, task=metadata.base.task, revision=revision))):  # type: ignore[arg-type]
+        raise UserError(
+            f"The weights of {path!r} are stored in few bits ({stored}), and a merge would be lost in their rounding. "
+            "--base FULL_PRECISION names the same model as it was before; the adapter alone exports without it."
+        )
+    if trained := metadata.base.quantization:
+        rank_zero_info(
+            f"The adapter was trained on {trained} weights and goes into those of {path} in full precision, from which "
+            "they differ by rounding."
+        )
 
 
 def tensors_of(checkpoint: dict[str, Any]) -> dict[str, Tensor]:

@@ -6,6 +6,7 @@ import traceback
 from typing import Any
 
 import lightning as L
+from lightning.pytorch.loggers import CSVLogger, Logger, TensorBoardLogger, WandbLogger
 from lightning.pytorch.strategies import ModelParallelStrategy
 
 
@@ -97,6 +98,25 @@ def back_to_the_last_step(loops: dict[str, Any], accumulate: int) -> None:
         count.update(ready=done, started=done, processed=done, completed=done)
     none = dict.fromkeys(("ready", "started", "processed", "completed"), 0)
     loops["epoch_loop.val_loop.batch_progress"].update(total=dict(none), current=dict(none), is_last_batch=False)
+
+
+def keep_logs_in(logger: Logger, folder: str) -> str | None:
+    """Let a logger that writes files write them into `folder`; asked before it opens any.
+
+    Returns:
+        The folder that it was made with; None where it keeps its own: MLflow's store is one for all runs, and online
+        loggers write nothing.
+    """
+    before = logger.save_dir
+    if isinstance(logger, TensorBoardLogger | CSVLogger):
+        logger._root_dir = folder
+        if isinstance(logger, CSVLogger):
+            logger._save_dir = folder
+    elif isinstance(logger, WandbLogger):
+        logger._save_dir = logger._wandb_init["dir"] = folder
+    else:
+        return None
+    return str(before)
 
 
 def training_batches(loops: dict[str, Any]) -> tuple[dict[str, int], dict[str, int], bool]:

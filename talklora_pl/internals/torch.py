@@ -2,15 +2,41 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
+from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 if TYPE_CHECKING:
     from torch.distributed.tensor import DTensor
 
-__all__ = ["TorchDispatchMode", "cpu_has_bf16", "own_part"]
+__all__ = ["ShapesOnly", "TorchDispatchMode", "cpu_has_bf16", "own_part", "version"]
+
+
+class ShapesOnly:
+    """Inside ``with ShapesOnly() as shapes:`` operators work out the shapes of their results and compute nothing.
+
+    Tensors are made ready by ``shapes.of(tensor)``. They say that they are in main memory: on the meta device, which is
+    public, autocast and the choice of an attention kernel fail. torch 2.0 to 2.13 have it under this name.
+    """
+
+    def __init__(self) -> None:
+        from torch._subclasses.fake_tensor import FakeTensorMode  # slow to import
+
+        self._mode = FakeTensorMode()
+
+    def __enter__(self) -> ShapesOnly:
+        self._mode.__enter__()
+        return self
+
+    def __exit__(self, *exc: Any) -> None:
+        self._mode.__exit__(*exc)
+
+    def of(self, tensor: Tensor) -> Tensor:
+        """A tensor of this shape and dtype; of a parameter a parameter."""
+        empty = torch.empty(tensor.shape, dtype=tensor.dtype, device="cpu")
+        return nn.Parameter(empty, tensor.requires_grad) if isinstance(tensor, nn.Parameter) else empty
 
 
 def own_part(tensor: DTensor) -> tuple[slice, ...]:
@@ -26,3 +52,8 @@ def cpu_has_bf16() -> bool:
     # looked up by name: torch for other machines than x86 may lack them
     checks = ("_is_amx_tile_supported", "_is_avx512_bf16_supported")
     return any(getattr(torch.cpu, check, bool)() for check in checks)
+
+
+def version(tensor: torch.Tensor) -> int:
+    """How often the memory of a tensor was written to, through whichever tensor that shares it."""
+    return tensor._version

@@ -8,6 +8,11 @@ from typing import Any
 from torch import Tensor, nn
 
 
+def attention_of(config: Any) -> str | None:
+    """Which attention implementation a model was built with; there is no public name for the outcome."""
+    return getattr(config, "_attn_implementation", None)
+
+
 def take_attention(config: Any, asked: Any) -> None:
     """Give `config` the attention implementation of `asked`, if that names one; there is only the argument of
     ``from_pretrained``, of which the caller is handed the outcome."""
@@ -53,6 +58,18 @@ def initialise(model: Any, module: nn.Module) -> None:
     model._init_weights(module)
 
 
+def let_trainer_train(model: Any) -> None:
+    """Have ``transformers.Trainer`` take a quantised model whose adapters it does not know.
+
+    It asks for PEFT's own flag, which also makes ``save_pretrained`` look for PEFT's layers, or for a quantiser that
+    says to be trainable by itself, which nothing else reads.
+    """
+    quantizer = getattr(model, "hf_quantizer", None)
+    if quantizer is not None and not quantizer.is_qat_trainable:
+        cls = type(quantizer)
+        quantizer.__class__ = type(cls.__name__, (cls,), {"is_qat_trainable": True, "__module__": cls.__module__})
+
+
 def has_accelerate_hook(module: nn.Module) -> bool:
     """Whether accelerate replaced the module's ``forward`` by one that first moves its inputs to the right device."""
     return "_old_forward" in module.__dict__
@@ -62,3 +79,16 @@ def renew_accelerate_hook(module: Any) -> None:
     """After a change of the module's class: let accelerate's ``forward`` call that of the new one."""
     if has_accelerate_hook(module):
         module._old_forward = MethodType(type(module).forward, module)
+
+
+def encodes_by_backend(tokenizer: Any) -> bool:
+    """Whether the ids of a text are those of its ``backend_tokenizer`` and no class on the way changes them; a method
+    between ``__call__`` and there is where those that do, do it."""
+    from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
+
+    kind = type(tokenizer)
+    return (
+        isinstance(tokenizer, PreTrainedTokenizerFast)
+        and kind._encode_plus is PreTrainedTokenizerFast._encode_plus
+        and kind.__call__ is PreTrainedTokenizerBase.__call__
+    )

@@ -40,8 +40,8 @@ def by_kind(layers: Sequence[str]) -> dict[str, list[int]]:
 class Sheet:
     """A figure with panels placed in inches from its upper left corner: no layout to solve, so it is drawn fast."""
 
-    def __init__(self, width: float, height: float, title: str, left: float = LEFT) -> None:
-        self.left, self.width, self.height = left, width + left + RIGHT, height + TOP
+    def __init__(self, width: float, height: float, title: str, left: float = LEFT, right: float = RIGHT) -> None:
+        self.left, self.right, self.width, self.height = left, right, width + left + right, height + TOP
         self.fig = Figure(figsize=(self.width, self.height), dpi=DPI)
         self.fig.text(0.15 / self.width, 1 - 0.25 / self.height, title, fontsize=12, fontweight="bold", va="center")
 
@@ -57,7 +57,7 @@ class Sheet:
 
     def colours(self, norm: Normalize, cmap: str, top: float, height: float, **options: Any) -> None:
         """A colour scale in the right margin."""
-        x, y = self.width - RIGHT + 0.15, self.height - TOP - top - height
+        x, y = self.width - self.right + 0.15, self.height - TOP - top - height
         place = (x / self.width, y / self.height, 0.15 / self.width, height / self.height)
         bar = self.fig.colorbar(ScalarMappable(norm, cmap), cax=self.fig.add_axes(place), **options)
         bar.ax.tick_params(labelsize=9, length=2)
@@ -178,19 +178,28 @@ def short(name: str) -> str:
     return kind if index is None else f"{index} {kind}"
 
 
-def communication(matrices: Mapping[str, Tensor]) -> Figure:
-    """Who listens to whom in every layer: listeners in rows, speakers in columns."""
+def communication(matrices: Mapping[str, Tensor], change: bool = False) -> Figure:
+    """Who listens to whom in every layer: listeners in rows, speakers in columns.
+
+    Args:
+        matrices: by layer.
+        change: they are differences from what was there before training.
+    """
     names = list(matrices)
     kinds = by_kind(names)
     columns = min(8, max(map(len, kinds.values())))
     lines = [(kind, rows[i : i + columns]) for kind, rows in kinds.items() for i in range(0, len(rows), columns)]
     E = max(map(len, matrices.values()))
     largest = max(float(m.abs().max()) for m in matrices.values())
-    signed = any(bool((m < 0).any()) for m in matrices.values())
+    largest = largest or 1.0
+    signed = change or any(bool((m < 0).any()) for m in matrices.values())
     norm, cmap = (Normalize(-largest, largest), "PuOr") if signed else (Normalize(0, largest), "viridis")
+    title = (
+        "Who listens more, who less, since the start" if change else "Who listens (rows) to whom (columns), by layer"
+    )
     size, gap = 0.36, 0.2 * E  # inches of one matrix; cells between two of them
     pitch = size * (E + gap) / E
-    sheet = Sheet(WIDE, max(len(lines) * (size + 0.25), 1.2), "Who listens (rows) to whom (columns), by layer")
+    sheet = Sheet(WIDE, max(len(lines) * (size + 0.25), 1.2), title, right=1.0 if change else RIGHT)
     for row, (kind, layers) in enumerate(lines):
         ax = sheet.panel(0, 0.15 + row * (size + 0.25), columns * pitch, size)
         for column, i in enumerate(layers):

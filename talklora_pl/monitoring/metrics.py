@@ -14,7 +14,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torchmetrics import Metric
 
-from talklora_pl.routing import RoutingRecord
+from talklora_pl.routing import PackedRows, RoutingRecord
 
 MAX_ELEMENTS = 2**22  # of the tensors made in one go
 
@@ -93,7 +93,7 @@ class RoutingLoad(Metric):
             K = chosen_LTK.shape[-1]
         chosen_LTE = torch.zeros_like(w_LTE).scatter_(-1, chosen_LTK, 1.0)
 
-        task_TN = self._tasks_of_tokens(w_LTE.shape[1], task_B)
+        task_TN = self._tasks_of_tokens(w_LTE.shape[1], task_B, group[0].packed)
         pad_LT1 = pad_LT.unsqueeze(-1)
         # (N,T) @ (L,T,E)
         self.weights[..., :E].index_add_(0, row_L, task_TN.t() @ w_LTE.masked_fill(pad_LT1, 0))
@@ -125,10 +125,12 @@ class RoutingLoad(Metric):
             setattr(self, key, new.index_copy_(1, place, old))
         self.tasks = names
 
-    def _tasks_of_tokens(self, T: int, task_B: Tensor | None) -> Tensor:
+    def _tasks_of_tokens(self, T: int, task_B: Tensor | None, packed: PackedRows | None) -> Tensor:
         """One-hot (T,N). A layer that sees neither all tokens nor one row per sequence has its tokens at no task."""
         task_T = torch.zeros(T, dtype=torch.long, device=self.tokens.device)
-        if task_B is not None and T % len(task_B) == 0:
+        if task_B is not None and packed is not None:
+            task_T = task_B[packed.row_T]
+        elif task_B is not None and T % len(task_B) == 0:
             task_T = task_B.repeat_interleave(T // len(task_B))
         return torch.nn.functional.one_hot(task_T, len(self.tasks)).float()
 

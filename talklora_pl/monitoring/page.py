@@ -63,7 +63,7 @@ def html(found: Inspection, title: str, facts: dict[str, str]) -> str:
         for key, (name, words) in METRICS.items():
             body.append(f"<div class=card><b>{means[key]:.3g}</b>{name}<small>{words}</small></div>")
         body.append("</div>")
-        body.append(_texts(found.examples))
+        body.append(_texts(found))
         body.append("<h2>Load</h2>" + picture(figures.load(load), "heat maps of the load of every expert"))
         if len(load.tasks) > 1:
             body.append("<h2>Tasks</h2>" + picture(figures.tasks(load), "heat maps of routing by task"))
@@ -77,8 +77,9 @@ def html(found: Inspection, title: str, facts: dict[str, str]) -> str:
     return PAGE.replace("TITLE", escape(title)).replace("BODY", "\n".join(body))
 
 
-def _texts(examples: list[ExampleRouting]) -> str:
-    """Tokens and weights as data; the page's script colours them."""
+def _texts(found: Inspection) -> str:
+    """Tokens and weights as data; the page's script colours them, at first for the layer whose load is least even."""
+    examples: list[ExampleRouting] = found.examples
     layers = list(examples[0].weights) if examples else []
     if not layers:
         return ""
@@ -96,11 +97,16 @@ def _texts(examples: list[ExampleRouting]) -> str:
         ],
     }
     packed = json.dumps(data, separators=(",", ":")).replace("</", "<\\/")
-    options = "".join(f"<option value={i}>{escape(figures.short(name))}" for i, name in enumerate(layers))
+    uneven = dict(zip(found.load.layers, found.load.per_layer()["max_vio"].tolist(), strict=True))
+    first = max(range(len(layers)), key=lambda i: uneven.get(layers[i], 0.0))
+    options = "".join(
+        f"<option value={i}{' selected' if i == first else ''}>{escape(figures.short(name))}"
+        for i, name in enumerate(layers)
+    )
     return (
         "<h2>Who speaks for which token</h2><p class=controls><label>layer <select id=layer>"
         f"{options}</select></label><label>show <select id=expert></select></label> <span id=legend></span></p>"
-        "<p><small>Above a token: the expert with the largest weight; the stronger the colour, the larger that weight. "
+        "<p><small>The layer shown first is the one whose load is least even. Above a token: the expert with the largest weight; the stronger the colour, the larger that weight. "
         "Point at a token to see all weights; arrow keys in the list of layers walk through the model.</small></p>"
         f"<div id=texts></div><script type='application/json' id=data>{packed}</script>"
     )

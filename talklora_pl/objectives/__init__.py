@@ -38,6 +38,8 @@ class Objective(registry.Component):
             transformers loads it.
         loss_per: what the loss is averaged over: labelled tokens (of the right answer), or rows of the data.
         base_has_score: whether the base without an adapter is worth comparing with.
+        packs: whether the rows of a training batch of :meth:`collate` may be packed
+            (:func:`~talklora_pl.inputs.packed`): each stands for itself, and :meth:`loss` asks ``token_logits``.
     """
 
     family = "objective"
@@ -46,6 +48,7 @@ class Objective(registry.Component):
     task: ClassVar[Literal["causal_lm", "sequence_classification"]] = "causal_lm"
     loss_per: ClassVar[Literal["token", "row"]] = "token"
     base_has_score: ClassVar[bool] = True
+    packs: ClassVar[bool] = False
 
     def collate(self, rows: Mapping[str, list[Any]], pad_id: int, training: bool) -> dict[str, Tensor]:
         """The tensors of a batch; every model input that it has (``input_ids`` and ``attention_mask`` at least).

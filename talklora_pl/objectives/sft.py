@@ -9,8 +9,9 @@ from typing import Any
 from torch import Tensor
 
 from talklora_pl.evaluation import BatchScores, Generation, score_answers
-from talklora_pl.inputs import labelled, summed_cross_entropy, token_logits
+from talklora_pl.inputs import labelled
 from talklora_pl.objectives import Batch, Objective
+from talklora_pl.pieces import summed_nll
 from talklora_pl.registry import register
 
 
@@ -18,6 +19,8 @@ from talklora_pl.registry import register
 @dataclass
 class SFT(Objective):
     """Cross-entropy of the right answers' tokens. Choices are ranked, other answers are generated and compared."""
+
+    packs = True
 
     def collate(self, rows: Mapping[str, list[Any]], pad_id: int, training: bool) -> dict[str, Tensor]:
         if not training:
@@ -28,8 +31,7 @@ class SFT(Objective):
         return labelled(ids, labels, pad_id)
 
     def loss(self, model: Any, batch: Batch) -> tuple[Tensor, int]:
-        logits_NV, targets_N, _ = token_logits(model, batch)
-        return summed_cross_entropy(logits_NV, targets_N), len(targets_N)
+        return summed_nll(model, batch)
 
     def score(self, model: Any, batch: Batch, generate: Generation | None = None) -> BatchScores:
         return score_answers(model, batch, generate)

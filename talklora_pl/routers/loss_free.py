@@ -23,6 +23,7 @@ class LossFreeRouter(ScoredRouter):
     After each optimiser step, from the selections of its whole global batch: b_i += u sign(mean(load) - load_i).
     """
 
+    selects = True
     wants_loads = True
     bias: Tensor
 
@@ -33,8 +34,7 @@ class LossFreeRouter(ScoredRouter):
         self.activation = torch.sigmoid if options.activation == "sigmoid" else partial(torch.softmax, dim=-1)
         self.register_buffer("bias", torch.zeros(layer.num_experts, device=layer.device))
 
-    def forward(self, x_TD: Tensor, m_TEF: Tensor) -> Routing:
-        logits_TE = self.scores(x_TD, m_TEF)
+    def route(self, logits_TE: Tensor) -> Routing:
         s_TE = self.activation(logits_TE)
         selected_TK = (s_TE.detach() + self.bias).topk(self.k, dim=-1).indices
         s_TK = s_TE.gather(-1, selected_TK)

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import ClassVar, Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from talklora_pl.routers import Router, RouterModule
+from talklora_pl.routing import Routing
 from talklora_pl.spec import LayerSpec
 
 ScoreSource = Literal["auto", "x", "features", "per_expert"]
@@ -32,6 +33,7 @@ class Scores(nn.Module):
         super().__init__()
         self.source = options.source(layer.communicates)
         self.temperature = options.temperature
+        self.num_experts = layer.num_experts
         rows = 1 if self.source == "per_expert" else layer.num_experts
         width = {"x": layer.in_features, "features": layer.num_experts * features, "per_expert": features}[self.source]
         if options.init == "glorot":
@@ -42,7 +44,20 @@ class Scores(nn.Module):
             self.weight = layer.uniform(rows, width, fan_in=width)
 
     def forward(self, x_TD: Tensor, m_TEF: Tensor) -> Tensor:
-        return self.project(x_TD, m_TEF, self.weight) / self.temperature
+        return self.heated(self.project(x_TD, m_TEF, self.weight))
+
+    def heated(self, logits_TE: Tensor) -> Tensor:
+        """Logits over the temperature."""
+        return logits_TE if self.temperature == 1 else logits_TE / self.temperature
+
+    def on_features(self) -> Tensor | None:
+        """The weight as one on the features of all experts, (E,E,F), logits first; None if these come from x."""
+        if self.source == "x":
+            return None
+        if self.source == "features":
+            return self.weight.view(self.num_experts, self.num_experts, -1)
+        one_EE = torch.eye(self.num_experts, device=self.weight.device, dtype=self.weight.dtype)
+        return one_EE.unsqueeze(-1) * self.weight
 
     def project(self, x_TD: Tensor, m_TEF: Tensor, weight: Tensor) -> Tensor:
         """What the router looks at, times a weight of the shape above."""
@@ -52,7 +67,7 @@ class Scores(nn.Module):
             logits_TE = F.linear(m_TEF.flatten(1), weight)
         else:
             logits_TE = F.linear(m_TEF, weight).squeeze(-1)
-        return logits_TE.to(torch.promote_types(logits_TE.dtype, torch.float32))
+        return logits_TE if logits_TE.dtype.itemsize >= 4 else logits_TE.float()
 
 
 @dataclass
@@ -84,8 +99,21 @@ class Scored(Router):
 
 
 class ScoredRouter(RouterModule):
-    """A router whose logits come from :class:`Scores`."""
+    """A router whose logits come from :class:`Scores`.
+
+    Class attributes:
+        selects: it compares logits, so those of bfloat16 products would not do.
+    """
+
+    selects: ClassVar[bool] = False
 
     def __init__(self, layer: LayerSpec, features: int, options: Scored) -> None:
         super().__init__()
         self.scores = Scores(layer, features, options)
+
+    def forward(self, x_TD: Tensor, m_TEF: Tensor) -> Routing:
+        return self.route(self.scores(x_TD, m_TEF))
+
+    def route(self, logits_TE: Tensor) -> Routing:
+        """The decision, from the logits. (A router whose decision needs more overrides ``forward``.)"""
+        raise NotImplementedError

@@ -17,8 +17,7 @@ from talklora_pl.spec import LayerSpec
 class SoftmaxRouter(ScoredRouter):
     """w = softmax(logits)."""
 
-    def forward(self, x_TD: Tensor, m_TEF: Tensor) -> Routing:
-        logits_TE = self.scores(x_TD, m_TEF)
+    def route(self, logits_TE: Tensor) -> Routing:
         w_TE = logits_TE.softmax(-1)
         return Routing(w_TE, w_TE, logits_TE)
 
@@ -33,16 +32,19 @@ class Softmax(Scored):
 
 
 class UniformRouter(RouterModule):
-    """w_i = 1/E."""
+    """w_i = 1/E.
+
+    Attributes:
+        share: 1/E, for a layer that multiplies by it without a tensor of weights.
+    """
 
     def __init__(self, layer: LayerSpec) -> None:
         super().__init__()
         self.num_experts = layer.num_experts
+        self.share = 1 / layer.num_experts
 
     def forward(self, x_TD: Tensor, m_TEF: Tensor) -> Routing:
-        w_TE = torch.full(
-            (x_TD.shape[0], self.num_experts), 1 / self.num_experts, device=m_TEF.device, dtype=m_TEF.dtype
-        )
+        w_TE = torch.full((x_TD.shape[0], self.num_experts), self.share, device=m_TEF.device, dtype=m_TEF.dtype)
         return Routing(w_TE, w_TE, torch.zeros_like(w_TE))
 
 

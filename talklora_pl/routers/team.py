@@ -23,8 +23,7 @@ class TeamRouter(ScoredRouter):
         M = torch.empty(E, E, device=layer.device, dtype=layer.dtype).uniform_(-0.1, 0.1).fill_diagonal_(1.0)
         self.team = nn.Parameter(M)
 
-    def forward(self, x_TD: Tensor, m_TEF: Tensor) -> Routing:
-        logits_TE = self.scores(x_TD, m_TEF)
+    def route(self, logits_TE: Tensor) -> Routing:
         p_TE = logits_TE.softmax(-1)
         v_TE = p_TE @ self.team.to(p_TE.dtype).t()
         return Routing(v_TE / v_TE.sum(-1, keepdim=True), p_TE, logits_TE)

@@ -37,12 +37,13 @@ def keep_best(logits_TE: Tensor, k: int) -> tuple[Tensor, Tensor]:
 class TopKRouter(ScoredRouter):
     """p = softmax(logits); w_k = p_k / sum over the best K of p, 0 for the others."""
 
+    selects = True
+
     def __init__(self, layer: LayerSpec, features: int, options: Sparse) -> None:
         super().__init__(layer, features, options)
         self.k = options.k_of(layer)
 
-    def forward(self, x_TD: Tensor, m_TEF: Tensor) -> Routing:
-        logits_TE = self.scores(x_TD, m_TEF)
+    def route(self, logits_TE: Tensor) -> Routing:
         w_TE, selected_TK = keep_best(logits_TE, self.k)
         return Routing(w_TE, logits_TE.softmax(-1), logits_TE, selected_TK)
 

@@ -73,8 +73,8 @@ class Site(ABC):
         """
 
     @abstractmethod
-    def low_rank(self, name: str, layer: nn.Module, num_experts: int) -> dict[str, LowRank]:
-        """What a layer of this site adds to the Linears at or in the module ``name``, if its weights are 1/E each.
+    def low_rank(self, name: str, layer: nn.Module, w_E: Tensor) -> dict[str, LowRank]:
+        """What a layer of this site adds to the Linears at or in the module ``name``, if its weights are ``w_E``.
 
         The keys are names of Linears, or of parameters where the change is that of fused experts.
         """

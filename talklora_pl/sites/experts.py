@@ -24,6 +24,10 @@ class ExpertsModule(nn.Module):
 class LinearExperts(ExpertsModule):
     """Experts of one Linear. The layer's path is: h = x Aᵀ, features, mix, y += z B. Every kind defines the methods
     that raise NotImplementedError here.
+
+    One whose ``mix`` only weighs h, or C h with a parameter ``core`` C of shape (E,S,R), and whose features are affine
+    in h, may define ``fold(weight_NEF) -> (weight_NP, bias_N)`` as well: the weights on h that give what ``weight_NEF``
+    gives on the node features, with a bias or None. See :mod:`talklora_pl.sites.folding`.
     """
 
     def down(self) -> Tensor:

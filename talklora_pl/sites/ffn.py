@@ -13,9 +13,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from talklora_pl.errors import UserError
+from talklora_pl.routing import Routing
 from talklora_pl.sites import LowRank, Site
 from talklora_pl.sites.experts import FFNExperts
 from talklora_pl.sites.gated import GatedFFN, find_gated, gated_ffn
+from talklora_pl.sites.grouped import Pairs, can_group
 from talklora_pl.sites.linear import fixed_change
 from talklora_pl.sites.mixture import BlockMixture, Mixture
 from talklora_pl.spec import Bank, LayerOptions, LayerSpec
@@ -26,7 +28,12 @@ class AdaptedFFN(Mixture):
 
     E_i(x) = W2 z_i + s B2_i A2_i z_i,  z_i = act(W1 x + s B1_i A1_i x) * (W3 x + s B3_i A3_i x), so that
     y = W2 sum_i w_i z_i + s sum_i B2_i (w_i A2_i z_i): W1, W2 and W3 are used once, however many experts are selected.
+
+    Attributes:
+        grouped: selected experts work at once where the dtype allows; off, one after the other.
     """
+
+    grouped = True
 
     def __init__(self, layer: LayerSpec, config: LayerOptions, bank: Bank, parts: GatedFFN) -> None:
         super().__init__(layer, config)
@@ -54,7 +61,20 @@ class AdaptedFFN(Mixture):
         if self.experts_see_talk:
             hg_TER, hu_TER = m_TEG.chunk(2, dim=-1)
 
-        act = self.parts.activation(frozen)
+        features = (g_TH, u_TH, hg_TER, hu_TER)
+        if self.grouped and routing.selected_TK is not None and can_group(g_TH.dtype):
+            mixed_TH, r_TER = self._grouped(frozen, routing, *features)
+        else:
+            mixed_TH, r_TER = self._one_by_one(frozen, routing, *features)
+        y_TD = getattr(frozen, self.parts.down)(mixed_TH)
+        z_TQ = r_TER.flatten(1) * self.scale
+        return torch.addmm(y_TD, z_TQ.to(y_TD.dtype), e.down.up().to(y_TD.dtype)).view(x.shape)
+
+    def _one_by_one(
+        self, frozen: Any, routing: Routing, g_TH: Tensor, u_TH: Tensor, hg_TER: Tensor, hu_TER: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """sum_i w_i z_i, (T,H), and w_i A2_i z_i, (T,E,R); each expert by itself, on the tokens that chose it."""
+        e, act = self.experts, self.parts.activation(frozen)
         mixed_TH = torch.zeros_like(g_TH)
         r_ETR = []
         for i in range(routing.weights_TE.shape[1]):
@@ -72,10 +92,25 @@ class AdaptedFFN(Mixture):
                 r_ETR.append(r_tR)
             else:
                 mixed_TH.index_add_(0, mine_t, w_t1 * z_tH)
-                r_ETR.append(r_tR.new_zeros(len(x_TD), r_tR.shape[1]).index_copy(0, mine_t, r_tR))
-        y_TD = getattr(frozen, self.parts.down)(mixed_TH)
-        z_TQ = torch.cat(r_ETR, dim=-1) * self.scale
-        return torch.addmm(y_TD, z_TQ.to(y_TD.dtype), e.down.up().to(y_TD.dtype)).view(x.shape)
+                r_ETR.append(r_tR.new_zeros(len(g_TH), r_tR.shape[1]).index_copy(0, mine_t, r_tR))
+        return mixed_TH, torch.stack(r_ETR, dim=1)
+
+    def _grouped(
+        self, frozen: Any, routing: Routing, g_TH: Tensor, u_TH: Tensor, hg_TER: Tensor, hu_TER: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """The same for all experts at once, without a question to the device how many tokens each has."""
+        assert routing.selected_TK is not None
+        e, act, dtype = self.experts, self.parts.activation(frozen), g_TH.dtype
+        E = routing.weights_TE.shape[1]
+        pairs = Pairs(routing.selected_TK, E)
+        g_SH, u_SH = (
+            pairs.of_tokens(v_TH) + self.scale * pairs.product(pairs.own(h_TER).to(dtype), side.B.to(dtype))
+            for v_TH, h_TER, side in ((g_TH, hg_TER, e.gate), (u_TH, hu_TER, e.up))
+        )
+        z_SH = act(g_SH) * u_SH
+        w_S1 = pairs.own(routing.weights_TE.unsqueeze(-1)).to(dtype)
+        r_SR = w_S1 * pairs.product(self._drop(z_SH), e.down.A.to(dtype).mT)
+        return pairs.sum_over_experts(w_S1 * z_SH), pairs.put(r_SR, E)
 
     def node_features(self, x_TD: Tensor) -> Tensor:
         sides = (self.experts.gate, self.experts.up)
@@ -112,10 +147,10 @@ class FFNSite(Site):
     ) -> Mixture:
         return AdaptedFFN(spec, config, bank, gated_ffn(module))
 
-    def low_rank(self, name: str, layer: nn.Module, num_experts: int) -> dict[str, LowRank]:
+    def low_rank(self, name: str, layer: nn.Module, w_E: Tensor) -> dict[str, LowRank]:
         assert isinstance(layer, AdaptedFFN)
         experts, parts = layer.experts, layer.parts
-        gate, up, down = (fixed_change(e, 1, layer.scale) for e in (experts.gate, experts.up, experts.down))
+        gate, up, down = (fixed_change(e, w_E, layer.scale) for e in (experts.gate, experts.up, experts.down))
         out = {f"{name}.{parts.down}": down}
         if parts.up is not None:
             return out | {f"{name}.{parts.gate}": gate, f"{name}.{parts.up}": up}

@@ -42,6 +42,11 @@ class _FrozenDown(torch.autograd.Function):
         return dx_TD, ddrop_TD, None, None, dA_PD
 
 
+def at_least_float32(dtype: torch.dtype) -> torch.dtype:
+    """The dtype in which logits of a product in ``dtype`` are looked at."""
+    return dtype if dtype.itemsize >= 4 else torch.float32
+
+
 def _plain_weight(layer: Any) -> Tensor | None:
     """W_OD of a layer that is nothing but ``x Wᵀ + b`` with a frozen floating-point weight, else None.
 
@@ -84,9 +89,58 @@ def frozen_and_down(
     return y_TO, h_TP
 
 
-def add_up(y_TO: Tensor, z_TQ: Tensor, B_QO: Tensor, dropout: float, training: bool) -> Tensor:
-    """y + z B, accumulated in place into the frozen output; with output dropout y + drop(z B)."""
-    z_TQ, B_QO = z_TQ.to(y_TO.dtype), B_QO.to(y_TO.dtype)
+class _Weighed(torch.autograd.Function):
+    """h w in the dtype of h, without a copy of h in that of w."""
+
+    @staticmethod
+    def forward(ctx: Any, h_TER: Tensor, w_TE: Tensor) -> Tensor:
+        ctx.save_for_backward(h_TER, w_TE)
+        return torch.mul(h_TER, w_TE.unsqueeze(-1), out=h_TER.new_empty(h_TER.shape))
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dz_TER: Tensor) -> tuple[Tensor | None, Tensor | None]:
+        h_TER, w_TE = ctx.saved_tensors
+        dh_TER = torch.mul(dz_TER, w_TE.unsqueeze(-1), out=dz_TER.new_empty(dz_TER.shape))
+        dw_TE = (dz_TER * h_TER).sum(-1, dtype=w_TE.dtype) if ctx.needs_input_grad[1] else None
+        return dh_TER, dw_TE
+
+
+def weigh(h_TER: Tensor, w_TE: Tensor) -> Tensor:
+    """z_TER = h w, in the dtype of h."""
+    if h_TER.dtype == w_TE.dtype or torch.compiler.is_compiling():
+        return (h_TER * w_TE.unsqueeze(-1)).to(h_TER.dtype)
+    z_TER: Tensor = _Weighed.apply(h_TER, w_TE)
+    return z_TER
+
+
+class _Scaled(torch.autograd.Function):
+    """A trained tensor times a number, in another dtype, as one operation; so is its gradient."""
+
+    @staticmethod
+    def forward(ctx: Any, p: Tensor, scale: float, dtype: torch.dtype) -> Tensor:
+        ctx.scale, ctx.dtype = scale, p.dtype
+        return torch.mul(p, scale, out=torch.empty_like(p, dtype=dtype))
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dp: Tensor) -> tuple[Tensor, None, None]:
+        return torch.mul(dp, ctx.scale, out=torch.empty_like(dp, dtype=ctx.dtype)), None, None
+
+
+def scaled(p: Tensor, scale: float, dtype: torch.dtype) -> Tensor:
+    """``p`` times ``scale`` in ``dtype``."""
+    if scale == 1:
+        return p.to(dtype)
+    if p.dtype == dtype or torch.compiler.is_compiling():
+        return (p * scale).to(dtype)
+    out: Tensor = _Scaled.apply(p, scale, dtype)
+    return out
+
+
+def add_up(y_TO: Tensor, z_TQ: Tensor, B_QO: Tensor, scale: float, dropout: float, training: bool) -> Tensor:
+    """y + s z B, accumulated in place into the frozen output; with output dropout y + drop(s z B)."""
+    z_TQ, B_QO = z_TQ.to(y_TO.dtype), scaled(B_QO, scale, y_TO.dtype)
     if dropout > 0 and training:
         return y_TO + F.dropout(z_TQ @ B_QO, dropout)
     return y_TO.addmm_(z_TQ, B_QO)

@@ -12,10 +12,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from talklora_pl.sites import LowRank, Site
+from talklora_pl.sites import LowRank, Site, folding
 from talklora_pl.sites.base_experts import AdaptedExperts, is_mixture, part_widths, parts
 from talklora_pl.sites.experts import LinearExperts
-from talklora_pl.sites.fused import add_up, frozen_and_down
+from talklora_pl.sites.fused import add_up, frozen_and_down, weigh
 from talklora_pl.sites.left_out import only_reached
 from talklora_pl.sites.mixture import BlockMixture, Mixture, own_features
 from talklora_pl.sites.targets import find_targets, widths
@@ -45,16 +45,94 @@ class AdaptedLinear(Mixture):
         """Output (..., O) of the adapted layer for input (..., D)."""
         x_TD = x.reshape(-1, x.shape[-1])
         drop_TD = F.dropout(x_TD, self.dropout_input) if self.training and self.dropout_input > 0 else None
-        y_TO, h_TP = frozen_and_down(frozen.frozen_forward, frozen, x_TD, drop_TD, self.experts.down())
-        z_TQ = self.rank_space(x_TD, h_TP, x.shape[:-1])
-        y_TO = add_up(y_TO, z_TQ, self.experts.up(), self.dropout_output, self.training)
+        scale, B_QO = self.scale, None
+        if self.fold and self._is_uniform():
+            y_TO, z_TQ = self._uniform(frozen, x_TD, drop_TD, x.shape[:-1])
+            scale *= self.router.share
+        elif self.fold and self._folds(x_TD):
+            y_TO, z_TQ = self._folded(frozen, x_TD, drop_TD, x.shape[:-1])
+        else:
+            y_TO, h_TP = frozen_and_down(frozen.frozen_forward, frozen, x_TD, drop_TD, self.experts.down())
+            h_TER, w_TE = self.rank_space(x_TD, h_TP, x.shape[:-1])
+            if self.fold and folding.offers(self.experts, "fold"):
+                if not self.experts_see_talk:
+                    h_TER = self.experts.split(h_TP)
+                z_TQ, B_QO = weigh(h_TER, w_TE).flatten(1), folding.up_rows(self.experts)
+            else:
+                with torch.autocast(x_TD.device.type, enabled=False):
+                    z_TQ = self.experts.mix(h_TER, w_TE)
+        B_QO = self.experts.up() if B_QO is None else B_QO
+        y_TO = add_up(y_TO, z_TQ, B_QO, scale, self.dropout_output, self.training)
         return y_TO.view(*x.shape[:-1], -1)
+
+    @property
+    def decided_by(self) -> str:
+        return self._block[0].name if self._block else self.name
+
+    def _is_uniform(self) -> bool:
+        """Whether no token needs weights of its own."""
+        if self._block or self.experts_see_talk or not folding.offers(self.experts, "fold"):
+            return False
+        if not isinstance(getattr(self.router, "share", None), float) or (self.training and self.dropout_routing > 0):
+            return False
+        return not (folding.is_watched(self.router) or folding.is_watched(self.communication))
+
+    def _uniform(
+        self, frozen: Any, x_TD: Tensor, drop_TD: Tensor | None, leading_shape: torch.Size
+    ) -> tuple[Tensor, Tensor]:
+        """y_TO and z_TQ of experts that all count the same; the layer multiplies by their share."""
+        with torch.autocast(x_TD.device.type, enabled=False):
+            rank_PD = folding.rank_rows(self.experts)
+        y_TO, h_TP = frozen_and_down(frozen.frozen_forward, frozen, x_TD, drop_TD, rank_PD)
+        z_TER = self.experts.split(h_TP)
+        if self.collectors:
+            self.observed(self.router(x_TD, z_TER), leading_shape)
+        return y_TO, z_TER.flatten(1)
+
+    def _folds(self, x_TD: Tensor) -> bool:
+        if self._block:
+            return folding.offers(self.experts, "fold")
+        if self.experts_see_talk or not folding.folds(self.experts, self.communication, self.router):
+            return False
+        return folding.exact_enough(self.router, x_TD)
+
+    def _folded(
+        self, frozen: Any, x_TD: Tensor, drop_TD: Tensor | None, leading_shape: torch.Size
+    ) -> tuple[Tensor, Tensor]:
+        """y_TO and z_TQ with all that is linear in the one down product: what :meth:`rank_space` computes."""
+        with torch.autocast(x_TD.device.type, enabled=False):
+            experts = self.experts
+            bias_E = from_x_ED = None
+            if self._block:
+                rows_MD = folding.rank_rows(experts)
+                width = len(rows_MD)
+            else:
+                weight_EP, bias_E = folding.scores(experts, self.communication, self.router)
+                if weight_EP is None:
+                    from_x_ED, rows_MD = self.router.scores.weight, folding.rank_rows(experts)
+                    width = len(rows_MD)
+                    if drop_TD is None:  # else the logits are those of x, and h is that of what dropout left of it
+                        rows_MD = torch.cat([rows_MD, from_x_ED])
+                else:
+                    rows_MD = folding.rank_and_score_rows(experts, weight_EP)
+                    width = len(rows_MD) - len(weight_EP)
+        y_TO, product_TM = frozen_and_down(frozen.frozen_forward, frozen, x_TD, drop_TD, rows_MD)
+        with torch.autocast(x_TD.device.type, enabled=False):
+            if self._block:
+                return y_TO, weigh(experts.split(product_TM), self._block[0].weights()).flatten(1)
+            if width < len(rows_MD):
+                h_TP, score_TE = folding.split(product_TM, width)
+            else:
+                h_TP, score_TE = product_TM, F.linear(x_TD, from_x_ED.to(x_TD.dtype))
+            routing = self.router.route(folding.logits(self.router, score_TE, bias_E))
+            w_TE = self.observed(routing, leading_shape).weights_TE
+            return y_TO, weigh(experts.split(h_TP), w_TE).flatten(1)
 
     def node_features(self, x_TD: Tensor) -> Tensor:
         return own_features(self.experts, x_TD)
 
-    def rank_space(self, x_TD: Tensor, h_TP: Tensor, leading_shape: torch.Size) -> Tensor:
-        """Everything between the down and the up projection: z_TQ, in the dtype of the trained tensors."""
+    def rank_space(self, x_TD: Tensor, h_TP: Tensor, leading_shape: torch.Size) -> tuple[Tensor, Tensor]:
+        """What the experts know of every token, h_TER, in the dtype of the trained tensors, and their weights w_TE."""
         # small tensors: full precision costs nothing, and selection wants it
         with torch.autocast(x_TD.device.type, enabled=False):
             h_TER = self.experts.split(h_TP.to(self.experts.down().dtype))
@@ -65,8 +143,7 @@ class AdaptedLinear(Mixture):
                 w_TE = routing.weights_TE
                 if self.experts_see_talk:
                     h_TER = m_TEG
-            z_TQ = self.experts.mix(h_TER, w_TE)
-            return z_TQ if self.scale == 1 else z_TQ * self.scale
+            return h_TER, w_TE
 
 
 class LinearSite(Site):
@@ -96,21 +173,21 @@ class LinearSite(Site):
             return AdaptedExperts(spec, config, bank, module)
         return AdaptedLinear(spec, config, bank, block)
 
-    def low_rank(self, name: str, layer: nn.Module, num_experts: int) -> dict[str, LowRank]:
+    def low_rank(self, name: str, layer: nn.Module, w_E: Tensor) -> dict[str, LowRank]:
         if isinstance(layer, AdaptedExperts):
             return layer.low_rank(name)
         assert isinstance(layer, AdaptedLinear)
-        return {name: fixed_change(layer.experts, num_experts, layer.scale)}
+        return {name: fixed_change(layer.experts, w_E, layer.scale)}
 
 
 LINEAR = LinearSite()
 
 
 @torch.no_grad()
-def fixed_change(experts: LinearExperts, num_experts: int, scale: float) -> LowRank:
+def fixed_change(experts: LinearExperts, w_E: Tensor, scale: float) -> LowRank:
     """Rank space is linear once the weights are fixed: its matrix is what it makes of the unit vectors."""
     A_PD = experts.down()
     unit_PP = torch.eye(A_PD.shape[0], device=A_PD.device, dtype=A_PD.dtype)
-    w_PE = A_PD.new_full((A_PD.shape[0], num_experts), 1 / num_experts)
+    w_PE = w_E.to(A_PD).expand(A_PD.shape[0], -1)
     z_PQ = experts.mix(experts.split(unit_PP), w_PE)
     return LowRank(A_PD, scale * z_PQ @ experts.up())

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from talklora_pl.errors import UserError
 from talklora_pl.routing import Collectors, Routing
+from talklora_pl.sites import folding
 from talklora_pl.sites.experts import LinearExperts
 from talklora_pl.spec import LayerOptions, LayerSpec, unregistered
 
@@ -28,7 +29,10 @@ class Mixture(nn.Module):
 
     Attributes:
         collectors: those of the adapter that the layer belongs to, innermost last.
+        fold: take the folded path where there is one, see :mod:`talklora_pl.sites.folding`; off, the plain one.
     """
+
+    fold = True
 
     communication: CommunicationModule
     router: RouterModule
@@ -56,6 +60,11 @@ class Mixture(nn.Module):
         """Whether the communication and the router were made."""
         return hasattr(self, "router")
 
+    @property
+    def decided_by(self) -> str:
+        """Under which name the routing of this layer is recorded."""
+        return self.name
+
     def node_features(self, x_TD: Tensor) -> Tensor:
         """Features of the experts for an input alone, m_TEF: for measurements, which need the decision by itself."""
         raise NotImplementedError
@@ -63,7 +72,10 @@ class Mixture(nn.Module):
     def decide(self, x_TD: Tensor, m_TEF: Tensor, leading_shape: torch.Size) -> tuple[Routing, Tensor]:
         """The routing of every token, and the features of the experts after communication."""
         m_TEG = self.communication(m_TEF, x_TD)
-        routing: Routing = self.router(x_TD, m_TEG)
+        return self.observed(self.router(x_TD, m_TEG), leading_shape), m_TEG
+
+    def observed(self, routing: Routing, leading_shape: torch.Size) -> Routing:
+        """The routing as it is applied; whoever collects gets it as it was decided."""
         if self.collectors:
             self.collectors[-1].add(self.name, routing, leading_shape)
             if self.training:  # gradient checkpointing runs the layer again outside of the context
@@ -72,7 +84,7 @@ class Mixture(nn.Module):
             self.collectors.give_advice()
         if self.training and self.dropout_routing > 0:
             routing = routing._replace(weights_TE=F.dropout(routing.weights_TE, self.dropout_routing))
-        return routing, m_TEG
+        return routing
 
     def _is_trained(self) -> bool:
         return any(p.requires_grad for p in self.parameters())
@@ -128,9 +140,17 @@ class BlockMixture(Mixture):
             return x_TD.new_zeros(x_TD.shape[0], self.num_experts, 0)
         return own_features(self._experts[0], x_TD)
 
+    def _folds(self, x_TD: Tensor) -> bool:
+        if not (self.fold and self._experts and folding.exact_enough(self.router, x_TD)):
+            return False
+        return folding.folds(self._experts[0], self.communication, self.router)
+
     def _decide(self, x: Tensor) -> Routing:
         x_TD = x.reshape(-1, x.shape[-1])
         with torch.autocast(x_TD.device.type, enabled=False):
+            if self._folds(x_TD):
+                logits_TE = folding.logits_of(x_TD, self._experts[0], self.communication, self.router)
+                return self.observed(self.router.route(logits_TE), x.shape[:-1])
             return self.decide(x_TD, self.node_features(x_TD), x.shape[:-1])[0]
 
 

@@ -20,6 +20,7 @@ from talklora_pl.cli import VERBS, main
 from talklora_pl.cli.check import Check, find_class
 from talklora_pl.cli.options import right, split
 from talklora_pl.communication import Communication
+from talklora_pl.errors import UserError
 from talklora_pl.typed import parameters
 
 
@@ -188,3 +189,47 @@ def test_private_names_of_jsonargparse_are_not_used() -> None:
     package = Path(__file__).parents[2] / "talklora_pl"
     for file in package.rglob("*.py"):
         assert "jsonargparse._" not in file.read_text(), file
+
+
+class Untyped(Callback):
+    """Its options take anything, and so nothing that is made from a config."""
+
+    def __init__(
+        self,
+        anything: Any = None,
+        thing: object = None,
+        called: Callable[[int], int] | None = None,
+        table: dict[str, Any] | None = None,
+        bare=None,  # type: ignore[no-untyped-def]
+        **more: Any,
+    ) -> None: ...
+
+
+CALL = "{class_path: os.system, init_args: {command: touch called}}"
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        *(f"init_args: {{{name}: {CALL}}}" for name in ("anything", "thing", "called", "bare", "other")),
+        f"init_args: {{table: {{a: [{CALL}]}}}}",
+        f"init_args: {{thing: '{CALL}'}}",
+        f"dict_kwargs: {{thing: {CALL}}}",
+        f"dict_kwargs: {{other: {CALL}}}",
+    ],
+)
+def test_a_class_is_made_only_where_its_kind_is_known(options: str) -> None:
+    path = f"{__name__}.Untyped"
+    (said,) = problems("--it.part.size=8", f"--it.callbacks=[{{class_path: {path}, {options}}}]")
+    assert "os.system: this option does not say of which kind" in said
+    assert not problems(
+        "--it.part.size=8", f"--it.callbacks=[{{class_path: {path}, init_args: {{table: {{a: [1]}}}}}}]"
+    )
+
+
+@pytest.mark.parametrize("text", ["9" * 5000, "[" * 3000 + "]" * 3000, "{a: " * 3000 + "}" * 3000])
+def test_long_numbers_and_deep_lists_are_one_message(text: str, tmp_path: Path) -> None:
+    (tmp_path / "my.yaml").write_text(f"it: {{part: {{size: {text}}}}}")
+    with pytest.raises(UserError, match=r"my\.yaml is not readable as YAML"):
+        split(["--config", str(tmp_path / "my.yaml")])
+    assert problems("--it.part.size", text)

@@ -180,7 +180,7 @@ def test_prepared_once(base: BaseModel, jsonl: Jsonl, own_cache: Path, monkeypat
     assert len(folders) == 1
     import talklora_pl.data.prepare as prepare
 
-    monkeypatch.setattr(prepare, "_rows", None)  # a second preparation would fail
+    monkeypatch.setattr(prepare, "ordered", None)  # a second preparation would fail
     assert list(data(base, train=path).tables["train"]) == first
     monkeypatch.undo()
     monkeypatch.setenv("XDG_CACHE_HOME", str(own_cache))

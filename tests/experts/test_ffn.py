@@ -227,3 +227,48 @@ def test_a_block_that_computes_something_else_is_refused() -> None:
     model.mlp = Doubled(LlamaConfig(hidden_size=D, intermediate_size=H, num_attention_heads=2))
     with pytest.raises(UserError, match="does not compute"):
         inject(model, config_for(["mlp"]))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("K", [1, 2, 3])
+def test_experts_at_once_equal_one_by_one(K: int, dtype: torch.dtype) -> None:
+    """Output and all gradients; R = 3 fits no 16 bytes, and an expert that nobody chose has a zero gradient."""
+    torch.manual_seed(0)
+    model = nn.Module()
+    model.mlp = block("llama").to(dtype)
+    parts: Any = {"experts": FFNLoRA(), "router": TopK(k=K)}
+    config = AdapterConfig(targets=["mlp"], num_experts=E, expert_rank=R, alpha=2.0 * R, dropout_input=0.0, **parts)
+    adapter = inject(model, config)
+    with torch.no_grad():
+        for p in adapter.parameters():
+            p.normal_(std=0.5)
+    layer: Any = adapter.layers.mlp
+    x = torch.randn(2, 9, D, dtype=dtype)
+    results = []
+    for layer.grouped in (True, False):
+        adapter.zero_grad(set_to_none=True)
+        v = x.clone().requires_grad_()
+        y = model.mlp(v)
+        y.float().square().sum().backward()
+        results.append({"y": y, "x": v.grad} | {n: p.grad for n, p in adapter.named_parameters()})
+    for name, want in results[1].items():
+        size = want.detach().abs().max().item()
+        tolerance = 1e-5 if dtype == torch.float32 else 3e-2
+        torch.testing.assert_close(results[0][name], want, rtol=0, atol=tolerance * size, msg=name)
+
+
+def test_nobody_chose_it_at_once() -> None:
+    torch.manual_seed(0)
+    model = nn.Module()
+    model.mlp = block("llama").float()
+    config = AdapterConfig(
+        targets=["mlp"], num_experts=E, expert_rank=R, dropout_input=0.0, experts=FFNLoRA(), router=TopK(k=1)
+    )
+    adapter = inject(model, config)
+    with torch.no_grad():
+        for p in adapter.parameters():
+            p.normal_(std=0.5)
+    model.mlp(torch.randn(1, 1, D)).sum().backward()
+    untouched = (adapter.layers.mlp.experts.gate.B.grad == 0).flatten(1).all(1)
+    assert untouched.sum() == E - 1
+    assert all(p.grad is not None and p.grad.isfinite().all() for p in adapter.parameters())

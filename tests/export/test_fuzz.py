@@ -25,6 +25,7 @@ from talklora_pl.communication import Communication
 from talklora_pl.experts import Experts
 from talklora_pl.routers import Router
 from tests.export import models
+from tests.export.models import unsigned
 from tests.methods.test_configs import config_of
 
 HOSTILE: list[Any] = [
@@ -211,7 +212,7 @@ def fuzz(count: int, seed: int, tmp_path: Path, watch: Watch) -> dict[str, int]:
     for name, config in configs.items():
         model = models.load(base)
         models.train(model, config)
-        save_adapter(model, tmp_path / name)
+        unsigned(save_adapter(model, tmp_path / name))
     for family in (Allocation, Balance, Communication, Experts, Router):  # type hints are read once, by evaluation
         for component in family._members.values():
             typed.problems(component, {})

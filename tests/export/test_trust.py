@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import random
 import subprocess
 import sys
 from hashlib import sha256
@@ -16,7 +17,9 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer, pipeline
 
 from talklora_pl import AdapterConfig, UserError, export_adapter, load_adapter, save_adapter
+from talklora_pl.adapter.metadata import read_metadata
 from tests.export import models
+from tests.export.models import unsigned
 
 ROOT = Path(__file__).parents[2]
 
@@ -31,7 +34,7 @@ def folder(base: Path, tmp_path: Path) -> Path:
     """An exported TalkLoRA."""
     model = models.load(base)
     models.train(model, AdapterConfig(rank=8))
-    return export_adapter(model, tmp_path / "adapter", tokenizer=AutoTokenizer.from_pretrained(base))
+    return unsigned(export_adapter(model, tmp_path / "adapter", tokenizer=AutoTokenizer.from_pretrained(base)))
 
 
 def change(file: Path, **values: Any) -> None:
@@ -171,7 +174,7 @@ def test_classes_that_the_head_does_not_have_take_no_memory(tmp_path: Path) -> N
     base = models.save_base(tmp_path / "base", "bert")
     model = models.load(base, "bert")
     models.train(model, AdapterConfig(targets="all-linear", rank=8, modules_to_save=["classifier"]))
-    folder = export_adapter(model, tmp_path / "adapter")
+    folder = unsigned(export_adapter(model, tmp_path / "adapter"))
     change(folder / "config.json", id2label={i: f"L{i}" for i in range(100_000)})
     with pytest.raises(UserError, match="no trained head in the folder has 100000 classes"):
         AutoModelForSequenceClassification.from_pretrained(folder, trust_remote_code=True)
@@ -267,5 +270,31 @@ def test_save_and_load_again_keeps_everything(base: Path, folder: Path, tmp_path
     model = models.load(base)
     load_adapter(model, folder)
     save_adapter(model, tmp_path / "again")
-    one, two = (json.loads((f / "talklora.json").read_text()) for f in (folder, tmp_path / "again"))
+    one, two = (json.loads((unsigned(f) / "talklora.json").read_text()) for f in (folder, tmp_path / "again"))
     assert one == two
+
+
+def test_a_flipped_bit_is_found(base: Path, tmp_path: Path) -> None:
+    """In what is beside the tensors too, unless it changes nothing that is said."""
+    model = models.load(base)
+    models.train(model, AdapterConfig(rank=8))
+    folder = export_adapter(model, tmp_path / "adapter", tokenizer=AutoTokenizer.from_pretrained(base))
+    want, rng, same = read_metadata(folder), random.Random(0), 0
+    for file in sorted(folder.iterdir()):
+        if file.is_dir() or file.name in ("adapter.safetensors", "README.md"):
+            continue
+        whole = file.read_bytes()
+        for _ in range(40):
+            at, bit = rng.randrange(len(whole)), 1 << rng.randrange(8)
+            file.write_bytes(whole[:at] + bytes([whole[at] ^ bit]) + whole[at + 1 :])
+            try:
+                assert read_metadata(folder) == want, (file.name, at)
+                same += file.name == "talklora.json"  # a blank between two entries, the name of a digest
+                assert file.name == "talklora.json", (file.name, at)
+            except UserError:
+                pass
+        file.write_bytes(whole)
+    assert same < 30 and read_metadata(folder) == want
+    (folder / "README.md").write_text("mine")  # a card is there to be edited
+    (folder / "tokenizer.json").unlink()  # and not everybody needs a tokenizer
+    load_adapter(models.load(base), folder)

@@ -61,3 +61,13 @@ def test_a_dispatch_mode_sees_every_call() -> None:
     with Watch():
         torch.empty(3)
     assert seen == [torch.ops.aten.empty.memory_format]
+
+
+def test_version_counts_writes_through_any_tensor_of_the_memory() -> None:
+    one = torch.nn.Parameter(torch.zeros(3))
+    other = torch.nn.Parameter(one.detach())
+    before = internals.version(one)
+    torch.optim.AdamW([other])
+    other.grad = torch.ones(3)
+    torch.optim.AdamW([other]).step()
+    assert internals.version(one) == internals.version(other) > before

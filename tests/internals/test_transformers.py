@@ -28,7 +28,7 @@ def model() -> LlamaForCausalLM:
 def test_an_asked_attention_is_used(model: LlamaForCausalLM) -> None:
     config = AutoConfig.for_model("llama", hidden_size=8, num_attention_heads=2, num_hidden_layers=1, vocab_size=8)
     internals.take_attention(config, LlamaConfig())  # names none
-    assert LlamaForCausalLM(config).model.config._attn_implementation == "sdpa"
+    assert internals.attention_of(LlamaForCausalLM(config).config) == "sdpa"
     internals.take_attention(config, LlamaConfig(attn_implementation="eager"))
     assert LlamaForCausalLM(config).model.config._attn_implementation == "eager"
 

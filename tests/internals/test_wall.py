@@ -13,7 +13,17 @@ from typing import Any
 import pytest
 
 ROOT = Path(__file__).parents[2]
-FOREIGN = {"accelerate", "datasets", "jsonargparse", "lightning", "peft", "torch", "transformers", "trl"}
+FOREIGN = {
+    "accelerate",
+    "bitsandbytes",
+    "datasets",
+    "jsonargparse",
+    "lightning",
+    "peft",
+    "torch",
+    "transformers",
+    "trl",
+}
 STABLE = {
     # torch: the same since its first versions, and what every library of its kind rests on
     *("_apply", "_buffers", "_foreach_copy_", "_foreach_norm", "_forward_hooks", "_forward_pre_hooks"),

@@ -6,7 +6,6 @@ fields of the answer.
 
 from __future__ import annotations
 
-import json
 import re
 from abc import abstractmethod
 from collections.abc import Sequence
@@ -18,6 +17,7 @@ from talklora_pl.data import formats
 from talklora_pl.data.example import Example
 from talklora_pl.data.source import BadRow, Source
 from talklora_pl.errors import UserError
+from talklora_pl.strict import read_json
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
@@ -226,8 +226,8 @@ class Row:
         value = self.get(name)
         if isinstance(value, str) and value.lstrip().startswith("["):  # a CSV cell
             try:
-                value = json.loads(value)
-            except json.JSONDecodeError as e:
+                value = read_json(value)
+            except (ValueError, RecursionError) as e:
                 raise BadRow(f"broken JSON: {e}", self.column(name)) from None
         if not isinstance(value, list) or not value:
             raise BadRow(f"must be a list that is not empty, got {short(value)}", self.column(name))

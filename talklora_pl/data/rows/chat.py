@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass
 from typing import Any
 
 from talklora_pl.data.rows import ABSENT, Example, Row, RowKind, check_text, find, short
 from talklora_pl.data.source import BadRow
 from talklora_pl.registry import register
+from talklora_pl.strict import read_json
 
 ROLES = ["system", "developer", "user", "assistant", "tool", "function", "ipython", "observation", "environment"]
 ROLES += ["tool_results", "document", "documents"]
@@ -107,8 +107,8 @@ def answer_text(turn: dict[str, Any]) -> str:
 def _parsed(value: Any) -> Any:
     """JSON in a cell as what it stands for; anything else as it is."""
     try:
-        return json.loads(value) if isinstance(value, str) and value.strip() else value
-    except json.JSONDecodeError:
+        return read_json(value) if isinstance(value, str) and value.strip() else value
+    except (ValueError, RecursionError):
         return value
 
 

@@ -1,0 +1,152 @@
+"""What is linear is multiplied before any token comes: communication, scores and core become rows of one product.
+
+The plain path computes h = x Aᵀ, lets the experts communicate, scores what they say and applies the core C, each for
+every token. Where communication (talk) and scores G are linear, logits = x (G talk A)ᵀ and C h = x (C A)ᵀ, so that one
+product of x with the stacked rows gives both. Parts say how they fold in methods of their own, beside the plain ones:
+``LinearExperts.fold``, ``CommunicationModule.fold`` and ``ScoredRouter.route``.
+
+T tokens, D input width, E experts, F features, R rank of an expert (S after the core), N = E logits, P = E R rows of
+the down projection.
+"""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from talklora_pl.sites.fused import at_least_float32
+
+_PLAIN = {"fold": frozenset({"forward", "split", "node_features", "mix"}), "route": frozenset({"forward"})}
+
+
+def offers(part: Any, method: str) -> bool:
+    """Whether ``part`` has the folded ``method``, and nobody changed or watches the plain ones that it stands for."""
+    return not is_watched(part) and _PLAIN[method].isdisjoint(vars(part)) and _class_offers(type(part), method)
+
+
+def is_watched(part: Any) -> bool:
+    """Whether hooks wait for the forward of a part."""
+    return bool(part._forward_hooks or part._forward_pre_hooks or part._backward_hooks or part._backward_pre_hooks)
+
+
+@functools.cache
+def _class_offers(kind: type, method: str) -> bool:
+    for cls in kind.__mro__:
+        if method in vars(cls):
+            return True
+        if not _PLAIN[method].isdisjoint(vars(cls)):
+            return False
+    return False
+
+
+def folds(experts: Any, communication: Any, router: Any) -> bool:
+    """Whether the logits of a decision are affine in x, and its router starts from logits."""
+    if not (offers(router, "route") and offers(experts, "fold")):
+        return False
+    if is_watched(router.scores) or is_watched(communication):
+        return False
+    return router.scores.source == "x" or offers(communication, "fold")
+
+
+def exact_enough(router: Any, x_TD: Tensor) -> bool:
+    """Whether a product in the dtype of x gives the logits that ``router`` needs."""
+    kind = x_TD.device.type
+    dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x_TD.dtype
+    return dtype.itemsize >= 4 or not getattr(router, "selects", True)
+
+
+def scores(experts: Any, communication: Any, router: Any) -> tuple[Tensor | None, Tensor | None]:
+    """Weights on h and bias of the logits, (N,P) and (N,) or None; None twice where the logits come from x."""
+    weight_NEG = router.scores.on_features()
+    return (None, None) if weight_NEG is None else experts.fold(communication.fold(weight_NEG))
+
+
+def logits(router: Any, product_TE: Tensor, bias_E: Tensor | None) -> Tensor:
+    """logits_TE from the product of x with the score rows; float32 at least."""
+    logits_TE = product_TE.to(at_least_float32(product_TE.dtype))
+    return router.scores.heated(logits_TE if bias_E is None else logits_TE + bias_E)
+
+
+def logits_of(x_TD: Tensor, experts: Any, communication: Any, router: Any) -> Tensor:
+    """logits_TE of a decision by itself, for an input."""
+    weight_NP, bias_N = scores(experts, communication, router)
+    rows_ND = router.scores.weight if weight_NP is None else weight_NP @ experts.down()
+    return logits(router, F.linear(x_TD, rows_ND.to(x_TD.dtype)), bias_N)
+
+
+def rank_rows(experts: Any) -> Tensor:
+    """C A, or A where there is no core."""
+    A_PD, core_ESR = experts.down(), getattr(experts, "core", None)
+    if core_ESR is None:
+        return A_PD
+    return torch.bmm(core_ESR, A_PD.view(len(core_ESR), core_ESR.shape[2], -1)).flatten(0, 1)
+
+
+def up_rows(experts: Any) -> Tensor:
+    """Cᵀ B, or B where there is no core: for experts whose h is needed as it is."""
+    B_QO, core_ESR = experts.up(), getattr(experts, "core", None)
+    if core_ESR is None:
+        return B_QO
+    with torch.autocast(B_QO.device.type, enabled=False):
+        return torch.bmm(core_ESR.mT, B_QO.view(*core_ESR.shape[:2], -1)).flatten(0, 1)
+
+
+class _Rows(torch.autograd.Function):
+    """[C A; G A] with no copy to stack them, and the gradients of A added up in place."""
+
+    @staticmethod
+    def forward(ctx: Any, A_PD: Tensor, core_ESR: Tensor, weight_NP: Tensor) -> Tensor:
+        ctx.save_for_backward(A_PD, core_ESR, weight_NP)
+        E, S, R = core_ESR.shape
+        rows_MD = A_PD.new_empty(E * S + len(weight_NP), A_PD.shape[1])
+        torch.bmm(core_ESR, A_PD.view(E, R, -1), out=rows_MD[: E * S].view(E, S, -1))
+        torch.mm(weight_NP, A_PD, out=rows_MD[E * S :])
+        return rows_MD
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, drows_MD: Tensor) -> tuple[Tensor | None, ...]:
+        A_PD, core_ESR, weight_NP = ctx.saved_tensors
+        E, S, R = core_ESR.shape
+        A_ERD, drank_ESD, dscore_ND = A_PD.view(E, R, -1), drows_MD[: E * S].view(E, S, -1), drows_MD[E * S :]
+        dA_PD = torch.bmm(core_ESR.mT, drank_ESD).view_as(A_PD).addmm_(weight_NP.t(), dscore_ND)
+        return dA_PD, torch.bmm(drank_ESD, A_ERD.mT), dscore_ND @ A_PD.t()
+
+
+def rank_and_score_rows(experts: Any, weight_NP: Tensor) -> Tensor:
+    """[C A; G A], G the weights on h of the logits."""
+    A_PD, core_ESR = experts.down(), getattr(experts, "core", None)
+    if core_ESR is None or torch.compiler.is_compiling():
+        return torch.cat([rank_rows(experts), weight_NP @ A_PD])
+    rows_MD: Tensor = _Rows.apply(A_PD, core_ESR, weight_NP)
+    return rows_MD
+
+
+class _Split(torch.autograd.Function):
+    """z and the logits as float32, with a gradient that is put together in one copy."""
+
+    @staticmethod
+    def forward(ctx: Any, product_TM: Tensor, width: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        ctx.dtype = product_TM.dtype
+        return product_TM[:, :width], product_TM[:, width:].to(dtype)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dz_TP: Tensor, dlogits_TE: Tensor) -> tuple[Tensor, None, None]:
+        out_TM = dz_TP.new_empty(len(dz_TP), dz_TP.shape[1] + dlogits_TE.shape[1], dtype=ctx.dtype)
+        return torch.cat([dz_TP, dlogits_TE], dim=1, out=out_TM), None, None
+
+
+def split(product_TM: Tensor, width: int) -> tuple[Tensor, Tensor]:
+    """z_TP and logits_TE, these as float32 at least."""
+    dtype = at_least_float32(product_TM.dtype)
+    if dtype == product_TM.dtype or torch.compiler.is_compiling():
+        z_TP, logits_TE = product_TM.split([width, product_TM.shape[1] - width], dim=1)
+        return z_TP, logits_TE.to(dtype)
+    z_TP, logits_TE = _Split.apply(product_TM, width, dtype)
+    return z_TP, logits_TE

@@ -1,0 +1,110 @@
+"""A training step that logs nothing never asks the device for a number: the host would wait until all kernels are done.
+
+On a CPU nothing waits; a dispatch mode sees the operators that would.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+import pytest
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from callbacks import LoadBalance
+from talklora_pl.adapter.inject import Adapter
+from talklora_pl.module import FineTuner
+from tests.methods.test_configs import config_of
+
+METHODS = sorted(p.stem for p in (Path(__file__).parents[2] / "configs/method").glob("*.yaml"))
+WAITS = {
+    "_local_scalar_dense",
+    "nonzero",
+    "nonzero_numpy",
+    "argwhere",
+    "masked_select",
+    "bincount",
+    "is_nonzero",
+    "equal",
+}
+INDEXED = {"index", "index_put", "index_put_", "_unsafe_index", "_index_put_impl_"}
+
+
+class Waits(TorchDispatchMode):
+    """Names of the operators inside of the context whose result the host has to know."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.names: list[str] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        name = func.overloadpacket.__name__
+        by_mask = name in INDEXED and any(i is not None and i.dtype in (torch.bool, torch.uint8) for i in args[1])
+        unknown = name == "repeat_interleave" and (kwargs or {}).get("output_size") is None
+        if name in WAITS or name.startswith(("unique", "_unique")) or by_mask or unknown:
+            self.names.append(name)
+        return func(*args, **(kwargs or {}))
+
+
+def watch(monkeypatch: pytest.MonkeyPatch, *methods: tuple[type, str]) -> Waits:
+    """Look at what happens inside of these methods."""
+    waits = Waits()
+    for owner, name in methods:
+        inner = getattr(owner, name)
+
+        @functools.wraps(inner)
+        def watched(*args: Any, inner: Any = inner, **kwargs: Any) -> Any:
+            with waits:
+                return inner(*args, **kwargs)
+
+        monkeypatch.setattr(owner, name, watched)
+    return waits
+
+
+def test_what_is_seen() -> None:
+    v, keep = torch.arange(4.0), torch.tensor([True, False, True, True])
+    seen: list[Callable[[], Any]] = [
+        lambda: v.sum().item(),
+        lambda: bool(keep.all()),
+        lambda: v[keep],
+        lambda: keep.nonzero(),
+        lambda: v.unique(),
+        lambda: v.long().bincount(),
+        lambda: v.masked_select(keep),
+        lambda: v.repeat_interleave(v.long()),
+    ]
+    for code in seen:
+        with Waits() as waits:
+            code()
+        assert waits.names
+    with Waits() as waits:
+        v[torch.tensor([0, 2])], torch.where(keep, v, 0), v.index_select(0, torch.tensor([1])), v[1:], v[2]
+    assert waits.names == []
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_a_step_that_logs_nothing(method: str, fit: Callable[..., L.Trainer], monkeypatch: pytest.MonkeyPatch) -> None:
+    waits = watch(
+        monkeypatch,
+        (FineTuner, "training_step"),
+        (FineTuner, "backward"),
+        (FineTuner, "on_after_backward"),
+        (FineTuner, "on_train_batch_end"),
+        (Adapter, "after_optimizer_step"),
+        (LoadBalance, "on_train_batch_start"),
+        (LoadBalance, "on_train_batch_end"),
+    )
+    trainer = fit(
+        LoadBalance(),
+        adapter=replace(config_of(method), allocation=config_of("lora").allocation),
+        max_steps=2,
+        log_every_n_steps=50,
+        limit_val_batches=0,
+        logger=False,
+    )
+    assert trainer.global_step == 2 and waits.names == []
