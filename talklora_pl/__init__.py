@@ -38,6 +38,7 @@ _lazy = {
     "disable_adapter": "talklora_pl.adapter",
     "RoutingCollector": "talklora_pl.routing",
     "balance_loss": "talklora_pl.adapter",
+    "BalanceMixin": "talklora_pl.other_trainers",
     "load_adapter": "talklora_pl.adapter.io",
     "save_adapter": "talklora_pl.adapter.io",
     "set_adapter": "talklora_pl.adapter",
