@@ -569,7 +569,10 @@ class TextData(L.LightningDataModule):
         return batch
 
     def _batches_done(self) -> int:
-        return 0 if self.trainer is None else self.trainer.fit_loop.epoch_loop.batch_progress.current.processed
+        if self.trainer is None:
+            return 0
+        batches: Any = self.trainer.fit_loop.epoch_loop.batch_progress.current
+        return int(batches.processed)
 
     def _mixture(self) -> Mixture | None:
         sources = self.sources["train"]

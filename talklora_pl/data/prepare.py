@@ -227,7 +227,7 @@ def _prepare(
         report = Report(absent=read.mapped())
         work = Work(rows, source, tokenize, objective, read)
         chunks = ordered(work, _chunks(rows, source.limit), processes(num_proc))
-        with write_table(folder / ROWS, features()) as write_rows, Progress(source.path, rows.total) as progress:
+        with write_table(folder / ROWS, features()) as write_rows, Progress(str(source.path), rows.total) as progress:
             for part, batch in _joined(chunks, tokenize.max_length, objective) if pack else chunks:
                 report += part
                 progress.add(part.rows)
@@ -457,7 +457,8 @@ def _joined(
     empty = Report({})
     for report, batch in chunks:
         rows = from_arrow(batch)
-        *done, held = _packed([held, *rows] if held else rows, max_length, objective) if held or rows else [None]
+        done = list(_packed([held, *rows] if held else rows, max_length, objective))
+        held = done.pop() if done else None
         yield report, to_arrow(done, features())
         empty = Report(report.absent)
     if held:

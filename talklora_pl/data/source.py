@@ -125,7 +125,7 @@ def check_path(source: Source) -> Path:
     Raises:
         UserError: a file that is not there, or of an unknown type.
     """
-    path = Path(expand(source.path))
+    path = Path(expand(str(source.path)))
     if isinstance(source.path, RowsInPython):
         return path
     kind, packed = file_type(path)
