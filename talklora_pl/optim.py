@@ -134,11 +134,9 @@ class WarmupSchedule(LambdaLR, ABC):
         super().__init__(optimizer, self.factor)
 
     def plan(self, total_steps: int) -> None:
-        """Take the number of steps, before the first."""
+        """Take the number of steps, and begin anew with it: the rate of the first step may depend on it."""
         self.total_steps = total_steps
-        self._last_lr = [base * self.factor(self.last_epoch) for base in self.base_lrs]
-        for group, rate in zip(self.optimizer.param_groups, self._last_lr, strict=True):
-            group["lr"] = rate
+        LambdaLR.__init__(self, self.optimizer, self.factor)
 
     def factor(self, step: int) -> float:
         total = self.total_steps or math.inf
