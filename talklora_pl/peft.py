@@ -78,6 +78,13 @@ class TalkLoraModel(Tuner):
 
     prefix = f"{ADAPTERS}."
 
+    def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
+        if kwargs.get("low_cpu_mem_usage"):
+            raise UserError(
+                "talklora_pl.peft: low_cpu_mem_usage is not for these adapters, which are small; leave it out."
+            )
+        super().inject_adapter(model, adapter_name, *args, **kwargs)
+
     def put_in(self, name: str, config: TalkLoraConfig) -> None:
         if not isinstance(config, TalkLoraConfig):
             raise UserError(f"{type(config).__name__} is none of talklora_pl; one PeftModel has adapters of one type.")

@@ -7,6 +7,7 @@ of its own (``model.talklora.<adapter>``).
 
 from __future__ import annotations
 
+import warnings
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
@@ -268,6 +269,7 @@ class AdapterSet(nn.ModuleDict):
         self.base_path = base_path
         self.switch = ActiveAdapter()
         self.hooks: tuple[Any, ...] = ()
+        self.looked_for_reference = False
 
     def watch(self, model: nn.Module) -> None:
         """Let calls of ``model`` name the adapters of their rows, and know which threads run it."""
@@ -281,8 +283,12 @@ def _before_forward(model: nn.Module, args: Any, kwargs: dict[str, Any]) -> tupl
         if names is not None:
             raise UserError("adapter_names: a compiled model has one adapter for all rows.")
         return None
-    switch = adapter_set(model).switch
+    adapters = adapter_set(model)
+    switch = adapters.switch
     switch.begin()
+    if not adapters.looked_for_reference and model.training and torch.is_grad_enabled():
+        adapters.looked_for_reference = True
+        _tell_of_reference()
     if "adapter_names" not in kwargs:
         return None
     if names is not None:
@@ -290,6 +296,23 @@ def _before_forward(model: nn.Module, args: Any, kwargs: dict[str, Any]) -> tupl
         rows.enter_context(adapter_rows(model, names))
         switch.calls.append((switch.running[get_ident()], rows))
     return args, {key: value for key, value in kwargs.items() if key != "adapter_names"}
+
+
+def _tell_of_reference() -> None:
+    """At the first training step: a trainer that compares with a reference model may have taken the wrong one."""
+    frame = currentframe()
+    while frame is not None:
+        trainer, frame = frame.f_locals.get("self"), frame.f_back
+        reference = getattr(trainer, "ref_model", None) if hasattr(trainer, "train_dataset") else None
+        if isinstance(reference, nn.Module) and not any(isinstance(m, AdapterSet) for m in reference.modules()):
+            warnings.warn(
+                f"{type(trainer).__name__} compares with a second model in memory that has no adapter. That is right "
+                "for an adapter that was fresh, and wrong for one that was trained before, where the reference is the "
+                "model as the run started. A PeftModel has the right one and needs no second base: talklora_pl.peft "
+                "in docs/export.md.",
+                stacklevel=2,
+            )
+            return
 
 
 def _after_forward(model: nn.Module, args: Any, output: Any) -> None:

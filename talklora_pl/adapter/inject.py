@@ -16,6 +16,7 @@ from talklora_pl import registry
 from talklora_pl.adapter.allocation import decide
 from talklora_pl.adapter.config import AdapterConfig
 from talklora_pl.adapter.host import Adapted, AdapterSet, attach, check_attachable, check_no_peft, detach, get_adapter
+from talklora_pl.adapter.upcycle import Upcycled
 from talklora_pl.balance import Balance, balance_losses
 from talklora_pl.base import portable
 from talklora_pl.base.weights import ModuleWeights
@@ -72,6 +73,14 @@ class Adapter(nn.Module):
                 self._router(name).after_optimizer_step(load_E)
             self._loads.clear()
 
+    def wants_loads(self) -> bool:
+        """Whether a router balances itself."""
+        return any(isinstance(m, RouterModule) and m.wants_loads for m in self.modules())
+
+    def needs_routing(self) -> bool:
+        """Whether something is lost in a training loop that collects no routing."""
+        return bool(self.config.balance) or self.wants_loads()
+
     def forget_loads(self) -> None:
         """What was counted since the last optimiser step counts no longer: the step is left out."""
         self._loads.clear()
@@ -115,7 +124,12 @@ def inject(
     """
     check_name(model, name)
     let_train(model)
+    start = Upcycled.read(config) if config.init_from else None
+    if start is not None:
+        config = start.config(config)
     adapter, built = build(model, config, allocation, device)
+    if start is not None:
+        start.load(model, adapter, config)
     return install(model, adapter, built, name)
 
 
@@ -242,8 +256,8 @@ def _place_of_base(model: nn.Module) -> str:
 def _advice(adapter: Adapter, name: str) -> str:
     """What a training loop that collects no routing has to be told; empty if the adapter needs none collected."""
     losses = [f"balance loss {loss.name!r}" for loss in adapter.config.balance]
-    loads = any(isinstance(m, RouterModule) and m.wants_loads for m in adapter.modules())
-    if not losses and not loads:
+    loads = adapter.wants_loads()
+    if not adapter.needs_routing():
         return ""
     what = losses + [f"the balancing of router {adapter.config.router.name!r}"] * loads
     calls = [f"add talklora_pl.balance_loss(model, collector.records, {name!r}) to the loss"] if losses else []
@@ -254,8 +268,8 @@ def _advice(adapter: Adapter, name: str) -> str:
         ]
     return (
         f"This training leaves out {' and '.join(what)}: nothing collects the routing. Run the model inside of "
-        f"`with talklora_pl.RoutingCollector(model, attention_mask) as collector:`; {', and '.join(calls)}. An example "
-        "for transformers.Trainer is in docs/export.md, under 'Training with another loop'."
+        f"`with talklora_pl.RoutingCollector(model, attention_mask) as collector:`; {', and '.join(calls)}. For "
+        "transformers.Trainer and TRL, talklora_pl.BalanceMixin does it: docs/export.md, 'Training with another loop'."
     )
 
 
@@ -295,6 +309,7 @@ def _build_layers(
             raise UserError(f"{name!r} is a target twice; targets of plain LoRA and of the mixture must differ.")
         check_attachable(name, module)
         layer.collectors = adapter.collectors
+        adapter.collectors.handed[name] = layer.handed
         _register(adapter.layers, name, layer)
         built[name] = (module, layer)
 

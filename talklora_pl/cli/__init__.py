@@ -11,7 +11,7 @@ import sys
 from collections.abc import Sequence
 from contextlib import nullcontext
 
-from talklora_pl import stopping
+from talklora_pl import cache, stopping
 from talklora_pl.durable import no_room
 from talklora_pl.errors import UserError
 
@@ -22,6 +22,7 @@ VERBS = {
     "predict": ("lightning", "write predictions as JSON lines"),
     "allocate": ("allocate", "how many experts each layer gets, from the spectra of its weights"),
     "compare": ("compare", "methods on the same data with the same seeds, and what their differences are worth"),
+    "chat": ("chat", "talk to an adapter in the terminal"),
     "components": ("components", "list all parts with their options"),
     "data": ("data", "data preview: print rows as the model reads them, with what is learned marked"),
     "export": ("export", "write the adapter folder of a checkpoint"),
@@ -31,6 +32,7 @@ VERBS = {
 }
 """Verb -> module of this folder, whose ``main(verb, argv)`` it is, and a line of help."""
 
+VERIFY = "--verify"
 USAGE = "python -m talklora_pl VERB"
 
 
@@ -42,12 +44,18 @@ def main(argv: list[str] | None = None, early: Sequence[int] = ()) -> int:
         early: signals that a fit got before this.
     """
     verb, *rest = (sys.argv[1:] if argv is None else argv) or ["--help"]
+    if VERIFY in rest:
+        rest = [option for option in rest if option != VERIFY]
+        cache.in_full = True
     try:
         if verb in ("-V", "--version"):
             print(versions())
         elif verb in ("-h", "--help"):
             lines = "\n".join(f"  {name:<11}{text}" for name, (_, text) in VERBS.items())
-            print(f"usage: {USAGE} [options]\n\n{lines}\n\nOptions of a verb: {USAGE} --help. Versions: --version")
+            print(
+                f"usage: {USAGE} [options]\n\n{lines}\n\nOptions of a verb: {USAGE} --help. "
+                "Versions: --version. With --verify everything cached is read in full and compared with its digest."
+            )
         elif verb in VERBS:
             # a signal may come at any time from here on
             stopping.requeues = "--preemption.requeue=false" not in "=".join(rest).lower()

@@ -5,6 +5,8 @@
                            :mod:`talklora_pl.adapter.files`
 ``config.json``            the base's configuration, its name, and an ``auto_map``
 ``modeling_talklora.py``   what the ``auto_map`` points to; needs only talklora_pl installed
+``model.safetensors.*``    an index of no weights, for programs that take the folder for a whole model: what they
+                           then cannot find is named so that it says what to do
 tokenizer files            the base's tokenizer
 ``README.md``              model card
 ``peft/``                  the same adapter as PEFT writes it, where it is plain LoRA in effect
@@ -35,6 +37,9 @@ from talklora_pl.export.card import Facts, card
 from talklora_pl.paths import expand
 
 MODELING = "modeling_talklora.py"
+INDEX = "model.safetensors.index.json"
+ADVICE = "pass trust_remote_code=True, since this folder is an adapter of talklora-pl and no whole model.safetensors"
+"""What ``from_pretrained`` says is missing where it is not told to run the code of the folder."""
 # entries of a base's config.json that describe how its own files are stored or how it was trained
 NOT_OURS = ("auto_map", "use_cache", "quantization_config", "_name_or_path", "transformers_version")
 
@@ -80,6 +85,7 @@ def write_folder(
     facts = facts or Facts()
     with replaced_folder(Path(folder)) as work:
         write_json(work / "config.json", config_json(config, metadata))
+        write_json(work / INDEX, {"metadata": {}, "weight_map": {"lm_head.weight": ADVICE}})
         shutil.copyfile(Path(__file__).with_name(MODELING), work / MODELING)
         if tokenizer is not None:
             tokenizer.save_pretrained(work)
@@ -93,10 +99,13 @@ def config_json(config: PretrainedConfig, metadata: AdapterMetadata) -> dict[str
     """``config.json`` of the folder."""
     data: dict[str, Any] = json.loads(config.to_json_string(use_diff=True))
     head = HEADS[metadata.base.task or "causal_lm"]
+    ours = f"{MODELING.removesuffix('.py')}.{head.exported}"
+    # `transformers serve` asks that auto class first, and then takes the classes of transformers alone
+    asked = [head.auto_class] if head.classifies else [head.auto_class, "AutoModelForDecision"]
     return {k: v for k, v in data.items() if k not in NOT_OURS} | {
         # no class of transformers, so that programs which look for one there take the auto class
         "architectures": [head.exported],
-        "auto_map": {head.auto_class: f"{MODELING.removesuffix('.py')}.{head.exported}"},
+        "auto_map": dict.fromkeys(asked, ours),
         BASE: metadata.base.name_or_path,
         REVISION: metadata.base.revision,
     }

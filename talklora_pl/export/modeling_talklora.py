@@ -3,8 +3,6 @@
 Needs the package talklora-pl; the adapter's arithmetic is there, not here.
 """
 
-from transformers import PreTrainedModel
-
 try:
     from talklora_pl.export.auto import from_pretrained
 except ModuleNotFoundError as e:
@@ -15,17 +13,27 @@ except ModuleNotFoundError as e:
     ) from None
 
 
-class TalkLoRAForCausalLM(PreTrainedModel):
+class _Loader:
+    """What the auto classes of transformers ask of a class; no model is ever made of this one."""
+
+    auto_class = ""
+
+    @classmethod
+    def register_for_auto_class(cls, auto_class=""):
+        """Nothing to do: `save_pretrained` of what comes back writes the base's own kind of folder."""
+
+    @classmethod
+    def from_pretrained(cls, folder, *args, **kwargs):
+        return from_pretrained(cls.auto_class, folder, **kwargs)
+
+
+class TalkLoRAForCausalLM(_Loader):
     """Gives the base's own class, a causal language model, with the adapter on."""
 
-    @classmethod
-    def from_pretrained(cls, folder, *args, **kwargs):
-        return from_pretrained("AutoModelForCausalLM", folder, **kwargs)
+    auto_class = "AutoModelForCausalLM"
 
 
-class TalkLoRAForSequenceClassification(PreTrainedModel):
+class TalkLoRAForSequenceClassification(_Loader):
     """Gives the base's own class, a classifier with the trained head, with the adapter on."""
 
-    @classmethod
-    def from_pretrained(cls, folder, *args, **kwargs):
-        return from_pretrained("AutoModelForSequenceClassification", folder, **kwargs)
+    auto_class = "AutoModelForSequenceClassification"
