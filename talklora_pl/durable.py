@@ -71,7 +71,9 @@ NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, e
 def no_room(error: BaseException | None) -> OSError | None:
     """The failed write behind an error, if there is one: torch and libraries in Rust (safetensors, tokenizers) raise
     errors of their own for it."""
-    while error is not None:
+    seen: list[BaseException] = []  # one that is raised again and again may lead back to itself
+    while error is not None and error not in seen:
+        seen.append(error)
         number = error.errno if isinstance(error, OSError) else None
         if said := re.search(r"\(os error (\d+)\)", str(error)):
             number = int(said[1])

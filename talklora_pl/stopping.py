@@ -7,8 +7,9 @@ import signal
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from types import FrameType
 
 EXIT_CODE = 143
@@ -21,6 +22,20 @@ requeues = True
 
 at_once: list[Callable[[], object]] = []
 """What is left to do when a signal ends the process before the first step."""
+
+waiting = False
+"""Whether there is nothing to keep yet."""
+
+GRACE = 2.0
+"""Seconds until a signal counts as one that no handler has seen."""
+
+
+def _not_in_a_child() -> None:
+    with suppress(ValueError):  # forked from another thread
+        signal.set_wakeup_fd(-1)
+
+
+os.register_at_fork(after_in_child=_not_in_a_child)
 
 
 def exit_code(number: int) -> int:
@@ -51,12 +66,13 @@ def nothing_to_keep(early: Sequence[int] = ()) -> Iterator[None]:
     if threading.current_thread() is not threading.main_thread():
         yield
         return
-    process = os.getpid()
+    global waiting
+    process, ends = os.getpid(), threading.Lock()
 
     def end(number: int, frame: FrameType | None) -> None:
+        if not ends.acquire(blocking=False):
+            return  # it is ending
         if os.getpid() == process:  # and no process that was forked from it
-            for each in SIGNALS:
-                signal.signal(each, signal.SIG_IGN)
             for act in at_once:
                 act()
             if requeues and os.environ.get("SLURM_PROCID", "0") == "0":
@@ -66,11 +82,27 @@ def nothing_to_keep(early: Sequence[int] = ()) -> Iterator[None]:
             sys.stderr.flush()
         os._exit(exit_code(number))
 
+    def watch() -> None:
+        while number := os.read(heard, 1):
+            time.sleep(GRACE)
+            if number[0] in SIGNALS and waiting:
+                end(number[0], None)
+
+    waiting = True
     before = {number: signal.signal(number, end) for number in SIGNALS}
     for number in early:
         end(number, None)
+    # Python runs handlers between two of its own instructions: not while a process waits in a library for the others to
+    # come, which have ended already. What came is written to this pipe at once.
+    heard, said = os.pipe()
+    os.set_blocking(said, False)
+    others = signal.set_wakeup_fd(said, warn_on_full_buffer=False)
+    threading.Thread(target=watch, daemon=True).start()
     try:
         yield
     finally:
+        waiting = False
+        signal.set_wakeup_fd(others)
+        os.close(said)
         for number, handler in before.items():
             signal.signal(number, handler)

@@ -103,4 +103,7 @@ def test_a_failed_write_is_known_whoever_wrote(tmp_path: Path) -> None:
     done = subprocess.run([sys.executable, "-c", FULL, tmp_path], preexec_fn=_full, capture_output=True, text=True)
     names = ("plain", "safetensors", "torch_", "tokenizers")
     assert done.stdout.splitlines() == [f"{name} {os.strerror(errno.EFBIG)}" for name in names], done.stderr
-    assert no_room(ValueError("no")) is None and no_room(FileNotFoundError(errno.ENOENT, "no")) is None
+    circle = ValueError("no")
+    circle.__context__ = KeyError()
+    circle.__context__.__context__ = circle
+    assert no_room(circle) is None and no_room(FileNotFoundError(errno.ENOENT, "no")) is None

@@ -235,6 +235,7 @@ class RunRecord(SaveConfigCallback):
         if not self._began:
             self._begin(trainer)
         stopping.at_once.clear()  # from here on there is something to keep
+        stopping.waiting = False
 
     def _begin(self, trainer: Trainer) -> None:
         self._began, run = True, _run(trainer)
