@@ -243,7 +243,7 @@ def measure(
     facts = describe(model.config, tokenizer, model.generation_config if not head.classifies else None)
     answers = Generation(model, tokenizer, facts, data.eos_id, evaluation) if evaluation.max_new_tokens else None
     with _beside(model, changes, options.form) as static:
-        models = {"base": partial(disable_adapter, model), "static": static, "exact": nullcontext}
+        models: dict[str, Turn] = {"base": partial(disable_adapter, model), "static": static, "exact": nullcontext}
         if not objective.base_has_score:
             del models["base"]
         report.fidelity = compare(model, models, objective, learned("val"), data.val_dataloader(), data.tasks, answers)

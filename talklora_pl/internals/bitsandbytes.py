@@ -31,6 +31,6 @@ def stay_differentiable(model: nn.Module) -> str | None:
         layer: Any = module
         if hasattr(layer, "support_avx512bf16_for_cpu"):
             if getattr(getattr(layer.weight, "quant_state", None), "packing_format_for_cpu", False):
-                return name
+                return str(name)
             layer.support_avx512bf16_for_cpu = False
     return None
