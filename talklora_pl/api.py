@@ -7,6 +7,7 @@ import os
 import sys
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, fields, is_dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -84,14 +85,23 @@ def fit(
     more = [*_one_device(), *_options(first | options, objects)]
     if objects:
         rank_zero_info(f"Python objects, which the run's config.yaml only names: {', '.join(objects)}.")
+    with _quietly():
+        try:
+            return Trained(command_line.run("fit", argv, partial(command_line.CLI, more=more, objects=objects)))
+        except SystemExit as stop:
+            if stop.code == 130:  # of a command line that was interrupted
+                raise KeyboardInterrupt from None
+            raise
+
+
+@contextmanager
+def _quietly() -> Iterator[None]:
+    """Warnings as on the command line, and afterwards as before."""
     said = warnings.formatwarning
     try:
         with warnings.catch_warnings():
-            return Trained(command_line.run("fit", argv, partial(command_line.CLI, more=more, objects=objects)))
-    except SystemExit as stop:
-        if stop.code == 130:  # of a command line that was interrupted
-            raise KeyboardInterrupt from None
-        raise
+            command_line.quiet()
+            yield
     finally:
         warnings.formatwarning = said
 
@@ -238,12 +248,13 @@ class Trained:
         return {name: float(found[name]) for name in names}
 
     def test(self) -> dict[str, float]:
-        """Score the rows of ``data.test``; the same with ``base_`` before a name is the base's own score.
+        """Score the rows of ``data.test``; a table beside the base's scores is printed and kept in the run's folder.
 
         Raises:
             UserError: there are none.
         """
-        self.run.trainer.test(self.tuner, datamodule=self.run.datamodule, verbose=False)
+        with _quietly():
+            self.run.trainer.test(self.tuner, datamodule=self.run.datamodule, verbose=False)
         self._ready()
         self.scores |= self._scores()
         return {name: value for name, value in self.scores.items() if name.startswith("test_")}

@@ -21,6 +21,9 @@ def cache_root() -> Path:
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "talklora_pl"
 
 
+in_full = False
+"""Compare digests of all that is cached, also of what is large (``--verify``)."""
+
 _digests: dict[tuple[Any, ...], str] = {}
 
 
@@ -47,8 +50,9 @@ def cached_folder(
         key: what it is made from.
         write: fills it.
         root: None: :func:`cache_root`.
-        verify: compare the digest of every file, not the sizes and times alone.
+        verify: compare the digest of every file, and not only that of those whose time is another one.
     """
+    verify = verify or in_full
     final = (root or cache_root()) / kind / key
     if final.is_dir():
         if not (damage := _damage(final, verify)):

@@ -30,6 +30,10 @@ def write_whole(path: Path, write: Callable[[Path], object]) -> None:
         _flush(part)
         part.replace(path)
         _flush(path.parent)
+    except OSError as e:
+        if e.errno and not e.filename:  # a failed write does not say where
+            e.filename = str(path)
+        raise
     finally:
         part.unlink(missing_ok=True)
 

@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 from typing import Any, Generic, TypeVar
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 T = TypeVar("T")
 
@@ -30,8 +30,8 @@ class Kept(Generic[T]):
 
     def get(self, sources: Sequence[Tensor], make: Callable[[], T], *options: Any) -> T:
         """What ``make()`` gave for these sources and options."""
-        if any(t.is_inference() for t in sources):  # they have no version counter
-            return make()
+        if any(t.is_inference() or type(t) not in (Tensor, nn.Parameter) for t in sources):
+            return make()  # no version counter, or no place in memory
         key = (*options, *((t.data_ptr(), t._version, t.dtype, t.device) for t in sources))
         if key != self._key or self._value is None:
             with torch.inference_mode(False), torch.no_grad():

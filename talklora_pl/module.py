@@ -7,7 +7,7 @@ import math
 import sys
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import lightning as L
 import rich
@@ -21,6 +21,7 @@ from torch.optim.lr_scheduler import ReduceLROnPlateau
 from talklora_pl.adapter import AdapterConfig, disable_adapter, inject
 from talklora_pl.adapter.io import adapter_metadata, base_fingerprint, state_tensors
 from talklora_pl.adapter.metadata import AdapterMetadata
+from talklora_pl.adapter.upcycle import Upcycled, say_what_is_taken
 from talklora_pl.adapter_module import AdapterModule
 from talklora_pl.balance import balance_losses
 from talklora_pl.base import BaseModel, describe_base, load_base, load_generation, load_tokenizer, portable
@@ -28,7 +29,9 @@ from talklora_pl.base.description import Description
 from talklora_pl.base.loading import new_modules, settle
 from talklora_pl.callbacks.allocation import ExpertAllocation, refuse_other_allocation
 from talklora_pl.callbacks.others import OtherCallbacks, refuse_callbacks, refuse_quantised, whole_precision
+from talklora_pl.callbacks.out_of_memory import OutOfMemory
 from talklora_pl.callbacks.run_metrics import RunMetrics
+from talklora_pl.compiled import CompiledLayers
 from talklora_pl.distributed.checkpoint import refuse_differences
 from talklora_pl.distributed.shards import compare_with_files
 from talklora_pl.errors import UserError
@@ -45,6 +48,7 @@ from talklora_pl.evaluation import (
 )
 from talklora_pl.inputs import packed_rows
 from talklora_pl.internals.lightning import step_ends, trainer_of
+from talklora_pl.memory import report
 from talklora_pl.memory.checkpointing import Checkpointing, checkpoint_layers, mode_of
 from talklora_pl.objectives import Objective, choose
 from talklora_pl.optim import ParamGroup, WarmupSchedule, grouped, try_optimizer, watched
@@ -65,7 +69,8 @@ class FineTuner(AdapterModule):
         param_groups: other learning rates or weight decays for some tensors; the first that matches counts.
         gradient_checkpointing: what decoder layers compute again in the backward pass, for memory: nothing (`off`),
             everything (`full`, or true), or all but matrix products and fused attention (`selective`).
-        compile: compile the model with ``torch.compile``.
+        compile: ``layers``: compile each decoder layer with ``torch.compile``, for training; ``model``: the whole
+            model, in one piece as far as it goes. True is ``model``, False ``off``.
         evaluation: how answers are scored.
         adapter_path: an adapter to begin from, with a new optimiser and counters: an adapter folder, a checkpoint, a
             repository on the hub, or a LoRA folder of PEFT. Options of `adapter` that are given must be those it has
@@ -80,7 +85,7 @@ class FineTuner(AdapterModule):
         lr_scheduler: LRSchedulerCallable | None = None,
         param_groups: list[ParamGroup] | None = None,
         gradient_checkpointing: bool | Checkpointing = "off",
-        compile: bool = False,
+        compile: Literal["off", "layers", "model"] | bool = "off",
         evaluation: Evaluation = Evaluation(),  # noqa: B008 (frozen)
         objective: Objective | None = None,
         adapter_path: str | None = None,
@@ -88,12 +93,22 @@ class FineTuner(AdapterModule):
         super().__init__()
         self.base, self.objective = choose(base, objective)
         self.start = None if adapter_path is None else SavedAdapter.read(adapter_path)
+        upcycled = Upcycled.read(adapter) if adapter.init_from else None
+        if upcycled is not None:
+            if adapter_path is not None:
+                raise UserError(
+                    "model.adapter_path and model.adapter.init_from both say what the adapter begins as; give one."
+                )
+            adapter = upcycled.config(adapter)
+            say_what_is_taken(upcycled, adapter, base.path)
         self.adapter_config = self.start.config() if self.start and adapter == AdapterConfig() else adapter
         self.optimizer = optimizer
         self.lr_scheduler = lr_scheduler
         self.param_groups = param_groups or []
         self.gradient_checkpointing = mode_of(gradient_checkpointing)
-        self.compile_model = compile
+        self.compile_mode = {False: "off", True: "model"}.get(compile, compile)  # type: ignore[call-overload]
+        self._compiled: CompiledLayers | None = None
+        self._compared = False  # compiled gradients with eager ones
         self.evaluation = evaluation
         self._told_of_idle = False
         self.allocation = self.start.metadata.experts_per_layer if self.start else None
@@ -109,8 +124,8 @@ class FineTuner(AdapterModule):
         refuse_callbacks(self.trainer, self)
         refuse_quantised(self.trainer, self)
         whole_precision(self.trainer, self)
-        listed = any(isinstance(c, ExpertAllocation) for c in self.trainer.callbacks)  # type: ignore[attr-defined]
-        return [*([] if listed else [ExpertAllocation()]), OtherCallbacks(), RunMetrics()]
+        listed = {type(c) for c in self.trainer.callbacks}  # type: ignore[attr-defined]
+        return [kind() for kind in (ExpertAllocation, OtherCallbacks, RunMetrics, OutOfMemory) if kind not in listed]
 
     # --- building
 
@@ -125,8 +140,11 @@ class FineTuner(AdapterModule):
         if self.model is not None:
             return
         self.adapter_config.validate()
+        trainer = trainer_of(self)
+        if trainer is not None and trainer.state.fn == "fit" and trainer.is_global_zero:
+            report.say(self, self._datamodule, self.device)
         # a strategy that shards the base also reads it, each process its own part
-        meta = getattr(getattr(trainer_of(self), "strategy", None), "loads_base", False)
+        meta = getattr(getattr(trainer, "strategy", None), "loads_base", False)
         self.model = load_base(self.base, self.device, meta)
         if meta and self.base.head.classifies:
             settle(self.model, self.base.path, compare_with_files(self.model, self.base.revision), new_head=True)
@@ -136,9 +154,23 @@ class FineTuner(AdapterModule):
             self.start.check_base(self.model)
         self.objective.after_adapter(self.model, warm_start=self.start is not None)
         checkpoint_layers(self.model, self.gradient_checkpointing)
-        if self.compile_model:
+        if self.compile_mode == "model":
             self.model.compile()
+        elif self.compile_mode == "layers":
+            self._compiled = CompiledLayers(self.model)
         self.model.train()
+
+    def meta_model(self, device: torch.device | None = None) -> Any:
+        """The model on the meta device, with its adapter and without weights; `device`: where it would run."""
+        config = self.adapter_config
+        model = load_base(self.base, device, meta=True)
+        # a rule that reads weights has none to read here
+        self._inject(model, config if self.start or self.allocation else config.before_allocation())
+        return model
+
+    def base_bytes(self, device: torch.device | None = None) -> int:
+        """Size of the base's weights."""
+        return sum(p.numel() * p.element_size() for p in load_base(self.base, device, meta=True).parameters())
 
     def check(self) -> None:
         """Build everything on the meta device, without weights, to find mistakes before any long work.
@@ -223,7 +255,7 @@ class FineTuner(AdapterModule):
             steps = self.trainer.estimated_stepping_batches
             if steps == math.inf:
                 raise UserError(
-                    "model.lr_scheduler: a run that ends by time does not know its steps. Give the schedule total_steps."
+                    "model.lr_scheduler: a run that ends by time does not know its steps. Give it total_steps."
                 )
             if isinstance(scheduler, WarmupSchedule):
                 scheduler.plan(int(steps))
@@ -266,8 +298,7 @@ class FineTuner(AdapterModule):
 
     def training_step(self, batch: dict[str, Any], batch_idx: int) -> Tensor:
         """Task loss over all tokens of the optimiser step, plus balance losses averaged over its micro-steps."""
-        collector = RoutingCollector(self.model, batch["attention_mask"], batch.get("task_types"), packed_rows(batch))
-        with collector:
+        with self._collector(batch) as collector:
             loss_sum, count, *observed = self.objective.loss(self.model, batch)
         self.routing = collector.records
         self.adapter.count_loads(self.routing)
@@ -288,6 +319,23 @@ class FineTuner(AdapterModule):
                 self.log(name, value, prog_bar=name == "train_loss", sync_dist=True, batch_size=1)
             self._step_sums = {}
         return task + self.balance_loss() * (accumulate / batch.get("micro_steps", accumulate))
+
+    def _collector(self, batch: dict[str, Any]) -> RoutingCollector:
+        return RoutingCollector(self.model, batch["attention_mask"], batch.get("task_types"), packed_rows(batch))
+
+    def _compare_compiled(self, layers: CompiledLayers, batch: dict[str, Any]) -> None:
+        """On the first batch: what compiled layers learn is what they would learn as they are, or they are left so."""
+        self._compared = True
+
+        def loss() -> Tensor:
+            with self._collector(batch) as collector:
+                task, count, *_ = self.objective.loss(self.model, batch)
+            routing = [r.routing.probs_TE.square().mean() for r in collector.records]
+            return task / max(count, 1) + sum(routing)
+
+        layers.on = not (reason := layers.why_not_trusted(list(self.trained().values()), loss))
+        if reason:
+            rank_zero_warn(f"model.compile: layers: the layers are not compiled: {reason}.")
 
     def on_after_backward(self) -> None:
         """Tell once, after the first batch, of trained tensors that its loss does not reach."""

@@ -80,9 +80,9 @@ def try_optimizer(
         others = [shape for shape in shapes if len(shape) != 2]
         if part == "optimizer" and others and re.search(r"\b2-?D\b", str(e)):  # torch.optim.Muon
             raise UserError(
-                f"model.optimizer: this one takes matrices alone, and {len(others)} of the {len(shapes)} trained tensors "
-                f"are none, such as a stack of experts of shape {max(others, key=len)}. Take one for tensors of any "
-                "shape: AdamW, Adafactor, bitsandbytes.optim.AdamW8bit."
+                f"model.optimizer: this one takes matrices alone, and {len(others)} of the {len(shapes)} trained "
+                f"tensors are none, such as a stack of experts of shape {max(others, key=len)}. Take one for tensors "
+                "of any shape: AdamW, Adafactor, bitsandbytes.optim.AdamW8bit."
             ) from e
         raise UserError(f"model.{part}: {e}") from e
 

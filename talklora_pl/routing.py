@@ -100,14 +100,32 @@ class RoutingRecord:
         return counts_E / counts_E.sum().clamp(min=1)
 
 
+class Handed:
+    """Where compiled code leaves the routing of a layer; what appends to a list would be compiled anew every time."""
+
+    routing: Routing | None = None
+
+
 class Collectors(list["RoutingCollector"]):
     """Open collectors of one adapter, innermost last.
 
     Attributes:
+        handed: of every layer of the adapter, by name.
         advice: what a training loop without a collector has to be told; empty if nothing is lost in it.
     """
 
     advice = ""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.handed: dict[str, Handed] = {}
+
+    def take_handed(self) -> dict[str, Routing]:
+        """What compiled layers have left since the last time, by name."""
+        taken = {name: handed.routing for name, handed in self.handed.items() if handed.routing is not None}
+        for name in taken:
+            self.handed[name].routing = None
+        return taken
 
     def give_advice(self) -> None:
         """Once per adapter."""
@@ -128,7 +146,8 @@ class RoutingCollector:
         packed: the rows of a batch that is packed, see :func:`talklora_pl.inputs.packed_rows`.
 
     Attributes:
-        records: what was collected, in the order in which the layers ran.
+        records: what was collected, in the order in which the layers ran; that of compiled layers, in the order of the
+            model, when the context ends.
 
     Raises:
         UserError: on entering, the model has no adapter.
@@ -155,11 +174,15 @@ class RoutingCollector:
         if not self._stacks:
             raise UserError(f"This {type(self.model).__name__} has no adapter whose routing could be collected.")
         for stack in self._stacks:
+            stack.take_handed()  # of layers that were run again for their gradients
             stack.append(self)
         return self
 
     def __exit__(self, *exc: object) -> None:
         for stack in self._stacks:
+            for layer, routing in stack.take_handed().items():
+                self.add(layer, routing, routing.weights_TE.shape[:1])
+                stack.advice = ""
             stack.remove(self)
 
     def add(self, layer: str, routing: Routing, leading_shape: torch.Size) -> None:

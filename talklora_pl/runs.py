@@ -12,6 +12,7 @@ import os
 import shutil
 import socket
 import time
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -134,7 +135,8 @@ class Run:
             self.refuse_live()
             raise UserError(f"The run {self.folder} was taken by another process at this moment.")
         os.ftruncate(descriptor, 0)
-        os.write(descriptor, f"process {os.getpid()} on {socket.gethostname()}".encode())
+        with suppress(OSError):  # a full disk: it is locked all the same
+            os.write(descriptor, f"process {os.getpid()} on {socket.gethostname()}".encode())
         _held.add(descriptor)
         return descriptor
 

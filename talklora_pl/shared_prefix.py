@@ -7,8 +7,8 @@ else. Every layer of an adapter decides token by token, and sees of every token 
 The plain rows are the reference: :func:`~talklora_pl.evaluation.answer_nll`. The tree is for models whose attention
 takes a mask of its own and positions of its own, which :func:`runs_trees` tries out once.
 
-B rows, S tokens of the longest of them, Q questions, W tokens of the largest tree, N tokens that are scored, U places of
-the trees whose logits they need, V vocabulary, E experts.
+B rows, S tokens of the longest of them, Q questions, W tokens of the largest tree, N tokens that are scored, U places
+of the trees whose logits they need, V vocabulary, E experts.
 """
 
 from __future__ import annotations
@@ -23,6 +23,7 @@ import torch
 from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor, nn
 
+from talklora_pl import varlen
 from talklora_pl.base.description import text_config
 from talklora_pl.inputs import MODEL_INPUTS, masked, model_inputs, pad
 from talklora_pl.internals.transformers import attention_of
@@ -173,7 +174,7 @@ def _obstacle(model: Any) -> str:
         return "takes no positions"
     if other := set(getattr(config, "layer_types", None) or ()) - LAYERS:
         return f"has layers of {', '.join(sorted(other))}"
-    if (attention := attention_of(model.config)) not in ("eager", "sdpa"):
+    if (attention := attention_of(model.config)) not in ("eager", "sdpa", varlen.NAME):
         return f"computes attention by {attention}, which takes no mask for every pair of tokens"
     ids = [(7 * i + 11) % config.vocab_size for i in range(18)]
     rows = [ids[:6] + ids[6 + 4 * i : 6 + 4 * (i + 1) - (i == 1)] for i in range(3)]

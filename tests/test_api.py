@@ -65,7 +65,8 @@ def test_a_method_is_its_file(name: str) -> None:
 
 
 def test_methods_with_changes() -> None:
-    assert AdapterConfig() == talklora_pl.method() == talklora_pl.method("talklora")
+    assert AdapterConfig().to_dict() == talklora_pl.method().to_dict() == talklora_pl.method("talklora").to_dict()
+    assert AdapterConfig(num_experts=8).rank_per_expert() == 4 and AdapterConfig(expert_rank=3).rank_per_expert() == 3
     assert talklora_pl.method("talklora", expert_rank=4).rank is None
     gnn = talklora_pl.method("talklora_gnn", communication={"rounds": 3}, router=TopK(k=1), balance=["switch"])
     before = talklora_pl.method("talklora_gnn")
@@ -179,3 +180,9 @@ def test_a_mistake_is_one_user_error(base: str, llama: Any) -> None:
     with pytest.raises(UserError, match="a LlamaForCausalLM that is loaded already"):
         fit(llama)
     assert [str(p) for p in Path("runs").rglob("*")] == []
+
+
+def test_options_without_a_method_file(base: str) -> None:
+    """The default of one rank gives way to the other."""
+    run = fit(base, method=None, model={"adapter": {"expert_rank": 2}}, trainer={"fast_dev_run": True})
+    assert run.tuner.adapter_config == AdapterConfig(expert_rank=2)

@@ -19,6 +19,9 @@ from talklora_pl.experts.shared_b import SharedB
 from talklora_pl.routers import Router
 from talklora_pl.routers.softmax import Softmax, Uniform
 
+DEFAULT_RANK = 32
+"""TalkLoRA's total rank; not the default of the option, which has to give way to expert_rank."""
+
 
 @dataclass
 class PlainLoRA:
@@ -56,6 +59,11 @@ class AdapterConfig:
         plain: ordinary LoRA on further layers.
         modules_to_save: modules of the base that are trained and saved along, by leaf or full name (a new head).
         dtype: of the trained tensors.
+        init_from: LoRA folders of PEFT, on this base, that the experts begin as: one for each expert, or one for all.
+            Modules, ranks and scale follow from them, and the mixture begins as their mean. It is not kept with the
+            adapter.
+        init_weights: of the folders in that mean; None: equal.
+        init_noise: of the copies of a single folder, relative to the size of its A; None: 0.1.
     """
 
     targets: list[str] | str = field(default_factory=lambda: ["q_proj", "k_proj", "v_proj", "up_proj", "down_proj"])
@@ -78,12 +86,13 @@ class AdapterConfig:
     plain: PlainLoRA | None = None
     modules_to_save: list[str] = field(default_factory=list)
     dtype: Literal["float32", "float64", "bfloat16"] = "float32"
+    init_from: list[str] = field(default_factory=list)
+    init_weights: list[float] | None = None
+    init_noise: float | None = None
 
     def __post_init__(self) -> None:
         if self.compat == "published":
             self.dropout_input = self.dropout_routing = self.dropout_output = 0.05
-        if self.rank is None and self.expert_rank is None:
-            self.rank = 32
 
     def problems(self) -> list[str]:
         """What is wrong with the options, one sentence each; empty if nothing."""
@@ -95,9 +104,9 @@ class AdapterConfig:
                 f"rank {self.rank} (of all experts together) and expert_rank {self.expert_rank} (of one) exclude each "
                 "other: set one to null (of method files use a single one, they do not add up)"
             )
-        elif self.rank is not None and self.num_experts >= 1 and (self.rank < 1 or self.rank % self.num_experts):
+        elif self.expert_rank is None and self.num_experts >= 1 and (self.total < 1 or self.total % self.num_experts):
             out.append(
-                f"rank {self.rank} is not divisible by num_experts {self.num_experts}; use a multiple, or expert_rank"
+                f"rank {self.total} is not divisible by num_experts {self.num_experts}; use a multiple, or expert_rank"
             )
         elif self.expert_rank is not None and self.expert_rank < 1:
             out.append(f"expert_rank must be at least 1, got {self.expert_rank}")
@@ -120,6 +129,14 @@ class AdapterConfig:
             out.append(
                 "experts_see_talk needs router.per: linear; experts of one Linear cannot use the features of another's"
             )
+        if self.init_weights is not None and len(self.init_weights) != len(self.init_from):
+            out.append(
+                f"init_weights has {len(self.init_weights)} numbers for {len(self.init_from)} folders of init_from"
+            )
+        if self.init_noise is not None and len(self.init_from) != 1:
+            out.append("init_noise is for the copies of a single folder of init_from; several are told apart already")
+        if self.init_noise is not None and self.init_noise <= 0:
+            out.append(f"init_noise must be above 0, got {self.init_noise}: equal experts would stay equal")
         if self.plain is not None and self.plain.rank < 1:
             out.append(f"plain.rank must be at least 1, got {self.plain.rank}")
         return out
@@ -138,9 +155,14 @@ class AdapterConfig:
             router = replace(router, k=min(table.values()))  # type: ignore[call-arg]
         return replace(self, allocation=UniformAllocation(), router=router)
 
+    @property
+    def total(self) -> int:
+        """The rank of all experts together, where expert_rank does not say that of one."""
+        return DEFAULT_RANK if self.rank is None else self.rank
+
     def rank_per_expert(self) -> int:
         """R."""
-        return self.expert_rank if self.expert_rank is not None else (self.rank or 0) // self.num_experts
+        return self.expert_rank if self.expert_rank is not None else self.total // self.num_experts
 
     def scale(self) -> float:
         """s = alpha / reference rank. Does not depend on the allocated number of experts."""
@@ -173,6 +195,8 @@ class AdapterConfig:
         """Plain data for JSON: registry names and options only."""
         out: dict[str, Any] = {}
         for f in fields(self):
+            if f.name in START:
+                continue
             value = getattr(self, f.name)
             if isinstance(value, registry.Component):
                 value = registry.to_dict(value)
@@ -181,6 +205,8 @@ class AdapterConfig:
             elif f.name == "balance":
                 value = [registry.to_dict(b) for b in value]
             out[f.name] = value
+        if self.expert_rank is None:
+            out["rank"] = self.total
         return out
 
     @classmethod
@@ -191,7 +217,7 @@ class AdapterConfig:
             UserError: an unknown key, component or option.
         """
         data = aliases.renamed(data)
-        known = {f.name for f in fields(cls)}
+        known = {f.name for f in fields(cls)} - START
         for key in data:
             if key not in known:
                 raise UserError(f"adapter has no option {key!r}.{registry.did_you_mean(key, known)}")
@@ -213,6 +239,9 @@ class AdapterConfig:
         config.validate()
         return config
 
+
+START = {"init_from", "init_weights", "init_noise"}
+"""Options of where an adapter begins, which say nothing of what it is: no file has them."""
 
 FAMILIES: dict[str, type[registry.Component]] = {
     "experts": Experts,

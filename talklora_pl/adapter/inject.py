@@ -16,6 +16,7 @@ from talklora_pl import registry
 from talklora_pl.adapter.allocation import decide
 from talklora_pl.adapter.config import AdapterConfig
 from talklora_pl.adapter.host import Adapted, AdapterSet, attach, check_attachable, check_no_peft, detach, get_adapter
+from talklora_pl.adapter.upcycle import Upcycled
 from talklora_pl.balance import Balance, balance_losses
 from talklora_pl.base import portable
 from talklora_pl.base.weights import ModuleWeights
@@ -123,7 +124,12 @@ def inject(
     """
     check_name(model, name)
     let_train(model)
+    start = Upcycled.read(config) if config.init_from else None
+    if start is not None:
+        config = start.config(config)
     adapter, built = build(model, config, allocation, device)
+    if start is not None:
+        start.load(model, adapter, config)
     return install(model, adapter, built, name)
 
 
@@ -303,6 +309,7 @@ def _build_layers(
             raise UserError(f"{name!r} is a target twice; targets of plain LoRA and of the mixture must differ.")
         check_attachable(name, module)
         layer.collectors = adapter.collectors
+        adapter.collectors.handed[name] = layer.handed
         _register(adapter.layers, name, layer)
         built[name] = (module, layer)
 

@@ -6,6 +6,7 @@ R rank, D input width, O output width.
 from __future__ import annotations
 
 import re
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -41,11 +42,64 @@ def is_peft(folder: Path) -> bool:
     return (folder / CONFIG).is_file()
 
 
+@dataclass
+class PeftLoRA:
+    """A plain LoRA: y += scale x Aᵀ B per Linear.
+
+    Attributes:
+        options: ``adapter_config.json``.
+        pairs: (A_RD, B_RO) in float32 by module.
+        scales: alpha / rank, by module.
+        saved: tensors of the base that were trained along, by name.
+    """
+
+    options: dict[str, Any]
+    pairs: dict[str, tuple[Tensor, Tensor]]
+    scales: dict[str, float]
+    saved: dict[str, Tensor]
+
+
 def read_peft(folder: Path) -> tuple[AdapterMetadata, dict[str, Tensor]]:
     """The adapter of a folder, by the tensor names of an adapter file.
 
     Raises:
         UserError: damaged files, or an adapter that is not plain LoRA of one rank and scale; says what stands against.
+    """
+    read = read_lora(folder)
+    sizes = {(len(A_RD), read.scales[name] * len(A_RD)) for name, (A_RD, _) in read.pairs.items()}
+    if len(sizes) > 1:
+        raise UserError(
+            f"The PEFT adapter in {folder} has layers of unequal (rank, alpha), by rank_pattern or alpha_pattern: "
+            f"{sorted(sizes)}. An adapter here has one of each. (model.adapter.init_from takes it.)"
+        )
+    ((rank, alpha),) = sizes
+    out = {f"base.{name}": tensor for name, tensor in read.saved.items()}
+    for name, (A_RD, B_RO) in read.pairs.items():
+        out[f"layers.{name}.experts.A"], out[f"layers.{name}.experts.B"] = A_RD[None], B_RO[None]
+    saved = read.options.get("modules_to_save") or []
+    config = AdapterConfig(
+        targets=sorted(read.pairs),
+        num_experts=1,
+        rank=rank,
+        alpha=alpha,
+        dropout_input=float(read.options.get("lora_dropout") or 0.0),
+        experts=LoRA(),
+        communication=NoCommunication(),
+        router=Uniform(),
+        # PEFT also lists heads that the base does not have
+        modules_to_save=sorted(m for m in map(str, saved) if any(f".{m}." in f".{k}" for k in read.saved)),
+    )
+    tasks = {head.peft: task for task, head in HEADS.items()}
+    base = {"name_or_path": read.options.get("base_model_name_or_path"), "revision": read.options.get("revision")}
+    info = BaseInfo.from_dict({**base, "task": tasks.get(read.options.get("task_type", ""))}, folder / CONFIG)
+    return AdapterMetadata(info, config.to_dict(), dict.fromkeys(read.pairs, 1), []), out
+
+
+def read_lora(folder: Path) -> PeftLoRA:
+    """The LoRA of a folder.
+
+    Raises:
+        UserError: damaged files, or an adapter that is not plain LoRA; says what stands against.
     """
     options = read_json(folder / CONFIG)
     where = f"The PEFT adapter in {folder}"
@@ -56,7 +110,7 @@ def read_peft(folder: Path) -> tuple[AdapterMetadata, dict[str, Tensor]]:
     with open_tensors(folder, TENSORS) as f:
         tensors = {k: f.get_tensor(k) for k in f.keys()}  # noqa: SIM118
     saved = options.get("modules_to_save") or []
-    out: dict[str, Tensor] = {}
+    others: dict[str, Tensor] = {}
     parts: dict[str, dict[str, Tensor]] = {}
     for key, tensor in tensors.items():
         if match := NAME.fullmatch(key):
@@ -65,7 +119,8 @@ def read_peft(folder: Path) -> tuple[AdapterMetadata, dict[str, Tensor]]:
         name = re.sub(r"\.modules_to_save(\.default)?\.", ".", key.removeprefix("base_model.model."))
         if "lora_" in key or not any(f".{module}." in f".{name}" for module in saved):
             raise UserError(f"{where} has a tensor that plain LoRA on linear layers does not have: {short(key)}.")
-        out[f"base.{name}"] = tensor
+        others[name] = tensor
+    pairs = {}
     for name, pair in parts.items():
         if (
             pair.keys() != {"A", "B"}
@@ -73,27 +128,10 @@ def read_peft(folder: Path) -> tuple[AdapterMetadata, dict[str, Tensor]]:
             or len(pair["A"]) != pair["B"].shape[1]
         ):
             raise UserError(f"{where}: lora_A and lora_B of {short(name)} do not belong together.")
-        out[f"layers.{name}.experts.A"] = pair["A"].to(torch.float32)[None]
-        out[f"layers.{name}.experts.B"] = pair["B"].to(torch.float32).t().contiguous()[None]
+        pairs[name] = pair["A"].to(torch.float32), pair["B"].to(torch.float32).t().contiguous()
     if not parts:
         raise UserError(f"{where} has no LoRA tensors.")
-    rank, alpha = _one_size(where, options, {name: len(pair["A"]) for name, pair in parts.items()})
-    config = AdapterConfig(
-        targets=sorted(parts),
-        num_experts=1,
-        rank=rank,
-        alpha=alpha,
-        dropout_input=float(options.get("lora_dropout") or 0.0),
-        experts=LoRA(),
-        communication=NoCommunication(),
-        router=Uniform(),
-        # PEFT also lists heads that the base does not have
-        modules_to_save=sorted(m for m in map(str, saved) if any(f".{m}." in f".{k}" for k in out if k[:5] == "base.")),
-    )
-    tasks = {head.peft: task for task, head in HEADS.items()}
-    base = {"name_or_path": options.get("base_model_name_or_path"), "revision": options.get("revision")}
-    info = BaseInfo.from_dict({**base, "task": tasks.get(options.get("task_type", ""))}, folder / CONFIG)
-    return AdapterMetadata(info, config.to_dict(), dict.fromkeys(parts, 1), []), out
+    return PeftLoRA(options, pairs, _scales(where, options, {n: len(A) for n, (A, _) in pairs.items()}), others)
 
 
 def _not_plain(options: dict[str, Any]) -> list[str]:
@@ -109,8 +147,8 @@ def _not_plain(options: dict[str, Any]) -> list[str]:
     return out
 
 
-def _one_size(where: str, options: dict[str, Any], ranks: dict[str, int]) -> tuple[int, float]:
-    """The rank and alpha of all layers. A pattern of PEFT is a regular expression; only plain names are taken."""
+def _scales(where: str, options: dict[str, Any], ranks: dict[str, int]) -> dict[str, float]:
+    """alpha / rank of every layer. A pattern of PEFT is a regular expression; only plain names are taken."""
     r, alpha = options.get("r"), options.get("lora_alpha")
     patterns = [options.get(key) or {} for key in ("rank_pattern", "alpha_pattern")]
     numbers = [r, alpha, *(v for p in patterns for v in p.values())]
@@ -125,10 +163,5 @@ def _one_size(where: str, options: dict[str, Any], ranks: dict[str, int]) -> tup
         expected = own[0] or r
         if rank != expected:
             raise UserError(f"{where}: {short(name)} has rank {rank}, and {CONFIG} says {expected}.")
-        sizes[name] = (rank, float(own[1] or alpha or 0))
-    if len(found := sorted(set(sizes.values()))) > 1:
-        raise UserError(
-            f"{where} has layers of unequal (rank, alpha), by rank_pattern or alpha_pattern: {found}. An adapter here "
-            "has one of each."
-        )
-    return found[0]
+        sizes[name] = float(own[1] or alpha or 0) / rank
+    return sizes

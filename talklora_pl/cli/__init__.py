@@ -11,7 +11,7 @@ import sys
 from collections.abc import Sequence
 from contextlib import nullcontext
 
-from talklora_pl import stopping
+from talklora_pl import cache, stopping
 from talklora_pl.durable import no_room
 from talklora_pl.errors import UserError
 
@@ -32,6 +32,7 @@ VERBS = {
 }
 """Verb -> module of this folder, whose ``main(verb, argv)`` it is, and a line of help."""
 
+VERIFY = "--verify"
 USAGE = "python -m talklora_pl VERB"
 
 
@@ -43,12 +44,18 @@ def main(argv: list[str] | None = None, early: Sequence[int] = ()) -> int:
         early: signals that a fit got before this.
     """
     verb, *rest = (sys.argv[1:] if argv is None else argv) or ["--help"]
+    if VERIFY in rest:
+        rest = [option for option in rest if option != VERIFY]
+        cache.in_full = True
     try:
         if verb in ("-V", "--version"):
             print(versions())
         elif verb in ("-h", "--help"):
             lines = "\n".join(f"  {name:<11}{text}" for name, (_, text) in VERBS.items())
-            print(f"usage: {USAGE} [options]\n\n{lines}\n\nOptions of a verb: {USAGE} --help. Versions: --version")
+            print(
+                f"usage: {USAGE} [options]\n\n{lines}\n\nOptions of a verb: {USAGE} --help. "
+                "Versions: --version. With --verify everything cached is read in full and compared with its digest."
+            )
         elif verb in VERBS:
             # a signal may come at any time from here on
             stopping.requeues = "--preemption.requeue=false" not in "=".join(rest).lower()
@@ -64,7 +71,8 @@ def main(argv: list[str] | None = None, early: Sequence[int] = ()) -> int:
         cause = no_room(e) if isinstance(e, OSError) or "os error" in str(e) else None
         if cause is None:
             raise
-        return _refuse(f"{cause.filename or 'a file'}: {cause.strerror}. What was whole before is as it was.")
+        where = f"{cause.filename}: " if cause.filename else "A file could not be written: "
+        return _refuse(f"{where}{cause.strerror}. What was whole before is as it was.")
     return 0
 
 

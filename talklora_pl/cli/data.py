@@ -78,21 +78,30 @@ def preview(argv: list[str], limit: int = 3) -> None:
     for name, parts in data.prepared("fit").items():
         for part in parts:
             for row in part.table.select(range(min(limit, len(part.table)))):
-                several = len(row["input_ids"]) > 1
-                for choice, ids in enumerate(row["input_ids"]):
-                    labels = row["labels"][choice] if row["labels"] else []
-                    counts = f"{len(ids)} tokens, {sum(label != NO_LOSS for label in labels[1:])} learned"
-                    if several:
-                        right = choice == row["label"]
-                        counts = f"choice {choice}, " + (f"right: {counts}" if right else f"wrong: {len(ids)} tokens")
-                        labels = labels if right else []
-                    if not row["labels"]:
-                        counts = f"{len(ids)} tokens, class {row['label']}"
-                    console.print(Text(f"--- data.{name}: {row['id']}: {counts}", "dim"))
-                    console.print(marked(tokenizer, ids, labels, console.is_terminal))
+                _print(console, tokenizer, name, row)
             tokens, learned = (int(numbers(part.table, name).sum()) for name in ("length", "loss_tokens"))
             what = f"{learned} of {tokens} tokens learned" if part.table[0]["labels"] else f"{tokens} tokens"
             console.print(Text(f"=== data.{name}: {part.source.path}: {len(part.table)} rows, {what}", "bold"))
+    for work in data.streams:
+        for row in work.first(limit):
+            _print(console, tokenizer, "train", row)
+        console.print(Text(f"=== data.train: {work.source.path}: a stream", "bold"))
+
+
+def _print(console: Console, tokenizer: Any, name: str, row: dict[str, Any]) -> None:
+    """One row, all its choices."""
+    several = len(row["input_ids"]) > 1
+    for choice, ids in enumerate(row["input_ids"]):
+        labels = row["labels"][choice] if row["labels"] else []
+        counts = f"{len(ids)} tokens, {sum(label != NO_LOSS for label in labels[1:])} learned"
+        if several:
+            right = choice == row["label"]
+            counts = f"choice {choice}, " + (f"right: {counts}" if right else f"wrong: {len(ids)} tokens")
+            labels = labels if right else []
+        if not row["labels"]:
+            counts = f"{len(ids)} tokens, class {row['label']}"
+        console.print(Text(f"--- data.{name}: {row['id']}: {counts}", "dim"))
+        console.print(marked(tokenizer, ids, labels, console.is_terminal))
 
 
 def main(verb: str, argv: list[str]) -> None:

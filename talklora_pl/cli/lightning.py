@@ -31,6 +31,7 @@ from talklora_pl.data.objects import RowsInPython
 from talklora_pl.distributed.launch import allocation_of, classes_of, place_of, resume_from, trainer_arguments
 from talklora_pl.errors import UserError
 from talklora_pl.internals.lightning import raised_by_lightning
+from talklora_pl.memory.report import is_out_of_memory, print_estimate
 from talklora_pl.module import FineTuner
 from talklora_pl.paths import expand
 from talklora_pl.runs import RUNS
@@ -98,7 +99,7 @@ class CLI(LightningCLI):
         args = right([*start_options(options), *options], self.check)
         if verb == "fit" and not self._has_end():
             args = [f"--trainer.max_epochs={EPOCHS}", *args]  # what follows a class's .help belongs to that class
-            if not any(option.asks for option in options):
+            if not self.check.problems and not any(option.asks for option in options):
                 rank_zero_info(f"No end is given: training ends after {EPOCHS} epochs (--trainer.max_epochs).")
         if not any(self._checks(part) for part in BESIDE):
             raise self._refusal()
@@ -200,8 +201,11 @@ class CLI(LightningCLI):
         if config.get("logger") in (None, True):
             kwargs["logger"] = RunLogger(str(self.place.root))
         given = {key.removeprefix("trainer."): v for key, v in self.objects.items() if key.startswith("trainer.")}
+        self.place.moves_logs = "logger" not in given
         own = config.get("callbacks") or []
         own = [*(own if isinstance(own, list) else [own]), *given.pop("callbacks", [])]
+        # before the one that ends a run in the middle of this hook's callbacks
+        own = [*own, callbacks.RunMetrics()]
         kwargs |= {"callbacks": own, **given}
         if config.get("enable_progress_bar") is not False and not any(isinstance(c, ProgressBar) for c in own):
             kwargs["callbacks"] = [*own, EpochProgress()]
@@ -263,20 +267,34 @@ def _put(config: Any, place: list[str], value: Any) -> None:
 
 def run(verb: str, argv: list[str], cli: Callable[[str, list[str]], CLI] = CLI) -> CLI:
     """Parse ``argv`` and run one of Lightning's verbs; the result has ``trainer``, ``model`` and ``datamodule``."""
-    # of Lightning's own making, and nothing a user could act upon
-    warnings.filterwarnings("ignore", ".*LeafSpec.*")
-    warnings.filterwarnings("ignore", "Total length of `list` across ranks is zero")  # no validation data
-    warnings.filterwarnings(
-        "ignore", "When using `Trainer\\(accumulate_grad_batches"
-    )  # the hooks are per step on purpose
-    warnings.formatwarning = _one_line
-    logging.getLogger("lightning.pytorch.utilities.rank_zero").addFilter(lambda r: "litlogger" not in r.getMessage())
+    quiet()
     try:
         return cli(verb, argv)
     except (MisconfigurationException, ValueError) as e:
         if raised_by_lightning(e):
             raise UserError(f"trainer: {' '.join(str(e).split())}") from e
         raise
+    except RuntimeError as e:
+        if is_out_of_memory(e):
+            raise UserError("\n".join([f"Out of memory: {_first_line(e)}", *getattr(e, "__notes__", [])])) from e
+        raise
+
+
+def quiet() -> None:
+    """Warnings are for a user, and on one line."""
+    # of Lightning's own making, and nothing a user could act upon
+    warnings.filterwarnings("ignore", ".*LeafSpec.*")
+    warnings.filterwarnings("ignore", "Total length of `list` across ranks is zero")  # no validation data
+    warnings.filterwarnings(
+        "ignore", "When using `Trainer\\(accumulate_grad_batches"
+    )  # the hooks are per step on purpose
+    warnings.filterwarnings("ignore", "The `srun` command is available")  # docs/distributed.md says when to use it
+    warnings.formatwarning = _one_line
+    logging.getLogger("lightning.pytorch.utilities.rank_zero").addFilter(_is_news)
+
+
+def _is_news(record: logging.LogRecord) -> bool:
+    return not any(words in record.getMessage() for words in ("litlogger", "returned in `LightningModule.configure_"))
 
 
 class _Unrun(CLI):
@@ -299,8 +317,12 @@ def built(argv: list[str]) -> CLI:
 
 
 def main(verb: str, argv: list[str]) -> None:
-    """The verb."""
-    run(verb, argv)
+    """The verb. ``fit --estimate`` prints the memory that the fit would take, and stops."""
+    if verb != "fit" or "--estimate" not in argv:
+        run(verb, argv)
+        return
+    cli = built([arg for arg in argv if arg != "--estimate"])
+    print_estimate(cli.model, cli.datamodule, cli.trainer.accumulate_grad_batches > 1)
 
 
 def _method(options: list[Option]) -> str | None:

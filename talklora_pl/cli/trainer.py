@@ -15,7 +15,7 @@ from typing import Any
 import lightning as L
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.cli import LightningArgumentParser, SaveConfigCallback
-from lightning.pytorch.loggers import TensorBoardLogger
+from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 from lightning.pytorch.utilities import rank_zero_info
 
 from talklora_pl import stopping
@@ -36,6 +36,7 @@ class RunPlace:
         ckpt_path: what the run begins from.
         writes: it is a fit, which nobody else may write to.
         checkpoints, adapters: folders of its own elsewhere (``checkpoint.dirpath``, ``export.dirpath``).
+        moves_logs: loggers were made from options, and so may write into the folder of the run.
     """
 
     root: Path
@@ -45,6 +46,7 @@ class RunPlace:
     writes: bool
     checkpoints: str | None = None
     adapters: str | None = None
+    moves_logs: bool = True
 
     def check(self) -> None:
         """Raise a UserError where the fit would replace what another run has written into a folder elsewhere."""
@@ -130,7 +132,7 @@ def begin(logger: Any) -> None:
     Raises:
         UserError: it cannot: nobody is logged in, its server or its store is not there.
     """
-    if isinstance(logger, TensorBoardLogger):
+    if isinstance(logger, TensorBoardLogger | CSVLogger):
         return
     try:
         logger.experiment  # noqa: B018
@@ -165,6 +167,7 @@ class Trainer(L.Trainer):
         if self.is_global_zero:
             try:
                 self._locks = place.enter()
+                self._keep_logs(place)
                 for logger in self.loggers:
                     begin(logger)
                 answer = place.run, place.ckpt_path
@@ -179,12 +182,19 @@ class Trainer(L.Trainer):
         for callback in self.checkpoint_callbacks:
             if isinstance(callback, ModelCheckpoint) and callback.dirpath is None:
                 callback.dirpath = os.path.join(place.run.folder, "checkpoints")
+        if not self.is_global_zero:
+            self._keep_logs(place)
+
+    def _keep_logs(self, place: RunPlace) -> None:
+        """Loggers that write files write them into the folder of the run, unless they were made in Python."""
+        assert place.run is not None
+        folder = str(place.run.folder)
         for logger in self.loggers:
             if isinstance(logger, RunLogger):
-                logger.folder = str(place.run.folder)
+                logger.folder = folder
                 logger.open = not (place.writes and place.ckpt_path)
-            elif before := keep_logs_in(logger, str(place.run.folder)):
-                rank_zero_info(f"{type(logger).__name__} writes into {place.run.folder}, not into {before}.")
+            elif place.moves_logs and (before := keep_logs_in(logger, folder)):
+                rank_zero_info(f"{type(logger).__name__} writes into {folder}, not into {before}.")
 
     def leave(self) -> None:
         """Let others write to the run's folder."""

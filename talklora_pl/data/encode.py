@@ -107,14 +107,12 @@ class Encoder:
     def _by_words(self, text: str) -> list[int]:
         """The ids word by word, most of which were seen before."""
         words, known = _BETWEEN_WORDS.split(text), self._words
-        try:
-            return list(chain.from_iterable(map(known.__getitem__, words)))
-        except KeyError:
+        if new := list(set(words).difference(known)):
             if len(known) > MANY:
                 known.clear()
-            new = list(dict.fromkeys(word for word in words if word not in known))
+                new = list(set(words))
             known.update(zip(new, self._encode(new)))
-        return [i for word in words for i in known[word]]
+        return list(chain.from_iterable(map(known.__getitem__, words)))
 
     def spans(self, text: str, spans: list[tuple[int, int]]) -> tuple[list[int], list[tuple[int, int]]]:
         """Ids of a protected text, and the tokens that hold anything of each span of its characters.

@@ -22,7 +22,7 @@ from talklora_pl.data.batches import Batches
 from talklora_pl.data.classes import collect
 from talklora_pl.data.leaks import digests, leaked
 from talklora_pl.data.mixture import Mixture, counts, shares
-from talklora_pl.data.prepare import Prepared, prepare, scored, stream_work
+from talklora_pl.data.prepare import Prepared, Work, prepare, scored, stream_work
 from talklora_pl.data.rows import listing
 from talklora_pl.data.sampler import EvalBatches, Packs, Position, TrainBatches, accumulation
 from talklora_pl.data.source import BadRow, Source, Sources
@@ -139,6 +139,7 @@ class TextData(L.LightningDataModule):
         self._going_on: dict[str, Any] | None = None  # likewise
         self._packs: Packs | None = None  # of the training rows
         self.streaming, self.shuffle_buffer = streaming, shuffle_buffer
+        self.streams: list[Work] = []
         self._stream: StreamLoader | None = None
 
     @property
@@ -327,10 +328,10 @@ class TextData(L.LightningDataModule):
         formats = {part.source.format or "" for part in done}
         if streamed:
             about = (classes, self.num_classes, trained)
-            self._works = [
+            self.streams = [
                 stream_work(source, tokenize, self._chosen, about, self.on_bad_row) for source in given["train"]
             ]
-            formats |= {work.source.format or "" for work in self._works}
+            formats |= {work.source.format or "" for work in self.streams}
         self.eos_id = tokenize.end("chat" if "chat" in formats else "plain")
         return {name: [p for (n, _), p in zip(entries, done) if n == name] for name in wanted}
 
@@ -551,10 +552,10 @@ class TextData(L.LightningDataModule):
         elif batches:
             raise UserError("data.streaming: the checkpoint does not say where in a stream it is.")
         accumulate = 1 if self.trainer is None else self.trainer.accumulate_grad_batches
-        stream = Stream(self._works, recipe, rank, world, places, batches % max(1, self.num_workers))
+        stream = Stream(self.streams, recipe, rank, world, places, batches % max(1, self.num_workers))
         self._stream = StreamLoader(stream, self.num_workers, accumulate, batches // accumulate)
         rank_zero_info(
-            f"data.train: streamed from {', '.join(str(work.source.path) for work in self._works)}, each process its "
+            f"data.train: streamed from {', '.join(str(work.source.path) for work in self.streams)}, each process its "
             f"part of the rows, shuffled within {self.shuffle_buffer} rows; they are not compared with other data "
             "(data.on_leak)"
         )

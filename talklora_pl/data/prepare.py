@@ -376,6 +376,11 @@ class Work:
         table = [r for i, (where, item) in enumerate(raw, number) for r in self.row(i, where, item, used, task, report)]
         return report, to_arrow(table, features())
 
+    def first(self, limit: int) -> list[dict[str, Any]]:
+        """Rows of the table that the first raw rows become."""
+        chunk = next(_chunks(self.rows, limit), (0, []))
+        return from_arrow(self(chunk)[1])
+
     def row(
         self, number: int, where: str, item: Any, used: set[str], task_name: str, report: Report
     ) -> Iterator[dict[str, Any]]:

@@ -14,9 +14,10 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from talklora_pl.evaluation import Generation, TaskScores, token_nll
+from talklora_pl.evaluation import Generation, TaskScores
 from talklora_pl.inputs import model_inputs, to_device, token_logits
 from talklora_pl.objectives import Objective
+from talklora_pl.pieces import token_nll
 
 if TYPE_CHECKING:
     from rich.table import Table

@@ -7,11 +7,23 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves  # the public one needs the package optree
 
 if TYPE_CHECKING:
     from torch.distributed.tensor import DTensor
 
-__all__ = ["ShapesOnly", "TorchDispatchMode", "cpu_has_bf16", "own_part", "version"]
+__all__ = ["PRODUCTS", "ShapesOnly", "TorchDispatchMode", "cpu_has_bf16", "own_part", "tree_leaves", "version"]
+
+PRODUCTS = {
+    f"aten::{name}"
+    for name in (
+        *("mm", "addmm", "_scaled_mm", "_grouped_mm"),
+        *("_scaled_dot_product_flash_attention", "_scaled_dot_product_flash_attention_for_cpu"),
+        *("_scaled_dot_product_efficient_attention", "_scaled_dot_product_cudnn_attention"),
+    )
+}
+"""Operators that are dear to compute: matrix products, and attention as one kernel, which has no public operator. Not
+``bmm``: the scores of eager attention are larger than all the rest together."""
 
 
 class ShapesOnly:

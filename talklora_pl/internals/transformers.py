@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from types import MethodType
 from typing import Any
 
@@ -66,8 +67,20 @@ def let_trainer_train(model: Any) -> None:
     """
     quantizer = getattr(model, "hf_quantizer", None)
     if quantizer is not None and not quantizer.is_qat_trainable:
-        cls = type(quantizer)
-        quantizer.__class__ = type(cls.__name__, (cls,), {"is_qat_trainable": True, "__module__": cls.__module__})
+        quantizer.__class__ = _trainable(type(quantizer))
+
+
+@functools.cache
+def _trainable(cls: type) -> type:
+    """A quantiser's class with the one property, which its own has no setter for."""
+    names = {"is_qat_trainable": True, "__module__": cls.__module__}
+    names["__reduce_ex__"] = lambda self, _: (_empty, (cls,), self.__dict__)  # pickle would look for it by its name
+    return type(cls.__name__, (cls,), names)
+
+
+def _empty(cls: type) -> Any:
+    made: Any = _trainable(cls)
+    return made.__new__(made)
 
 
 def has_accelerate_hook(module: nn.Module) -> bool:

@@ -1,7 +1,7 @@
 """What the forward pass keeps for the backward pass, and what that computes again.
 
-``full`` keeps the input of every decoder layer and runs the layer twice. ``selective`` also keeps what is dear to compute,
-the matrix products and fused attention, and runs the rest of the layer twice: norms, activations, rank space.
+``full`` keeps the input of every decoder layer and runs the layer twice. ``selective`` also keeps what is dear to
+compute, matrix products and fused attention, and runs the rest of the layer twice: norms, activations, rank space.
 """
 
 from __future__ import annotations
@@ -14,18 +14,9 @@ import torch
 from torch.utils.checkpoint import CheckpointPolicy, create_selective_checkpoint_contexts
 
 from talklora_pl.errors import UserError
+from talklora_pl.internals.torch import PRODUCTS
 
 Checkpointing = Literal["off", "full", "selective"]
-
-PRODUCTS = {
-    f"aten::{name}"
-    for name in (
-        *("mm", "addmm", "_scaled_mm", "_grouped_mm"),
-        *("_scaled_dot_product_flash_attention", "_scaled_dot_product_flash_attention_for_cpu"),
-        *("_scaled_dot_product_efficient_attention", "_scaled_dot_product_cudnn_attention", "_flash_attention_forward"),
-    )
-}
-"""Operators whose outcome is kept. Not ``bmm``: the scores of eager attention are larger than all the rest together."""
 
 
 def mode_of(value: bool | str) -> Checkpointing:
@@ -67,10 +58,10 @@ def selective_contexts() -> tuple[AbstractContextManager[None], AbstractContextM
     kept: weakref.WeakSet[Any] = weakref.WeakSet()
 
     def policy(context: Any, operator: Any, *args: Any, **kwargs: Any) -> CheckpointPolicy:
-        name = operator.name().partition(".")[0]
+        name, _, overload = operator.name().partition(".")
         out = context.op_output
         tensor = out[0] if isinstance(out, tuple) else out
-        if name in PRODUCTS:
+        if name in PRODUCTS and overload != "out":  # what is written into a given tensor has to be written again
             kept.add(tensor.untyped_storage())
             return CheckpointPolicy.MUST_SAVE
         if name.endswith("_") and isinstance(out, torch.Tensor) and out.untyped_storage() in kept:

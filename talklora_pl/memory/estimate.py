@@ -1,8 +1,8 @@
 """What a training step takes on one device, before any weight is loaded.
 
-The model is built from its configuration, and a training step on a batch of the run's data is run by operators that only
-work out shapes, with one decoder layer of each kind and again with one more; the rest is a multiplication. So whatever a
-base, an adapter, an objective or a way of checkpointing keeps is in the numbers.
+The model is built from its configuration, and a training step on a batch of the run's data is run by operators that
+only work out shapes, with two decoder layers of each kind and again with a third; the rest is a multiplication. So
+whatever a base, an adapter, an objective or a way of checkpointing keeps is in the numbers.
 """
 
 from __future__ import annotations
@@ -136,28 +136,29 @@ class Estimator:
     def _whole(self, mode: Checkpointing) -> Step:
         checkpoint_layers(self.model, mode)
         try:
-            first = self._run([[layer for layer, _ in samples.values()] for samples in self._samples])
+            few = [{id(layer) for some in samples.values() for layer in some[:2]} for samples in self._samples]
+            first = self._run(few)
             kept, peak = first.kept, first.peak
             for i, kinds in enumerate(self._kinds):
                 for kind, number in kinds.items():
-                    if number > 1:
-                        layers = [[layer for layer, _ in samples.values()] for samples in self._samples]
-                        layers[i].append(self._samples[i][kind][1])
-                        more = self._run(layers)
-                        kept += (number - 1) * (more.kept - first.kept)
-                        peak += (number - 1) * (more.peak - first.peak)
+                    if number > 2:
+                        third = {id(self._samples[i][kind][2])}
+                        more = self._run([some | third if at == i else some for at, some in enumerate(few)])
+                        kept += (number - 2) * (more.kept - first.kept)
+                        peak += (number - 2) * (more.peak - first.peak)
         finally:
             if mode != "off":
                 self.model.activation_checkpointing_disable()
         return Step(kept, peak)
 
-    def _run(self, layers: list[list[nn.Module]]) -> Step:
-        """With these decoder layers alone."""
+    def _run(self, run: list[set[int]]) -> Step:
+        """With these decoder layers alone, in their order."""
         whole = [dict(blocks._modules) for blocks in self.blocks]
         try:
-            for blocks, some in zip(self.blocks, layers):
-                blocks._modules = {str(i): layer for i, layer in enumerate(some)}
-            with LiveBytes(*self.model.parameters(), *self.model.buffers()) as live:
+            for blocks, some in zip(self.blocks, run):
+                layers = [layer for layer in blocks if id(layer) in some]
+                blocks._modules = {str(i): layer for i, layer in enumerate(layers)}
+            with LiveBytes() as live:
                 loss = self.loss(self.model, self.batch)
                 kept = live.now
                 loss.backward()
@@ -212,12 +213,13 @@ def _kind(layer: nn.Module) -> tuple[Any, ...]:
     return (type(layer), *((n, type(m), tuple(p.shape for p in m.parameters(False))) for n, m in layer.named_modules()))
 
 
-def _samples(blocks: nn.ModuleList) -> dict[tuple[Any, ...], tuple[nn.Module, nn.Module]]:
-    """Two layers of each kind, the first and the last."""
-    out: dict[tuple[Any, ...], tuple[nn.Module, nn.Module]] = {}
+def _samples(blocks: nn.ModuleList) -> dict[tuple[Any, ...], list[nn.Module]]:
+    """Up to three layers of each kind."""
+    out: dict[tuple[Any, ...], list[nn.Module]] = {}
     for layer in blocks:
-        kind = _kind(layer)
-        out[kind] = (out[kind][0] if kind in out else layer, layer)
+        found = out.setdefault(_kind(layer), [])
+        if len(found) < 3:
+            found.append(layer)
     return out
 
 

@@ -6,30 +6,29 @@ import weakref
 from typing import Any
 
 from torch import Tensor
-from torch.utils._pytree import tree_leaves
 
-from talklora_pl.internals.torch import TorchDispatchMode
+from talklora_pl.internals.torch import TorchDispatchMode, tree_leaves
 
 
 class LiveBytes(TorchDispatchMode):
     """Inside ``with LiveBytes() as live:`` memory of new tensors counts from when they are made until they are freed.
 
-    What an operator takes for itself while it runs is not seen, nor is what an allocator keeps.
-
-    Args:
-        there: tensors that were there before; operators may hand out views of them.
+    Not seen is what an operator takes for itself while it runs, and what an allocator keeps.
 
     Attributes:
         now: bytes that are alive.
         peak: the most there were.
     """
 
-    def __init__(self, *there: Tensor) -> None:
+    def __init__(self) -> None:
         super().__init__()
         self.now = self.peak = 0
-        self._seen: weakref.WeakSet[Any] = weakref.WeakSet(t.untyped_storage() for t in there)
+        self._seen: weakref.WeakSet[Any] = weakref.WeakSet()
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        for tensor in tree_leaves((args, kwargs)):
+            if isinstance(tensor, Tensor):  # it was there before, or it is known
+                self._seen.add(tensor.untyped_storage())
         out = func(*args, **(kwargs or {}))
         for tensor in tree_leaves(out):
             if isinstance(tensor, Tensor):

@@ -106,7 +106,8 @@ def _texts(found: Inspection) -> str:
     return (
         "<h2>Who speaks for which token</h2><p class=controls><label>layer <select id=layer>"
         f"{options}</select></label><label>show <select id=expert></select></label> <span id=legend></span></p>"
-        "<p><small>The layer shown first is the one whose load is least even. Above a token: the expert with the largest weight; the stronger the colour, the larger that weight. "
+        "<p><small>The layer shown first is the one whose load is least even. "
+        "Above a token: the expert with the largest weight; the stronger the colour, the larger that weight. "
         "Point at a token to see all weights; arrow keys in the list of layers walk through the model.</small></p>"
         f"<div id=texts></div><script type='application/json' id=data>{packed}</script>"
     )

@@ -229,6 +229,8 @@ def hyperparameters(trainer: L.Trainer, pl_module: Any) -> dict[str, str | int |
         params["seed"] = int(os.environ["PL_GLOBAL_SEED"])
     if sources := getattr(data, "sources", {}).get("train"):
         params["data"] = ", ".join(os.path.basename(str(source.path).rstrip("/")) for source in sources)
+    # of the columns that the tab shows at first this is the first
+    params["about"] = f"{params['method']} seed {params.get('seed', '?')}"
     if batch_size := getattr(data, "batch_size", None):
         params["global_batch"] = batch_size * trainer.accumulate_grad_batches * trainer.world_size
     return params

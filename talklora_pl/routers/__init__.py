@@ -34,6 +34,10 @@ class RouterModule(nn.Module):
         """
         raise NotImplementedError
 
+    def start_even(self) -> str | None:
+        """Have every expert of every token weigh 1/E, from where training goes on; or why that cannot be."""
+        return "has no start at which all experts of every token weigh the same"
+
     def after_optimizer_step(self, load_E: Tensor) -> None:
         """Called after every optimiser step with each expert's selections in its whole global batch, pads left out."""
 

@@ -12,7 +12,7 @@ from torch import Tensor
 from talklora_pl.registry import register
 from talklora_pl.routers import RouterModule
 from talklora_pl.routers.scores import ScoredRouter
-from talklora_pl.routers.top_k import Sparse
+from talklora_pl.routers.top_k import Sparse, selects_too_few
 from talklora_pl.routing import Routing
 from talklora_pl.spec import LayerSpec
 
@@ -41,6 +41,9 @@ class LossFreeRouter(ScoredRouter):
         w_TK = s_TK / s_TK.sum(-1, keepdim=True)
         w_TE = torch.zeros_like(s_TE).scatter(-1, selected_TK, w_TK)
         return Routing(w_TE, s_TE / s_TE.sum(-1, keepdim=True), logits_TE, selected_TK)
+
+    def start_even(self) -> str | None:
+        return super().start_even() or selects_too_few(self.k, len(self.bias))
 
     @torch.no_grad()
     def after_optimizer_step(self, load_E: Tensor) -> None:

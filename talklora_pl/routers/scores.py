@@ -111,6 +111,11 @@ class ScoredRouter(RouterModule):
         super().__init__()
         self.scores = Scores(layer, features, options)
 
+    def start_even(self) -> str | None:
+        """Equal scores; gradients reach the weight, and what comes before it from the second step on."""
+        nn.init.zeros_(self.scores.weight)
+        return None
+
     def forward(self, x_TD: Tensor, m_TEF: Tensor) -> Routing:
         return self.route(self.scores(x_TD, m_TEF))
 

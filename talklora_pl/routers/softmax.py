@@ -47,6 +47,9 @@ class UniformRouter(RouterModule):
         w_TE = torch.full((x_TD.shape[0], self.num_experts), self.share, device=m_TEF.device, dtype=m_TEF.dtype)
         return Routing(w_TE, w_TE, torch.zeros_like(w_TE))
 
+    def start_even(self) -> str | None:
+        return None
+
 
 @register("uniform")
 @dataclass

@@ -28,6 +28,10 @@ class TeamRouter(ScoredRouter):
         v_TE = p_TE @ self.team.to(p_TE.dtype).t()
         return Routing(v_TE / v_TE.sum(-1, keepdim=True), p_TE, logits_TE)
 
+    def start_even(self) -> str | None:
+        nn.init.eye_(self.team)
+        return super().start_even()
+
 
 @register("team")
 @dataclass

@@ -42,10 +42,21 @@ class TopKRouter(ScoredRouter):
     def __init__(self, layer: LayerSpec, features: int, options: Sparse) -> None:
         super().__init__(layer, features, options)
         self.k = options.k_of(layer)
+        self.num_experts = layer.num_experts
 
     def route(self, logits_TE: Tensor) -> Routing:
         w_TE, selected_TK = keep_best(logits_TE, self.k)
         return Routing(w_TE, logits_TE.softmax(-1), logits_TE, selected_TK)
+
+    def start_even(self) -> str | None:
+        return super().start_even() or selects_too_few(self.k, self.num_experts)
+
+
+def selects_too_few(k: int, experts: int) -> str | None:
+    """Why a router that selects ``k`` experts has no even start; None if it selects all."""
+    if k >= experts:
+        return None
+    return f"selects {k} of {experts} experts, so that no token gets the mean of all: softmax does, or k: {experts}"
 
 
 @dataclass

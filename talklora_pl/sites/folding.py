@@ -145,7 +145,7 @@ class _Split(torch.autograd.Function):
 def split(product_TM: Tensor, width: int) -> tuple[Tensor, Tensor]:
     """z_TP and logits_TE, these as float32 at least."""
     dtype = at_least_float32(product_TM.dtype)
-    if dtype == product_TM.dtype or torch.compiler.is_compiling():
+    if dtype == product_TM.dtype or not torch.is_grad_enabled() or torch.compiler.is_compiling():
         z_TP, logits_TE = product_TM.split([width, product_TM.shape[1] - width], dim=1)
         return z_TP, logits_TE.to(dtype)
     z_TP, logits_TE = _Split.apply(product_TM, width, dtype)

@@ -6,20 +6,40 @@ T tokens, D input width, O output width, E experts, R rank per expert, F feature
 from __future__ import annotations
 
 from collections.abc import Container
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from talklora_pl.kept import Kept
 from talklora_pl.sites import LowRank, Site, folding
 from talklora_pl.sites.base_experts import AdaptedExperts, is_mixture, part_widths, parts
 from talklora_pl.sites.experts import LinearExperts
-from talklora_pl.sites.fused import add_up, frozen_and_down, weigh
+from talklora_pl.sites.fused import add_up, frozen_and_down, scaled, weigh
 from talklora_pl.sites.left_out import only_reached
 from talklora_pl.sites.mixture import BlockMixture, Mixture, own_features
 from talklora_pl.sites.targets import find_targets, widths
 from talklora_pl.spec import Bank, LayerOptions, LayerSpec, unregistered
+
+
+class Matrices(NamedTuple):
+    """What multiplies the tokens of one layer.
+
+    Attributes:
+        down_MD: rows of the down projection, then those of the scores, if they are among them.
+        up_QO: up projections, before ``scale``.
+        scores: how many of the rows are of scores.
+        bias_E: of the scores.
+        apart_ED: rows of the scores that need a product of their own.
+    """
+
+    down_MD: Tensor
+    up_QO: Tensor
+    scale: float
+    scores: int = 0
+    bias_E: Tensor | None = None
+    apart_ED: Tensor | None = None
 
 
 class AdaptedLinear(Mixture):
@@ -37,6 +57,8 @@ class AdaptedLinear(Mixture):
         self.dropout_input = config.dropout_input
         self.dropout_output = config.dropout_output
         self.experts: LinearExperts = config.experts.build(layer, bank)
+        self._kept: Kept[Matrices] = Kept()
+        self._places: list[tuple[dict[str, Any], str]] = []
         self._block = () if block is None else unregistered(block)
         if block is None:
             self.build_decision(layer, config, self.experts.features)
@@ -44,26 +66,64 @@ class AdaptedLinear(Mixture):
     def forward(self, frozen: Any, x: Tensor) -> Tensor:
         """Output (..., O) of the adapted layer for input (..., D)."""
         x_TD = x.reshape(-1, x.shape[-1])
-        drop_TD = F.dropout(x_TD, self.dropout_input) if self.training and self.dropout_input > 0 else None
-        scale, B_QO = self.scale, None
+        dropout = self.dropout_input if self.training else 0.0
         if self.fold and self._is_uniform():
-            y_TO, z_TQ = self._uniform(frozen, x_TD, drop_TD, x.shape[:-1])
-            scale *= self.router.share
+            rank_space = self._uniform
         elif self.fold and self._folds(x_TD):
-            y_TO, z_TQ = self._folded(frozen, x_TD, drop_TD, x.shape[:-1])
+            rank_space = self._folded
         else:
-            y_TO, h_TP = frozen_and_down(frozen.frozen_forward, frozen, x_TD, drop_TD, self.experts.down())
-            h_TER, w_TE = self.rank_space(x_TD, h_TP, x.shape[:-1])
-            if self.fold and folding.offers(self.experts, "fold"):
-                if not self.experts_see_talk:
-                    h_TER = self.experts.split(h_TP)
-                z_TQ, B_QO = weigh(h_TER, w_TE).flatten(1), folding.up_rows(self.experts)
-            else:
-                with torch.autocast(x_TD.device.type, enabled=False):
-                    z_TQ = self.experts.mix(h_TER, w_TE)
-        B_QO = self.experts.up() if B_QO is None else B_QO
-        y_TO = add_up(y_TO, z_TQ, B_QO, scale, self.dropout_output, self.training)
+            rank_space = self._plain
+        m = self._matrices_for(rank_space, x_TD, dropout)
+        y_TO, product_TM = frozen_and_down(frozen.frozen_forward, frozen, x_TD, dropout, m.down_MD)
+        with torch.autocast(x_TD.device.type, enabled=False):
+            z_TQ = rank_space(x_TD, product_TM, m, x.shape[:-1])
+        y_TO = add_up(y_TO, z_TQ, m.up_QO, m.scale, self.dropout_output, self.training)
         return y_TO.view(*x.shape[:-1], -1)
+
+    def _matrices_for(self, rank_space: Any, x_TD: Tensor, dropout: float) -> Matrices:
+        """The layer's matrices; without gradients folded and cast once, and kept until a trained tensor changes."""
+        if self.training or torch.is_grad_enabled() or torch.compiler.is_compiling():
+            return self._matrices(rank_space, dropout)
+        kind = x_TD.device.type
+        dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x_TD.dtype
+
+        def ready() -> Matrices:
+            m = self._matrices(rank_space, dropout)
+            return m._replace(down_MD=m.down_MD.to(dtype), up_QO=scaled(m.up_QO, m.scale, dtype), scale=1.0)
+
+        return self._kept.get([p[name] for p, name in self._sources()], ready, dtype, rank_space.__name__)
+
+    def _sources(self) -> list[tuple[dict[str, Any], str]]:
+        """Where the tensors are that matrices come from; not these themselves, which may be exchanged."""
+        if not self._places:
+            parts: list[Any] = [self, *getattr(self.experts, "_shared", ())]
+            modules = [m for part in parts for m in part.modules()]
+            self._places = [(m._parameters, n) for m in modules for n, p in m._parameters.items() if p is not None]
+        return self._places
+
+    def _matrices(self, rank_space: Any, dropout: float) -> Matrices:
+        experts = self.experts
+        with torch.autocast(experts.down().device.type, enabled=False):
+            if rank_space == self._plain:
+                up_QO = folding.up_rows(experts) if self._only_weighs() else experts.up()
+                return Matrices(experts.down(), up_QO, self.scale)
+            m = Matrices(experts.down(), experts.up(), self.scale)
+            if rank_space == self._uniform:
+                return m._replace(down_MD=folding.rank_rows(experts), scale=self.scale * self.router.share)
+            if self._block:
+                return m._replace(down_MD=folding.rank_rows(experts))
+            weight_EP, bias_E = folding.scores(experts, self.communication, self.router)
+            if weight_EP is not None:
+                down_MD = folding.rank_and_score_rows(experts, weight_EP)
+                return m._replace(down_MD=down_MD, scores=len(weight_EP), bias_E=bias_E)
+            rank_PD, scores_ED = folding.rank_rows(experts), self.router.scores.weight
+            if dropout > 0:  # the logits are those of x, and h is that of what dropout left of it
+                return m._replace(down_MD=rank_PD, apart_ED=scores_ED)
+            return m._replace(down_MD=torch.cat([rank_PD, scores_ED]), scores=len(scores_ED))
+
+    def _only_weighs(self) -> bool:
+        """Whether ``mix`` may be done without: its core folded into the up projection."""
+        return self.fold and folding.offers(self.experts, "fold")
 
     @property
     def decided_by(self) -> str:
@@ -77,17 +137,12 @@ class AdaptedLinear(Mixture):
             return False
         return not (folding.is_watched(self.router) or folding.is_watched(self.communication))
 
-    def _uniform(
-        self, frozen: Any, x_TD: Tensor, drop_TD: Tensor | None, leading_shape: torch.Size
-    ) -> tuple[Tensor, Tensor]:
-        """y_TO and z_TQ of experts that all count the same; the layer multiplies by their share."""
-        with torch.autocast(x_TD.device.type, enabled=False):
-            rank_PD = folding.rank_rows(self.experts)
-        y_TO, h_TP = frozen_and_down(frozen.frozen_forward, frozen, x_TD, drop_TD, rank_PD)
+    def _uniform(self, x_TD: Tensor, h_TP: Tensor, m: Matrices, leading_shape: torch.Size) -> Tensor:
+        """z_TQ of experts that all count the same; their share is in the scale."""
         z_TER = self.experts.split(h_TP)
-        if self.collectors:
+        if self.collectors or torch.compiler.is_compiling():  # whose layers do not ask who listens
             self.observed(self.router(x_TD, z_TER), leading_shape)
-        return y_TO, z_TER.flatten(1)
+        return z_TER.flatten(1)
 
     def _folds(self, x_TD: Tensor) -> bool:
         if self._block:
@@ -96,54 +151,42 @@ class AdaptedLinear(Mixture):
             return False
         return folding.exact_enough(self.router, x_TD)
 
-    def _folded(
-        self, frozen: Any, x_TD: Tensor, drop_TD: Tensor | None, leading_shape: torch.Size
-    ) -> tuple[Tensor, Tensor]:
-        """y_TO and z_TQ with all that is linear in the one down product: what :meth:`rank_space` computes."""
-        with torch.autocast(x_TD.device.type, enabled=False):
-            experts = self.experts
-            bias_E = from_x_ED = None
-            if self._block:
-                rows_MD = folding.rank_rows(experts)
-                width = len(rows_MD)
-            else:
-                weight_EP, bias_E = folding.scores(experts, self.communication, self.router)
-                if weight_EP is None:
-                    from_x_ED, rows_MD = self.router.scores.weight, folding.rank_rows(experts)
-                    width = len(rows_MD)
-                    if drop_TD is None:  # else the logits are those of x, and h is that of what dropout left of it
-                        rows_MD = torch.cat([rows_MD, from_x_ED])
-                else:
-                    rows_MD = folding.rank_and_score_rows(experts, weight_EP)
-                    width = len(rows_MD) - len(weight_EP)
-        y_TO, product_TM = frozen_and_down(frozen.frozen_forward, frozen, x_TD, drop_TD, rows_MD)
-        with torch.autocast(x_TD.device.type, enabled=False):
-            if self._block:
-                return y_TO, weigh(experts.split(product_TM), self._block[0].weights()).flatten(1)
-            if width < len(rows_MD):
-                h_TP, score_TE = folding.split(product_TM, width)
-            else:
-                h_TP, score_TE = product_TM, F.linear(x_TD, from_x_ED.to(x_TD.dtype))
-            routing = self.router.route(folding.logits(self.router, score_TE, bias_E))
-            w_TE = self.observed(routing, leading_shape).weights_TE
-            return y_TO, weigh(experts.split(h_TP), w_TE).flatten(1)
+    def _folded(self, x_TD: Tensor, product_TM: Tensor, m: Matrices, leading_shape: torch.Size) -> Tensor:
+        """z_TQ with all that is linear in the one down product: what :meth:`_plain` computes."""
+        if self._block:
+            return weigh(self.experts.split(product_TM), self._block[0].weights()).flatten(1)
+        if m.scores:
+            h_TP, score_TE = folding.split(product_TM, product_TM.shape[1] - m.scores)
+        else:
+            assert m.apart_ED is not None
+            h_TP, score_TE = product_TM, F.linear(x_TD, m.apart_ED.to(x_TD.dtype))
+        routing = self.router.route(folding.logits(self.router, score_TE, m.bias_E))
+        w_TE = self.observed(routing, leading_shape).weights_TE
+        return weigh(self.experts.split(h_TP), w_TE).flatten(1)
+
+    def _plain(self, x_TD: Tensor, h_TP: Tensor, m: Matrices, leading_shape: torch.Size) -> Tensor:
+        """z_TQ, one part of the method after the other; in full precision, which selection wants."""
+        h_TER = self.experts.split(h_TP.to(self.experts.down().dtype))
+        if self._block:
+            w_TE = self._block[0].weights()
+        else:
+            routing, m_TEG = self.decide(x_TD, self.experts.node_features(h_TER), leading_shape)
+            w_TE = routing.weights_TE
+            if self.experts_see_talk:
+                h_TER = m_TEG
+        if not self._only_weighs():
+            return self.experts.mix(h_TER, w_TE)
+        if not self.experts_see_talk:
+            h_TER = self.experts.split(h_TP)  # as it came: it goes on in that dtype
+        return weigh(h_TER, w_TE).flatten(1)
+
+    def train(self, mode: bool = True) -> AdaptedLinear:
+        """Forgets what was kept: a training may write to tensors in ways that leave no trace."""
+        self._kept.forget()
+        return super().train(mode)
 
     def node_features(self, x_TD: Tensor) -> Tensor:
         return own_features(self.experts, x_TD)
-
-    def rank_space(self, x_TD: Tensor, h_TP: Tensor, leading_shape: torch.Size) -> tuple[Tensor, Tensor]:
-        """What the experts know of every token, h_TER, in the dtype of the trained tensors, and their weights w_TE."""
-        # small tensors: full precision costs nothing, and selection wants it
-        with torch.autocast(x_TD.device.type, enabled=False):
-            h_TER = self.experts.split(h_TP.to(self.experts.down().dtype))
-            if self._block:
-                w_TE = self._block[0].weights()
-            else:
-                routing, m_TEG = self.decide(x_TD, self.experts.node_features(h_TER), leading_shape)
-                w_TE = routing.weights_TE
-                if self.experts_see_talk:
-                    h_TER = m_TEG
-            return h_TER, w_TE
 
 
 class LinearSite(Site):

@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from talklora_pl.errors import UserError
-from talklora_pl.routing import Collectors, Routing
+from talklora_pl.routing import Collectors, Handed, Routing
 from talklora_pl.sites import folding
 from talklora_pl.sites.experts import LinearExperts
 from talklora_pl.spec import LayerOptions, LayerSpec, unregistered
@@ -29,6 +29,7 @@ class Mixture(nn.Module):
 
     Attributes:
         collectors: those of the adapter that the layer belongs to, innermost last.
+        handed: what compiled code leaves there for them.
         fold: take the folded path where there is one, see :mod:`talklora_pl.sites.folding`; off, the plain one.
     """
 
@@ -44,6 +45,7 @@ class Mixture(nn.Module):
         self.dropout_routing = config.dropout_routing
         self.experts_see_talk = config.experts_see_talk
         self.collectors = Collectors()
+        self.handed = Handed()
 
     def build_decision(self, layer: LayerSpec, config: LayerOptions, features: int) -> None:
         """Make the parts. Experts come before: methods that differ only in later parts then start from the same A."""
@@ -76,7 +78,9 @@ class Mixture(nn.Module):
 
     def observed(self, routing: Routing, leading_shape: torch.Size) -> Routing:
         """The routing as it is applied; whoever collects gets it as it was decided."""
-        if self.collectors:
+        if torch.compiler.is_compiling():
+            self.handed.routing = routing
+        elif self.collectors:
             self.collectors[-1].add(self.name, routing, leading_shape)
             if self.training:  # gradient checkpointing runs the layer again outside of the context
                 self.collectors.advice = ""

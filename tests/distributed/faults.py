@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import os
 import resource
+import shutil
 import signal
 import threading
 import time
@@ -84,7 +86,8 @@ class Poison(L.Callback):
 class MemoryLimit(L.Callback):
     """From here on the process may take so many more megabytes (not counting files mapped read-only).
 
-    The most that it did take (anonymous pages in memory, looked at every millisecond) goes to `folder`/peak.<rank>.
+    The most that it did take (anonymous pages in memory, looked at every millisecond) goes to `folder`/peak.<rank>,
+    the most until the first step to `folder`/loaded.<rank>.
     """
 
     def __init__(self, megabytes: int, folder: str) -> None:
@@ -95,7 +98,11 @@ class MemoryLimit(L.Callback):
         most = data + self.megabytes * 2**20
         resource.setrlimit(resource.RLIMIT_DATA, (most, most))
         self.file = self.folder / f"peak.{trainer.global_rank}"
+        self.file.write_text("0")
         threading.Thread(target=self._watch, daemon=True).start()
+
+    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        shutil.copyfile(self.file, self.folder / f"loaded.{trainer.global_rank}")
 
     def _watch(self) -> None:
         peak, before = 0, _anonymous()
@@ -124,3 +131,14 @@ class Figures(L.Callback):
             with open(self.file, "a") as f:
                 print(trainer.global_step, _anonymous() / 2**20, files, took, file=f)
             self.before = now
+
+
+class Metrics(L.Callback):
+    """What an evaluation logged, in `folder`/metrics.json."""
+
+    def __init__(self, folder: str) -> None:
+        self.file = Path(folder) / "metrics.json"
+
+    def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        if trainer.is_global_zero:
+            self.file.write_text(json.dumps({name: float(v) for name, v in trainer.callback_metrics.items()}))

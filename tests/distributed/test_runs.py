@@ -70,6 +70,9 @@ def test_every_fit_has_a_folder_and_last_finds_it(config: Path, tmp_path: Path, 
     assert load(root / "version_1/checkpoints/last.ckpt")["global_step"] == 8
     assert (root / "version_1/adapters/last").is_dir() and (root / "version_1/config.yaml").exists()
     assert files(root / "version_0") == first and not (root / "version_2").exists()
+    if logger == "csv":  # logs too are in the run's folder, whatever the logger's own is
+        assert len(list((root / "version_1").rglob("metrics.csv"))) == 2 and not (tmp_path / "logs").exists()
+        assert "CSVLogger writes into" in (root / "log0").read_text()
 
 
 def test_names(config: Path, tmp_path: Path, capsys: Any) -> None:

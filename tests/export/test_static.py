@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import re
+import shlex
 import subprocess
 import sys
 from dataclasses import replace
@@ -12,7 +14,7 @@ import pytest
 import torch
 from peft import PeftModel
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 
 from talklora_pl.adapter import disable_adapter, set_adapter
 from talklora_pl.cli import main
@@ -240,3 +242,54 @@ def test_programs_without_the_package_load_it(run: Path, tmp_path: Path) -> None
     done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, check=False)
     assert done.returncode == 0, done.stderr
     assert float(done.stdout.split()[0]) < 1e-5
+
+
+DEPLOY = Path(__file__).parents[2] / "docs" / "deploy.md"
+COMMANDS = re.findall(
+    r"`python -m talklora_pl (export runs/version_0 --merge static [^`]+)`", DEPLOY.read_text("utf-8")
+)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("command", COMMANDS)
+def test_the_lines_of_the_table_run(run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, command: str) -> None:
+    (tmp_path / "runs").symlink_to(run / "runs")
+    rows_of(tmp_path / "rows.jsonl")
+    monkeypatch.chdir(tmp_path)
+    assert main(shlex.split(command)) == 0
+    made = tmp_path / command.rpartition(" ")[2]
+    assert (made / REPORT).is_file() and any(made.glob("*.safetensors"))
+
+
+@pytest.mark.slow
+def test_constant_routing_is_exact_and_said(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    fit(tmp_path, {"experts": "lora", "communication": "none", "router": "uniform", "num_experts": 2, "rank": 4})
+    data = rows_of(tmp_path / "more.jsonl")
+    assert static(tmp_path, tmp_path / "lora", "--data", data, "--max-new-tokens", "0") == 0
+    assert "the merge is exact up to rounding" in " ".join(capsys.readouterr().out.split())
+    report = json.loads((tmp_path / "lora" / REPORT).read_text())
+    assert report["routing_is_constant"] and abs(report["fidelity"]["kl"]["static"]) < 1e-6
+    assert report["fidelity"]["agreement"]["static"] == 1
+
+
+@pytest.mark.slow
+def test_a_classifier_keeps_its_head(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    rows = [{"text": f"{i} is {'even' if i % 2 == 0 else 'odd'}", "label": i % 2} for i in range(40)]
+    (tmp_path / "texts.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
+    data = {"train": str(tmp_path / "texts.jsonl"), "rows": "classification", "labels": ["even", "odd"]}
+    fit(tmp_path, {}, {"task": "sequence_classification", "num_labels": 2}, data)
+    assert static(tmp_path, tmp_path / "lora", "--data", data["train"]) == 0
+    assert static(tmp_path, tmp_path / "whole", "--data", data["train"], "--form", "weights") == 0
+    reports = [json.loads((tmp_path / n / REPORT).read_text())["fidelity"] for n in ("lora", "whole")]
+    assert list(reports[0]["kl"]) == ["static", "exact"] and "accuracy" in reports[0]["scores"]["static"]["texts"]
+    assert reports[0]["kl"]["static"] == pytest.approx(reports[1]["kl"]["static"], rel=1e-3, abs=1e-7)
+    ids = torch.arange(12).reshape(2, 6)
+    base = AutoModelForSequenceClassification.from_pretrained(tmp_path / "base", num_labels=2)
+    base.config.pad_token_id = 0
+    whole = AutoModelForSequenceClassification.from_pretrained(tmp_path / "whole")
+    by_peft = PeftModel.from_pretrained(base, str(tmp_path / "lora"))
+    whole.config.pad_token_id = 0
+    assert torch.allclose(whole(ids).logits, by_peft(ids).logits, atol=1e-5)
+    capsys.readouterr()
+    assert static(tmp_path, tmp_path / "vllm", "--data", data["train"], "--for", "vllm") == 2
+    assert "no modules_to_save" in capsys.readouterr().err

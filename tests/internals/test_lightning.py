@@ -11,7 +11,7 @@ from typing import Any
 import lightning as L
 import pytest
 import torch
-from lightning.pytorch.loggers import CSVLogger
+from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger, WandbLogger
 from lightning.pytorch.strategies import ModelParallelStrategy
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
@@ -169,3 +169,18 @@ def test_loop_counters_in_a_checkpoint_make_lightning_validate(tmp_path: Path) -
 
     trainer(tmp_path, Watch(), val_check_interval=4).fit(Module(), ckpt_path=tmp_path / "a.ckpt", weights_only=False)
     assert events[:11] == ["validate"] * 10 + ["train"]
+
+
+@pytest.mark.parametrize("kind", [CSVLogger, TensorBoardLogger, WandbLogger])
+def test_loggers_write_where_they_are_told(kind: Any, tmp_path: Path) -> None:
+    if kind is WandbLogger:
+        pytest.importorskip("wandb")
+    logger = kind(save_dir=str(tmp_path / "own"), **({"offline": True} if kind is WandbLogger else {}))
+    assert internals.keep_logs_in(logger, str(tmp_path / "run")) == str(tmp_path / "own")
+    (tmp_path / "run").mkdir()
+    logger.log_metrics({"x": 1.0}, step=0)
+    logger.save()
+    logger.finalize("success")
+    if kind is WandbLogger:
+        logger.experiment.finish()
+    assert [p for p in (tmp_path / "run").rglob("*") if p.is_file()] and not (tmp_path / "own").exists()

@@ -71,3 +71,19 @@ def test_version_counts_writes_through_any_tensor_of_the_memory() -> None:
     other.grad = torch.ones(3)
     torch.optim.AdamW([other]).step()
     assert internals.version(one) == internals.version(other) > before
+
+
+def test_products_are_operators() -> None:
+    for name in internals.PRODUCTS:
+        assert hasattr(torch.ops.aten, name.removeprefix("aten::")), name
+
+
+def test_shapes_without_values() -> None:
+    with internals.ShapesOnly() as shapes:
+        p = shapes.of(torch.nn.Parameter(torch.empty(3, 2, device="meta")))
+        out = p @ shapes.of(torch.empty(2, 1 << 40, device="meta"))
+        assert (out.shape, out.device.type, out.requires_grad) == ((3, 1 << 40), "cpu", True)
+
+
+def test_leaves() -> None:
+    assert internals.tree_leaves(([1, (2,)], {"a": 3})) == [1, 2, 3]

@@ -72,7 +72,7 @@ def test_memory_of_selective_is_in_between() -> None:
         inject(model, config_of("talklora"))
         checkpoint_layers(model, mode)  # type: ignore[arg-type]
         gc.collect()
-        with LiveBytes(*model.parameters(), *model.buffers()) as live:
+        with LiveBytes() as live:
             out = model(input_ids=torch.arange(32).repeat(2, 4) % 30, use_cache=False).logits
             kept[mode] = live.now
         out.sum().backward()

@@ -1,12 +1,202 @@
-"""torch.compile gives the same numbers."""
+"""Compiled layers give the same numbers, in one graph a kind of layer, whatever the lengths."""
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
 import pytest
 import torch
+from torch import Tensor, nn
+from torch.distributed.device_mesh import init_device_mesh
 
-from tests.methods.matrix import adapted, config_of
+from talklora_pl.adapter import AdapterConfig, RoutingCollector, inject
+from talklora_pl.balance import balance_losses
+from talklora_pl.compiled import CompiledLayers
+from talklora_pl.distributed.fsdp import shard_frozen
+from talklora_pl.errors import UserError
+from talklora_pl.inputs import labelled, packed, packed_rows
+from talklora_pl.objectives.sft import SFT
+from tests.conftest import tiny_llama
+from tests.distributed.runs import curves, fit, free_port
+from tests.methods.matrix import adapted, config_of, randomise
+from tests.methods.test_configs import METHODS
+from tests.methods.test_configs import config_of as method
 from tests.methods.test_matrix import IDS, MASK
+
+FFN = {"graphlora", "mixlora"}
+
+
+@pytest.fixture(autouse=True)
+def counters() -> Iterator[Any]:
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+    yield torch._dynamo.utils.counters
+    torch._dynamo.reset()
+
+
+def rows(seed: int, *lengths: int) -> dict[str, Tensor]:
+    draw = torch.Generator().manual_seed(seed)
+    ids = [torch.randint(2, 60, (n,), generator=draw).tolist() for n in lengths]
+    return labelled(ids, ids, pad_id=0)
+
+
+BATCHES = [rows(0, 7, 4), rows(1, 5, 9, 3), rows(2, 12, 2), rows(3, 6, 6, 2, 8)]
+
+
+def model_with(config: AdapterConfig, layers: int = 2, double: bool = True) -> tuple[Any, Any]:
+    model = tiny_llama(num_hidden_layers=layers)
+    model = model.double() if double else model
+    adapter = inject(model, config)
+    if double:
+        adapter.double()
+    randomise(adapter, 1)
+    # as behind other layers that are trained: a first layer, whose input needs no gradient, has a graph of its own
+    model.get_input_embeddings().register_forward_hook(lambda module, args, out: out.requires_grad_())
+    return model.train(), adapter
+
+
+def gradients(model: Any, adapter: Any, batch: dict[str, Any]) -> tuple[dict[str, Tensor], list[str]]:
+    with RoutingCollector(model, batch["attention_mask"], packed=packed_rows(batch)) as collector:
+        task, count = SFT().loss(model, batch)
+    adapter.zero_grad(set_to_none=True)
+    (task / count + balance_losses(adapter, collector.records)[0]).backward()
+    found = {n: p.grad.clone() for n, p in adapter.named_parameters() if p.grad is not None}
+    return found | {"loss": task.detach()}, [r.layer for r in collector.records]
+
+
+def same(got: dict[str, Tensor], want: dict[str, Tensor], bound: float = 1e-10) -> None:
+    assert got.keys() == want.keys()
+    for name, value in want.items():
+        torch.testing.assert_close(got[name], value, rtol=bound, atol=bound, msg=lambda m, n=name: f"{n}: {m}")
+
+
+def balanced(**options: Any) -> AdapterConfig:
+    parts = {"balance": [{"name": "switch"}], "dtype": "float64", **options}
+    return config_of("shared_b", "talking", "top_k", **parts)
+
+
+def one_graph(backend: str, counters: Any, config: AdapterConfig, layers: int) -> None:
+    want = [gradients(*model_with(config, layers), b) for b in BATCHES]
+    model, adapter = model_with(config, layers)
+    model.activation_checkpointing_enable()
+    compiled = CompiledLayers(model, backend)
+    for batch, (wanted, recorded) in zip(BATCHES, want, strict=True):
+        got, now = gradients(model, adapter, batch)
+        same(got, wanted)
+        assert sorted(now) == sorted(recorded)
+        assert counters["stats"]["unique_graphs"] == 1
+    assert not counters["graph_break"]
+    model.eval()
+    with torch.no_grad():  # as it is
+        model.generate(IDS[:1], max_new_tokens=2, do_sample=False)
+    assert counters["stats"]["unique_graphs"] == 1
+    # a single row is another case to torch, be it packed or not
+    for batch in (packed(BATCHES[1]), packed(BATCHES[3]), rows(2, 12)):
+        model.train()
+        compiled.on = True
+        got, _ = gradients(model, adapter, batch)
+        compiled.on = False
+        same(got, gradients(model, adapter, batch)[0])
+        assert counters["stats"]["unique_graphs"] == 2
+
+
+def test_one_graph_for_all_layers_and_lengths(counters: Any) -> None:
+    """Equal gradients and records, with more layers than torch compiles anew before it gives up, and checkpointing."""
+    one_graph("eager", counters, balanced(targets=["q_proj"]), 10)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("per", ["linear", "block"])
+def test_one_graph_of_the_compiler(per: str, counters: Any) -> None:
+    one_graph("aot_eager", counters, balanced(per=per), 3)
+
+
+def test_wrong_gradients_and_code_that_cannot_be_compiled_are_found(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, adapter = model_with(balanced(), 1)
+    trained = list(adapter.parameters())
+    before = [p.detach().clone() for p in trained]
+    calls: list[int] = []
+
+    def loss() -> Tensor:
+        task, count = SFT().loss(model, BATCHES[0])
+        calls.append(1)
+        return task / count * (0.5 if wrong and len(calls) == 3 else 1)
+
+    for wrong in (False, True):
+        calls.clear()
+        monkeypatch.setattr(torch, "compile", lambda forward, **options: forward)
+        assert ("away" in (said := CompiledLayers(model).why_not_trusted(trained, loss))) == wrong, said
+        assert len(calls) == 3
+    monkeypatch.undo()
+    monkeypatch.setattr(torch, "compile", lambda forward, **options: lambda *args, **kwargs: 1 / 0)
+    said = CompiledLayers(model).why_not_trusted(trained, lambda: SFT().loss(model, BATCHES[0])[0])
+    assert said == "they cannot be compiled (ZeroDivisionError: division by zero)"
+    for p, value in zip(trained, before, strict=True):
+        assert torch.equal(p, value)
+
+
+def test_a_model_that_does_not_name_its_layers() -> None:
+    with pytest.raises(UserError, match="does not name its layers"):
+        CompiledLayers(nn.Linear(1, 1))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", sorted(set(METHODS) - FFN))
+def test_every_method_file(name: str, counters: Any) -> None:
+    config = method(name).to_dict()
+    config |= {"targets": ["up_proj"], "dtype": "float64", "dropout_input": 0.0, "balance": []}
+    config["allocation"] = "uniform"
+    model, adapter = model_with(AdapterConfig.from_dict(config))
+    want = [gradients(model, adapter, b) for b in BATCHES[:2]]
+    CompiledLayers(model, backend="aot_eager")
+    for batch, (wanted, _) in zip(BATCHES, want):
+        same(gradients(model, adapter, batch)[0], wanted)
+    assert not counters["graph_break"]
+
+
+@pytest.mark.slow
+def test_inductor_with_dropout(counters: Any) -> None:
+    model, adapter = model_with(balanced(dropout_input=0.1))
+    layers = CompiledLayers(model)
+    trained = [p for p in adapter.parameters() if p.requires_grad]
+    assert layers.why_not_trusted(trained, lambda: SFT().loss(model, BATCHES[0])[0]) == ""
+    for module in model.modules():
+        if hasattr(module, "dropout_input"):
+            module.dropout_input = 0.0
+    want = gradients(model, adapter, BATCHES[1])[0]
+    layers.on = False
+    same(gradients(model, adapter, BATCHES[1])[0], want)
+
+
+@pytest.mark.slow
+def test_sharded(counters: Any) -> None:
+    want = [gradients(*model_with(balanced()), b)[0] for b in BATCHES]
+    model, adapter = model_with(balanced())
+    CompiledLayers(model, backend="aot_eager")
+    torch.distributed.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{free_port()}", rank=0, world_size=1)
+    try:
+        shard_frozen(model, init_device_mesh("cpu", (1,)), False, torch.device("cpu"))
+        for batch, wanted in zip(BATCHES, want, strict=True):
+            same(gradients(model, adapter, batch)[0], wanted)
+        assert not counters["graph_break"]
+        assert counters["stats"]["unique_graphs"] <= 2
+    finally:
+        torch.distributed.destroy_process_group()
+
+
+@pytest.mark.slow
+def test_a_fit(config: Path, tmp_path: Path) -> None:
+    """Two processes, accumulation and checkpointing, by the command line."""
+    options = ("--trainer.max_steps", "3", "--trainer.accumulate_grad_batches", "2", "--model.gradient_checkpointing")
+    options = (*options, "true", "--trainer.strategy", "ddp", "--data.batch_size", "2")
+    fit(config, tmp_path / "eager", *options, ranks=2)
+    fit(config, tmp_path / "compiled", *options, "--model.compile", "layers", ranks=2)
+    said = (tmp_path / "compiled" / "log0").read_text()
+    assert "not compiled" not in said, said
+    a, b = (curves(tmp_path / name)["train_loss"] for name in ("eager", "compiled"))
+    assert [v for _, v in b] == pytest.approx([v for _, v in a], rel=1e-6)
 
 
 @pytest.mark.slow
@@ -14,7 +204,7 @@ from tests.methods.test_matrix import IDS, MASK
     "experts, communication, router, per",
     [("shared_b", "talking", "softmax", "linear"), ("ffn_lora", "gnn_embeddings", "top_k", "linear")],
 )
-def test_compiled_equals_eager(experts: str, communication: str, router: str, per: str) -> None:
+def test_a_model_compiled_as_a_whole_equals_eager(experts: str, communication: str, router: str, per: str) -> None:
     """Forward and all gradients; whole-FFN experts break the graph where tokens are gathered."""
     model, adapter = adapted(config_of(experts, communication, router, per))
     model.train()

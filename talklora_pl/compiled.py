@@ -1,0 +1,120 @@
+"""Decoder layers compiled one by one, each as one graph.
+
+A model has many layers and few kinds of them: layers of one kind share what was compiled. Attention masks, the head and
+the loss stay outside, so neither lengths nor labels compile anything anew. Compiled are training passes; evaluation and
+generation, with their caches and lengths of all sorts, run as they are.
+
+Gradient checkpointing and FSDP2 wrap the compiled layer from outside: its class is exchanged for a subclass, which
+transformers wraps like any other.
+"""
+
+from __future__ import annotations
+
+import logging
+import warnings
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from talklora_pl.distributed.fsdp import decoder_layers
+from talklora_pl.errors import UserError
+
+BACKEND = "inductor"
+FLOOR = 1e-3  # of the largest gradient: smaller tensors are compared with that
+
+
+class CompiledLayers:
+    """The decoder layers of ``model``, compiled when they first train.
+
+    Args:
+        model: with its adapter.
+        backend: of ``torch.compile``.
+
+    Attributes:
+        on: off, every layer runs as it is.
+
+    Raises:
+        UserError: the model does not say what its layers are.
+    """
+
+    def __init__(self, model: nn.Module, backend: str = BACKEND) -> None:
+        self.on = True
+        try:
+            self.layers = decoder_layers(model)
+        except UserError:
+            raise UserError(
+                f"model.compile: layers: {type(model).__name__} does not name its layers (it has no "
+                "_no_split_modules). Use model.compile: model or off."
+            ) from None
+        # each kind of layer is compiled for itself, and another shape of the same code is no reason to give up
+        torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, 64)
+        # of ours, which remember what a class is and nothing that changes
+        warnings.filterwarnings("ignore", "Dynamo detected a call to a `functools.lru_cache`")
+        classes: dict[type, type] = {}
+        for layer in self.layers:
+            cls = type(layer)
+            if cls not in classes:
+                classes[cls] = self._class_of(cls, backend)
+            layer.__class__ = classes[cls]
+
+    def _class_of(self, cls: Any, backend: str) -> type:
+        compiled: Callable[..., Any] = torch.compile(cls.forward, backend=backend, fullgraph=True, dynamic=True)
+
+        def forward(layer: nn.Module, *args: Any, **kwargs: Any) -> Any:
+            return (compiled if self.on and layer.training else cls.forward)(layer, *args, **kwargs)
+
+        return type(f"Compiled{cls.__name__}", (cls,), {"forward": forward, "__module__": cls.__module__})
+
+    def why_not_trusted(self, trained: list[nn.Parameter], loss: Callable[[], Tensor]) -> str:
+        """Compare the gradients of compiled layers with those of layers as they are, on one batch.
+
+        Random numbers of compiled code are others: gradients may differ as far as those of two seeds do. The trained
+        tensors are moved from their starting values for the time being, because behind a tensor of zeros every
+        gradient is zero.
+
+        Args:
+            trained: what is differentiated by.
+            loss: computes the loss, with all that trains.
+
+        Returns:
+            what is wrong, or an empty string.
+        """
+        devices = [p.device for p in trained if p.is_cuda][:1]
+        before = [p.detach().clone() for p in trained]
+        logged = logging.root.manager.disable
+        logging.disable(logging.ERROR)  # the compiler's own account of what it cannot take
+        try:
+            with torch.random.fork_rng(devices):
+                torch.manual_seed(0)
+                with torch.no_grad():
+                    for p in trained:
+                        p.add_(torch.randn_like(p), alpha=0.02)
+                self.on = False
+                eager, other = (self._gradients(trained, loss, seed) for seed in (1, 2))
+                self.on = True
+                compiled = self._gradients(trained, loss, 1)
+        except Exception as e:  # what a compiler says of code that it cannot take has no type of its own
+            return f"they cannot be compiled ({type(e).__name__}: {next(iter(str(e).splitlines()), '')})"
+        finally:
+            logging.disable(logged)
+            with torch.no_grad():
+                for p, value in zip(trained, before, strict=True):
+                    p.copy_(value)
+        tolerance = {torch.float64: 1e-6, torch.float32: 1e-2}.get(next(self.layers[0].parameters()).dtype, 1e-1)
+        size = max(float(g.norm()) for g in eager)
+        for e, o, c in zip(eager, other, compiled, strict=True):
+            allowed = tolerance * max(float(e.norm()), FLOOR * size) + 3 * float((e - o).norm())
+            if not float((c - e).norm()) <= allowed:
+                return (
+                    f"the gradient of a trained tensor of shape {list(e.shape)} is {float((c - e).norm()):.1e} away "
+                    f"from that of layers as they are, whose norm is {float(e.norm()):.1e}"
+                )
+        return ""
+
+    @staticmethod
+    def _gradients(trained: list[nn.Parameter], loss: Callable[[], Tensor], seed: int) -> list[Tensor]:
+        torch.manual_seed(seed)
+        given = torch.autograd.grad(loss(), trained, allow_unused=True)
+        return [torch.zeros_like(p) if g is None else g for p, g in zip(trained, given, strict=True)]
