@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from talklora_pl.distributed.fsdp import decoder_layers
 from talklora_pl.errors import UserError
+from talklora_pl.internals.torch import compile_more_often
 
 BACKEND = "inductor"
 FLOOR = 1e-3  # of the largest gradient: smaller tensors are compared with that
@@ -49,7 +50,7 @@ class CompiledLayers:
                 "_no_split_modules). Use model.compile: model or off."
             ) from None
         # each kind of layer is compiled for itself, and another shape of the same code is no reason to give up
-        torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, 64)
+        compile_more_often(64)
         # of ours, which remember what a class is and nothing that changes
         warnings.filterwarnings("ignore", "Dynamo detected a call to a `functools.lru_cache`")
         classes: dict[type, type] = {}

@@ -69,3 +69,9 @@ def cpu_has_bf16() -> bool:
 def version(tensor: torch.Tensor) -> int:
     """How often the memory of a tensor was written to, through whichever tensor that shares it."""
     return tensor._version
+
+
+def compile_more_often(times: int) -> None:
+    """Let ``torch.compile`` compile one function so often before it gives up; there is no public name for the limit."""
+    config = torch._dynamo.config
+    config.recompile_limit = max(config.recompile_limit, times)
