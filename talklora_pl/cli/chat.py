@@ -238,7 +238,7 @@ class Streamer(TextStreamer):
         if self.waiting is None:
             return
         self.ids.append(self.waiting)
-        text = self.tokenizer.decode(self.ids, skip_special_tokens=True)
+        text = str(self.tokenizer.decode(self.ids, skip_special_tokens=True))
         if expert is not None:
             self.counts[expert] += 1
         if text.endswith("\ufffd") and not last:  # the character goes on in the next token

@@ -157,7 +157,7 @@ class Tuner(BaseTuner):
     # --- names of tensors: in a file without that of the adapter
 
     @classmethod
-    def _get_adapter_state_dict(
+    def _get_adapter_state_dict(  # type: ignore[override]
         cls, model: Any, config: Any, adapter_name: str, state_dict: Mapping[str, Tensor], **kwargs: Any
     ) -> dict[str, Tensor]:
         return {k: v for k, v in state_dict.items() if f"{cls.prefix}{adapter_name}." in k}
