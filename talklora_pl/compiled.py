@@ -105,12 +105,12 @@ class CompiledLayers:
                     p.copy_(value)
         tolerance = {torch.float64: 1e-6, torch.float32: 1e-2}.get(next(self.layers[0].parameters()).dtype, 1e-1)
         size = max(float(g.norm()) for g in eager)
-        for e, o, c in zip(eager, other, compiled, strict=True):
-            allowed = tolerance * max(float(e.norm()), FLOOR * size) + 3 * float((e - o).norm())
-            if not float((c - e).norm()) <= allowed:
+        for g, o, c in zip(eager, other, compiled, strict=True):
+            allowed = tolerance * max(float(g.norm()), FLOOR * size) + 3 * float((g - o).norm())
+            if not float((c - g).norm()) <= allowed:
                 return (
-                    f"the gradient of a trained tensor of shape {list(e.shape)} is {float((c - e).norm()):.1e} away "
-                    f"from that of layers as they are, whose norm is {float(e.norm()):.1e}"
+                    f"the gradient of a trained tensor of shape {list(g.shape)} is {float((c - g).norm()):.1e} away "
+                    f"from that of layers as they are, whose norm is {float(g.norm()):.1e}"
                 )
         return ""
 

@@ -8,6 +8,8 @@ from typing import Any, Generic, TypeVar
 import torch
 from torch import Tensor, nn
 
+from talklora_pl.internals.torch import version
+
 T = TypeVar("T")
 
 
@@ -32,7 +34,7 @@ class Kept(Generic[T]):
         """What ``make()`` gave for these sources and options."""
         if any(t.is_inference() or type(t) not in (Tensor, nn.Parameter) for t in sources):
             return make()  # no version counter, or no place in memory
-        key = (*options, *((t.data_ptr(), t._version, t.dtype, t.device) for t in sources))
+        key = (*options, *((t.data_ptr(), version(t), t.dtype, t.device) for t in sources))
         if key != self._key or self._value is None:
             with torch.inference_mode(False), torch.no_grad():
                 self._value = make()

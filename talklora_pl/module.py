@@ -106,7 +106,7 @@ class FineTuner(AdapterModule):
         self.lr_scheduler = lr_scheduler
         self.param_groups = param_groups or []
         self.gradient_checkpointing = mode_of(gradient_checkpointing)
-        self.compile_mode = {False: "off", True: "model"}.get(compile, compile)  # type: ignore[call-overload]
+        self.compile_mode = compile if isinstance(compile, str) else "model" if compile else "off"
         self._compiled: CompiledLayers | None = None
         self._compared = False  # compiled gradients with eager ones
         self.evaluation = evaluation
@@ -260,7 +260,7 @@ class FineTuner(AdapterModule):
             if isinstance(scheduler, WarmupSchedule):
                 scheduler.plan(int(steps))
             else:
-                scheduler.total_steps = int(steps)
+                setattr(scheduler, "total_steps", int(steps))  # noqa: B010
         return scheduler
 
     @property

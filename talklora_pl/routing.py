@@ -35,10 +35,10 @@ class Routing(NamedTuple):
 
 
 class PackedRows(NamedTuple):
-    """Which row of a packed batch every token belongs to: ``row_T`` from 0, of ``count`` rows."""
+    """Which row of a packed batch every token belongs to: ``row_T`` from 0, of ``rows`` rows."""
 
     row_T: Tensor
-    count: int
+    rows: int
 
 
 @dataclass
@@ -65,7 +65,7 @@ class RoutingRecord:
         values_TE = values_TE * self.mask_T.unsqueeze(-1)
         if self.packed is None:
             return values_TE.view(self.shape[0], -1, values_TE.shape[-1]).sum(1)
-        sums_BE = values_TE.new_zeros(self.packed.count, values_TE.shape[-1])
+        sums_BE = values_TE.new_zeros(self.packed.rows, values_TE.shape[-1])
         return sums_BE.index_add(0, self.packed.row_T, values_TE)
 
     def sum_of(self, values: Tensor) -> Tensor:
@@ -165,7 +165,7 @@ class RoutingCollector:
         self.mask = mask
         self.task_types = task_types
         self.records: list[RoutingRecord] = []
-        self._stacks: list[list[RoutingCollector]] = []
+        self._stacks: list[Collectors] = []
 
     def __enter__(self) -> RoutingCollector:
         adapters: Any = getattr(self.model, ADAPTERS, None)

@@ -144,7 +144,7 @@ class _as_rows(AbstractContextManager[None]):
             self.inner.__exit__()
             place_T = self.place_BS.flatten()
             for record in self.inner.records:
-                parts = (None if part is None else part.index_select(0, place_T) for part in record.routing)
+                parts: list[Any] = [None if t is None else t.index_select(0, place_T) for t in record.routing]
                 self.outer.add(record.layer, type(record.routing)(*parts), self.place_BS.shape)
 
 

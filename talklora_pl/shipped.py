@@ -56,7 +56,7 @@ def method(name: str = "talklora", **changes: Any) -> AdapterConfig:
             return {"name": value}
         if "class_path" in value:
             return {"name": value["class_path"], **(value.get("init_args") or {})}
-        return dict(value) if "name" in value else before | value
+        return dict(value) if "name" in value else {**before, **value}
 
     found: dict[str, Any] = {}
     for given in (options, changes):

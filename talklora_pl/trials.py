@@ -69,7 +69,7 @@ def prepare_for_packed_rows(model: Any) -> tuple[str, str]:
     Returns:
         what its attention is now called, and why it cannot have packed rows (empty if it can).
     """
-    attention = attention_of(model.config)
+    attention = attention_of(model.config) or "its own attention"
     if attention == "sdpa" and next(model.parameters()).device.type == "cuda":
         model.set_attn_implementation(varlen.NAME)
         if not rows_not_kept_apart(model):

@@ -74,7 +74,10 @@ def load_base(base: BaseModel, device: str | torch.device | None = None, meta: b
         UserError: nothing is there, it cannot be read, it does not do the task, its weights have holes, or its
             tokenizer has tokens that it lacks.
     """
-    return _load(base, device, meta) if meta else shared((repr(base), str(device)), lambda: _load(base, device, meta))
+    if meta:
+        return _load(base, device, meta)
+    model: Any = shared((repr(base), str(device)), lambda: _load(base, device, meta))
+    return model
 
 
 def _load(base: BaseModel, device: str | torch.device | None, meta: bool) -> PreTrainedModel:

@@ -29,19 +29,19 @@ class AttentionModule(CommunicationModule):
         """Queries, keys and values of every head, (T,H,E,d)."""
         T, E, _ = m_TEF.shape
         n_TEF = normalise(m_TEF, self.options.norm)
-        return (
-            nn.functional.linear(n_TEF, self.qkv).view(T, E, 3, self.options.heads, -1).permute(2, 0, 3, 1, 4).unbind()
-        )
+        qkv = nn.functional.linear(n_TEF, self.qkv).view(T, E, 3, self.options.heads, -1)
+        return qkv.permute(2, 0, 3, 1, 4).unbind()
 
     def matrix(self, m_TEF: Tensor | None = None) -> Tensor | None:
         if m_TEF is None:
             return None
         q, k, _ = self.projected(m_TEF)
-        return (q @ k.transpose(-1, -2) * q.shape[-1] ** -0.5).softmax(-1).mean((0, 1))
+        weights: Tensor = (q @ k.transpose(-1, -2) * q.shape[-1] ** -0.5).softmax(-1)
+        return weights.mean((0, 1))
 
     def forward(self, m_TEF: Tensor, x_TD: Tensor) -> Tensor:
         T, E, F = m_TEF.shape
-        heard = nn.functional.scaled_dot_product_attention(*self.projected(m_TEF))
+        heard = nn.functional.scaled_dot_product_attention(*self.projected(m_TEF))  # type: ignore[arg-type] # three tensors
         update_TEF = nn.functional.linear(heard.transpose(1, 2).reshape(T, E, F), self.out)
         return m_TEF + update_TEF if self.options.residual else update_TEF
 

@@ -259,7 +259,7 @@ class Reader:
         """What `datasets` makes of a folder or a name of the hub."""
         import datasets
 
-        source, path = self.source, expand(self.source.path)
+        source, path = self.source, expand(str(self.source.path))
         try:
             if any((self.file / name).is_file() for name in ("state.json", "dataset_dict.json")):
                 return self._saved(datasets.load_from_disk(path))

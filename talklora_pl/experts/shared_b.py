@@ -24,7 +24,7 @@ class SharedBExperts(PrivateA):
         super().__init__(layer)
         self.core = layer.uniform(layer.num_experts, layer.rank, layer.rank, fan_in=layer.rank)
         shape = (layer.kind_experts, layer.rank, layer.out_features)
-        self._shared = unregistered(bank.shared(layer.kind, "B", layer.zeros(*shape)))
+        self.shared = unregistered(bank.shared(layer.kind, "B", layer.zeros(*shape)))
 
     def mix(self, h_TER: Tensor, w_TE: Tensor) -> Tensor:
         z_TES = torch.einsum("ter,esr->tes", h_TER, self.core)
@@ -35,7 +35,7 @@ class SharedBExperts(PrivateA):
 
     def up(self) -> Tensor:
         # on a model spread over devices, B lives on one of them
-        holder: Any = self._shared[0]
+        holder: Any = self.shared[0]
         B_ERO: Tensor = holder.B
         if len(B_ERO) > len(self.A):
             B_ERO = B_ERO[: len(self.A)]

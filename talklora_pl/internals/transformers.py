@@ -67,7 +67,8 @@ def let_trainer_train(model: Any) -> None:
     """
     quantizer = getattr(model, "hf_quantizer", None)
     if quantizer is not None and not quantizer.is_qat_trainable:
-        quantizer.__class__ = _trainable(type(quantizer))
+        kind: Any = type(quantizer)
+        quantizer.__class__ = _trainable(kind)
 
 
 @functools.cache

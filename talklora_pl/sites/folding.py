@@ -26,12 +26,16 @@ _PLAIN = {"fold": frozenset({"forward", "split", "node_features", "mix"}), "rout
 
 def offers(part: Any, method: str) -> bool:
     """Whether ``part`` has the folded ``method``, and nobody changed or watches the plain ones that it stands for."""
-    return not is_watched(part) and _PLAIN[method].isdisjoint(vars(part)) and _class_offers(type(part), method)
+    return not is_watched(part) and _PLAIN[method].isdisjoint(vars(part)) and _class_offers(_kind(part), method)
 
 
 def is_watched(part: Any) -> bool:
     """Whether hooks wait for the forward of a part."""
     return bool(part._forward_hooks or part._forward_pre_hooks or part._backward_hooks or part._backward_pre_hooks)
+
+
+def _kind(part: Any) -> Any:
+    return type(part)
 
 
 @functools.cache
@@ -69,7 +73,8 @@ def scores(experts: Any, communication: Any, router: Any) -> tuple[Tensor | None
 def logits(router: Any, product_TE: Tensor, bias_E: Tensor | None) -> Tensor:
     """logits_TE from the product of x with the score rows; float32 at least."""
     logits_TE = product_TE.to(at_least_float32(product_TE.dtype))
-    return router.scores.heated(logits_TE if bias_E is None else logits_TE + bias_E)
+    heated_TE: Tensor = router.scores.heated(logits_TE if bias_E is None else logits_TE + bias_E)
+    return heated_TE
 
 
 def logits_of(x_TD: Tensor, experts: Any, communication: Any, router: Any) -> Tensor:
@@ -81,7 +86,8 @@ def logits_of(x_TD: Tensor, experts: Any, communication: Any, router: Any) -> Te
 
 def rank_rows(experts: Any) -> Tensor:
     """C A, or A where there is no core."""
-    A_PD, core_ESR = experts.down(), getattr(experts, "core", None)
+    A_PD: Tensor = experts.down()
+    core_ESR = getattr(experts, "core", None)
     if core_ESR is None:
         return A_PD
     return torch.bmm(core_ESR, A_PD.view(len(core_ESR), core_ESR.shape[2], -1)).flatten(0, 1)
@@ -89,7 +95,8 @@ def rank_rows(experts: Any) -> Tensor:
 
 def up_rows(experts: Any) -> Tensor:
     """Cᵀ B, or B where there is no core: for experts whose h is needed as it is."""
-    B_QO, core_ESR = experts.up(), getattr(experts, "core", None)
+    B_QO: Tensor = experts.up()
+    core_ESR = getattr(experts, "core", None)
     if core_ESR is None:
         return B_QO
     with torch.autocast(B_QO.device.type, enabled=False):

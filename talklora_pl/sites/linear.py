@@ -5,7 +5,7 @@ T tokens, D input width, O output width, E experts, R rank per expert, F feature
 
 from __future__ import annotations
 
-from collections.abc import Container
+from collections.abc import Callable, Container
 from typing import Any, NamedTuple
 
 import torch
@@ -67,6 +67,7 @@ class AdaptedLinear(Mixture):
         """Output (..., O) of the adapted layer for input (..., D)."""
         x_TD = x.reshape(-1, x.shape[-1])
         dropout = self.dropout_input if self.training else 0.0
+        rank_space: Callable[[Tensor, Tensor, Matrices, torch.Size], Tensor]
         if self.fold and self._is_uniform():
             rank_space = self._uniform
         elif self.fold and self._folds(x_TD):
@@ -96,27 +97,28 @@ class AdaptedLinear(Mixture):
     def _sources(self) -> list[tuple[dict[str, Any], str]]:
         """Where the tensors are that matrices come from; not these themselves, which may be exchanged."""
         if not self._places:
-            parts: list[Any] = [self, *getattr(self.experts, "_shared", ())]
+            parts: list[Any] = [self, *getattr(self.experts, "shared", ())]
             modules = [m for part in parts for m in part.modules()]
             self._places = [(m._parameters, n) for m in modules for n, p in m._parameters.items() if p is not None]
         return self._places
 
     def _matrices(self, rank_space: Any, dropout: float) -> Matrices:
         experts = self.experts
+        router: Any = self.router if self.decides else None  # whose options are known once it folds
         with torch.autocast(experts.down().device.type, enabled=False):
             if rank_space == self._plain:
                 up_QO = folding.up_rows(experts) if self._only_weighs() else experts.up()
                 return Matrices(experts.down(), up_QO, self.scale)
             m = Matrices(experts.down(), experts.up(), self.scale)
             if rank_space == self._uniform:
-                return m._replace(down_MD=folding.rank_rows(experts), scale=self.scale * self.router.share)
+                return m._replace(down_MD=folding.rank_rows(experts), scale=self.scale * router.share)
             if self._block:
                 return m._replace(down_MD=folding.rank_rows(experts))
-            weight_EP, bias_E = folding.scores(experts, self.communication, self.router)
+            weight_EP, bias_E = folding.scores(experts, self.communication, router)
             if weight_EP is not None:
                 down_MD = folding.rank_and_score_rows(experts, weight_EP)
                 return m._replace(down_MD=down_MD, scores=len(weight_EP), bias_E=bias_E)
-            rank_PD, scores_ED = folding.rank_rows(experts), self.router.scores.weight
+            rank_PD, scores_ED = folding.rank_rows(experts), router.scores.weight
             if dropout > 0:  # the logits are those of x, and h is that of what dropout left of it
                 return m._replace(down_MD=rank_PD, apart_ED=scores_ED)
             return m._replace(down_MD=torch.cat([rank_PD, scores_ED]), scores=len(scores_ED))
@@ -160,7 +162,8 @@ class AdaptedLinear(Mixture):
         else:
             assert m.apart_ED is not None
             h_TP, score_TE = product_TM, F.linear(x_TD, m.apart_ED.to(x_TD.dtype))
-        routing = self.router.route(folding.logits(self.router, score_TE, m.bias_E))
+        router: Any = self.router
+        routing = router.route(folding.logits(router, score_TE, m.bias_E))
         w_TE = self.observed(routing, leading_shape).weights_TE
         return weigh(self.experts.split(h_TP), w_TE).flatten(1)
 

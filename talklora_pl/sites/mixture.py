@@ -153,8 +153,9 @@ class BlockMixture(Mixture):
         x_TD = x.reshape(-1, x.shape[-1])
         with torch.autocast(x_TD.device.type, enabled=False):
             if self._folds(x_TD):
-                logits_TE = folding.logits_of(x_TD, self._experts[0], self.communication, self.router)
-                return self.observed(self.router.route(logits_TE), x.shape[:-1])
+                router: Any = self.router
+                logits_TE = folding.logits_of(x_TD, self._experts[0], self.communication, router)
+                return self.observed(router.route(logits_TE), x.shape[:-1])
             return self.decide(x_TD, self.node_features(x_TD), x.shape[:-1])[0]
 
 

@@ -11,8 +11,10 @@ import json
 import math
 from collections.abc import Iterable
 from dataclasses import dataclass
+from functools import partial
 from html import escape
 from itertools import zip_longest
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -196,7 +198,7 @@ def write(folder: Folder) -> str:
         "index.html": page(folder, rows, [*said, *errors]),
     }
     for name, content in files.items():
-        write_whole(folder.path / name, lambda part, content=content: part.write_text(content, encoding="utf-8"))
+        write_whole(folder.path / name, partial(Path.write_text, data=content, encoding="utf-8"))
     return text
 
 

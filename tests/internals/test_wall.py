@@ -26,7 +26,16 @@ FOREIGN = {
 }
 STABLE = {
     # torch: the same since its first versions, and what every library of its kind rests on
-    *("_apply", "_buffers", "_foreach_copy_", "_foreach_norm", "_forward_hooks", "_forward_pre_hooks"),
+    *(
+        "_apply",
+        "_backward_hooks",
+        "_backward_pre_hooks",
+        "_buffers",
+        "_foreach_copy_",
+        "_foreach_norm",
+        "_forward_hooks",
+        "_forward_pre_hooks",
+    ),
     *("_modules", "_parameters"),
     "_replace",  # of a named tuple, documented
     "_exit",  # of os, documented

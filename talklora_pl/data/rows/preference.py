@@ -32,8 +32,8 @@ class Preference(RowKind):
             answers = [row.text("chosen"), row.text("rejected")] if row.require_answers else []
             if len(set(answers)) == 1:
                 raise BadRow("is the same text as chosen, so neither is preferred", row.column("rejected"))
-            prompt = row.text("prompt", required=True)
-            return Example(prompt=prompt, answers=answers, label=0 if answers else None)
+            text = row.text("prompt", required=True)
+            return Example(prompt=text, answers=answers, label=0 if answers else None)
         prompt = _prompt(row)
         if not row.require_answers:
             return Example(messages=prompt, tools=read_tools(row))
