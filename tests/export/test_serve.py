@@ -1,4 +1,4 @@
-"""Stock servers load an exported folder: ``transformers serve``, asked as by OpenAI clients, and ``transformers chat``."""
+"""Stock servers load an exported folder: ``transformers serve``, asked as OpenAI clients do; ``transformers chat``."""
 
 from __future__ import annotations
 
