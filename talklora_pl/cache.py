@@ -9,8 +9,6 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from lightning.pytorch.utilities import rank_zero_warn
-
 from talklora_pl.durable import folder_beside, put
 
 MARK = "complete.json"  # file -> size, time of writing (ns) and digest; written last, so a folder without it is torn
@@ -57,6 +55,8 @@ def cached_folder(
     if final.is_dir():
         if not (damage := _damage(final, verify)):
             return final
+        from lightning.pytorch.utilities import rank_zero_warn  # slow to import
+
         rank_zero_warn(f"{final}: {damage}; it is made anew.")
     final.parent.mkdir(parents=True, exist_ok=True)
     with folder_beside(final) as work:

@@ -38,16 +38,22 @@ def write_whole(path: Path, write: Callable[[Path], object]) -> None:
         part.unlink(missing_ok=True)
 
 
+_at_work: set[Path] = set()  # of this process, in which two may fill the same folder
+
+
 @contextmanager
 def folder_beside(path: Path) -> Iterator[Path]:
     """An empty folder beside ``path`` to fill; it is removed at the end unless it was renamed."""
-    work = beside(path)
+    names = (path.name, *(f"{path.name}.{i}" for i in range(1, 1000)))
+    work = next(w for w in (beside(path.with_name(name)) for name in names) if w not in _at_work)
+    _at_work.add(work)
     shutil.rmtree(work, ignore_errors=True)  # of a killed process that had this one's id
     work.mkdir()
     try:
         yield work
     finally:
         shutil.rmtree(work, ignore_errors=True)
+        _at_work.discard(work)
 
 
 def put(work: Path, target: Path) -> None:

@@ -54,6 +54,7 @@ from talklora_pl.objectives import Objective, choose
 from talklora_pl.optim import ParamGroup, WarmupSchedule, grouped, try_optimizer, watched
 from talklora_pl.routing import RoutingCollector
 from talklora_pl.sites.left_out import summary
+from talklora_pl.trials import reads_back_only
 from talklora_pl.warm_start import SavedAdapter
 
 
@@ -283,6 +284,8 @@ class FineTuner(AdapterModule):
         # a finder's trials end anywhere
         self._step_sums = {}
         self.adapter.forget_loads()
+        if not self.base.head.classifies:
+            reads_back_only(self.model)  # tried out now, and not amid the first step
 
     def on_fit_start(self) -> None:
         # while all processes are alive: the weights may be sharded

@@ -10,7 +10,6 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from contextvars import ContextVar
 from typing import Any
 
 import torch
@@ -19,22 +18,20 @@ from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
-from talklora_pl.internals.transformers import attention_of
+from talklora_pl.internals.transformers import attention_of, rows_are_packed
 
 NAME = "talklora_varlen"
 """The implementation's name in a model's configuration."""
 
-_packed = ContextVar("packed", default=False)
-
 
 @contextmanager
 def packed(now: bool) -> Iterator[None]:
-    """Inside, a model that has this attention makes no mask."""
-    token = _packed.set(now)
+    """Inside, the batch is known to be packed or not: models need not look, and with this attention make no mask."""
+    token = rows_are_packed.set(now)
     try:
         yield
     finally:
-        _packed.reset(token)
+        rows_are_packed.reset(token)
 
 
 def arguments(model: Any, borders: Tensor, longest: int) -> dict[str, Any]:
@@ -112,7 +109,7 @@ def kernel() -> Callable[..., Tensor]:
 
 
 def _mask(*args: Any, **kwargs: Any) -> Tensor | None:
-    return None if _packed.get() else sdpa_mask(*args, **kwargs)
+    return None if rows_are_packed.get() else sdpa_mask(*args, **kwargs)
 
 
 AttentionInterface.register(NAME, attend)

@@ -12,7 +12,7 @@ from benchmarks.__main__ import BEGIN, END, main
 
 def test_one_section(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     document = tmp_path / "performance.md"
-    document.write_text(f"before\n{BEGIN}\nold\n{END}\nafter\n")
+    document.write_text(f"before\n{BEGIN}\nof before\n{END}\nafter\n")
     options = ["--size", "tiny", "--device", "cpu", "--only", "packing", "evaluation", "--out", str(tmp_path)]
     assert main([*options, "--table", str(document)]) == 0
     rows = json.loads((tmp_path / "results.json").read_text())["rows"]
@@ -21,7 +21,7 @@ def test_one_section(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None
     assert packed["launches"] > 100 and packed["peak"] > 0 and packed["tokens_per_s"] > 0
     assert "not run" in evaluation["note"]
     text = document.read_text()
-    assert "old" not in text and "| packed |" in text and text.startswith("before\n") and text.endswith("after\n")
+    assert "of before" not in text and "| packed |" in text and text.startswith("before\n") and text.endswith("after\n")
     assert (tmp_path / "results.png").stat().st_size > 1000
     assert main(["--from", str(tmp_path / "results.json")]) == 0
     assert "| packed |" in capsys.readouterr().out

@@ -19,7 +19,9 @@ from tests.data.tiny import save_model, tokenizer
 from tests.export.models import train
 from tests.methods.test_configs import config_of
 
-ROWS = re.findall(r"^\|.*\| `(.*)` \|$", (Path(__file__).parents[1] / "docs/deploy.md").read_text(), re.MULTILINE)
+PAGE = (Path(__file__).parents[1] / "docs/deploy.md").read_text()
+# those of the second table: tests/export/test_static.py
+ROWS = re.findall(r"^\|.*\| `(.*)` \|$", PAGE.partition("## Talk to it")[0], re.MULTILINE)
 TOOLS = [row for row in ROWS if row.startswith("python -m talklora_pl")]
 PYTHON = [row for row in ROWS if not row.startswith(("python -m", "transformers"))]
 

@@ -104,7 +104,7 @@ def test_bf16_keeps_the_precision_of_the_whole(small: list[int]) -> None:
         want = loss_and_gradients(model, adapter, rows())
     torch.testing.assert_close(got["loss"], want["loss"])
     for name, value in want.items():
-        torch.testing.assert_close(got[name], value, rtol=2e-2, atol=2e-2 * value.abs().max().item())
+        torch.testing.assert_close(got[name], value, rtol=2e-2, atol=5e-2 * value.abs().max().item())
 
 
 @pytest.mark.parametrize("what", ["head", "embedding", "adapter"])

@@ -282,6 +282,10 @@ class Check:
             right = [self._value(v, items, key, listed=True) for v in (value if isinstance(value, list) else [value])]
             return right if isinstance(value, list) else right[0]
         if isinstance(value, Mapping):
+            if (named := _record_by_name(kinds, self._is_record)) and all(
+                isinstance(v, Mapping) for v in value.values()
+            ):
+                return {name: self._record(v, named, f"{key}.{name}", listed=True) for name, v in value.items()}
             if items is not None and not self.file and "class_path" not in value and self.chosen.get(key):
                 return self._options(value, self.chosen[key][-1], key)  # of the last item
             if records:
@@ -319,6 +323,8 @@ class Check:
         """Neither chosen by name nor with options of its own."""
         if _is_list(kind):
             return all(self._is_plain(item) for item in alternatives(get_args(kind)[0]))
+        if _record_by_name([kind], self._is_record):
+            return False
         return not self._is_record(kind) and not self._classes(kind)[0]
 
     def _classes(self, hint: Any) -> tuple[tuple[type, ...], int]:
@@ -411,6 +417,12 @@ def _refuse_classes(value: Any, kinds: Sequence[Any] = (Any,)) -> None:
 def _is_class(kind: Any) -> bool:
     """Not a type that is written as a plain value, as those of the standard library are."""
     return isinstance(kind, type) and get_origin(kind) is None and kind.__module__ not in sys.stdlib_module_names
+
+
+def _record_by_name(kinds: list[Any], is_record: Callable[[Any], bool]) -> Any:
+    """The class with options of which a mapping by name is taken; None if there is none."""
+    found = (get_args(kind)[1] for kind in kinds if get_origin(kind) is dict)
+    return next((kind for kind in found if is_record(kind)), None)
 
 
 def _is_list(kind: Any) -> bool:

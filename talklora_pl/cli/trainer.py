@@ -69,12 +69,15 @@ class RunPlace:
         """Make the folder and lock it, with those elsewhere. One process does, when all are there."""
         locks: list[tuple[Run, int]] = []
         try:
-            for place in {self.checkpoints, self.adapters} - {None} if self.writes else ():
-                elsewhere = Run(Path(str(place)))
+            places = {self.adapters: "export.dirpath", self.checkpoints: "checkpoint.dirpath"} if self.writes else {}
+            for place, option in places.items():
+                if place is None:
+                    continue
+                elsewhere = Run(Path(place))
                 try:
                     elsewhere.folder.mkdir(parents=True, exist_ok=True)
                 except OSError as e:
-                    raise UserError(f"{place} cannot be made: {e.strerror}.") from None
+                    raise UserError(f"{option}: {place} cannot be made: {e.strerror}.") from None
                 locks.append((elsewhere, elsewhere.lock()))
             self.check()
             new = self.run is None

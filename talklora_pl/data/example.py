@@ -14,23 +14,23 @@ class Example:
         prompt: what the model is asked; the text to classify.
         input: second part of the prompt (of `instruction` rows).
         messages: a conversation instead of a prompt; its last message is the answer, if by the assistant.
-        endings: answers to it as turns of their own, where it has several: of `preference` rows.
         answers: one completion, or all choices; empty where there is none.
         label: index of the right answer, or the class; None where unknown.
         tools: functions that the assistant of a conversation may call.
         variables: what else the chat template is told.
         pair: second text to classify the first with.
+        endings: answers to the conversation as turns of their own, where it has several: of `preference` rows.
     """
 
     prompt: str = ""
     input: str = ""
     messages: list[dict[str, Any]] = field(default_factory=list)
-    endings: list[list[dict[str, Any]]] = field(default_factory=list)
     answers: list[str] = field(default_factory=list)
     label: int | None = None
     tools: list[Any] | None = None
     variables: dict[str, Any] = field(default_factory=dict)
     pair: str = ""
+    endings: list[list[dict[str, Any]]] = field(default_factory=list)
 
 
 @dataclass

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import functools
+from contextvars import ContextVar
 from types import MethodType
 from typing import Any
 
+import torch
 from torch import Tensor, nn
+from transformers import masking_utils
 
 
 def attention_of(config: Any) -> str | None:
@@ -106,3 +109,21 @@ def encodes_by_backend(tokenizer: Any) -> bool:
         and kind._encode_plus is PreTrainedTokenizerFast._encode_plus
         and kind.__call__ is PreTrainedTokenizerBase.__call__
     )
+
+
+rows_are_packed: ContextVar[bool | None] = ContextVar("rows_are_packed", default=None)
+"""Whether the batch at hand is packed; None: nobody knows, and transformers looks at its positions."""
+
+_look = masking_utils.find_packed_sequence_indices
+
+
+def _find_packed_sequence_indices(position_ids: Tensor) -> Tensor | None:
+    known = None if torch.compiler.is_compiling() else rows_are_packed.get()
+    if known is None:
+        return _look(position_ids)
+    return (position_ids.diff(prepend=position_ids[:, :1] - 1) != 1).cumsum(-1) if known else None
+
+
+# Without a mask every forward pass looks whether positions begin anew, and waits for the device's answer; there is no
+# argument that says so.
+masking_utils.find_packed_sequence_indices = _find_packed_sequence_indices

@@ -310,7 +310,6 @@ def test_targets_by_name_regex_all_linear_exclude_and_layers() -> None:
         ({"layers": "5-"}, ["match nothing", "'5-'"]),
         ({"layers": "a-b"}, ["cannot read", "0-15"]),
         ({"rank": 6}, ["rank 6 is not divisible by num_experts 4"]),
-        ({"rank": None}, ["either rank", "expert_rank"]),
         ({"num_experts": 0}, ["num_experts must be at least 1"]),
         ({"dropout_input": 1.5}, ["dropout_input must be in [0, 1)"]),
         ({"modules_to_save": ["score"]}, ["no module 'score'", "lm_head"]),

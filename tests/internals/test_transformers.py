@@ -88,3 +88,23 @@ def test_a_module_of_another_class_keeps_its_hook() -> None:
     assert torch.equal(module(torch.ones(2)), before)  # the hook still calls the old one
     internals.renew_accelerate_hook(module)
     assert torch.equal(module(torch.ones(2)), 2 * before)
+
+
+def test_known_rows_are_not_looked_for_and_make_the_same_mask() -> None:
+    """A Llama without a mask: alone it looks at the positions; told what the rows are, it computes the same."""
+    from talklora_pl.internals.transformers import rows_are_packed
+
+    model = LlamaForCausalLM(
+        LlamaConfig(hidden_size=8, intermediate_size=8, num_hidden_layers=1, vocab_size=9, num_attention_heads=2)
+    ).eval()
+    ids = torch.arange(6).unsqueeze(0)
+    for positions, packed in (([0, 1, 2, 0, 1, 2], True), ([0, 1, 2, 3, 4, 5], False)):
+        inputs = {"input_ids": ids, "position_ids": torch.tensor([positions])}
+        looked = model(**inputs).logits
+        token = rows_are_packed.set(packed)
+        try:
+            told = model(**inputs).logits
+        finally:
+            rows_are_packed.reset(token)
+        assert torch.equal(looked, told)
+    assert not torch.equal(looked, model(ids, position_ids=torch.tensor([[0, 1, 2, 0, 1, 2]])).logits)
