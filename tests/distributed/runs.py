@@ -219,9 +219,12 @@ def distance(one: Path, other: Path) -> float:
     return max(float((x.double() - y.double()).abs().max()) for x, y in pairs if x.numel())
 
 
-def curves(folder: Path) -> dict[str, list[tuple[int, float]]]:
-    """Every metric's logged values, (step, value), over all event files of a folder in the order of steps; without what
-    depends on the machine and on how steps are cut into batches."""
+def curves(folder: Path, costs: bool = False) -> dict[str, list[tuple[int, float]]]:
+    """Every metric's logged values, (step, value), over all event files of a folder in the order of steps.
+
+    Args:
+        costs: also what depends on the machine and on how steps are cut into batches.
+    """
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
     found: dict[str, dict[int, float]] = {}
@@ -230,4 +233,4 @@ def curves(folder: Path) -> dict[str, list[tuple[int, float]]]:
         events.Reload()
         for name in events.Tags()["scalars"]:
             found.setdefault(name, {}).update({e.step: e.value for e in events.Scalars(name)})
-    return {name: sorted(values.items()) for name, values in found.items() if not name.startswith("cost/")}
+    return {name: sorted(values.items()) for name, values in found.items() if costs or not name.startswith("cost/")}

@@ -18,7 +18,7 @@ PACKED = (*PACKED, "--model.adapter.balance", "[]", "--trainer.max_steps", "6", 
 def test_packed_layouts_equal_one(config: Path, tmp_path: Path) -> None:
     """Two micro-batches a step, one after the other or at the same time; both end an epoch, one with a filler."""
     one = fit(config, tmp_path / "one", *PACKED, "--trainer.accumulate_grad_batches", "2")
-    assert {share for _, share in curves(tmp_path / "one")["cost/pad_share"]} == {0.0}
+    assert {share for _, share in curves(tmp_path / "one", costs=True)["cost/pad_share"]} == {0.0}
     for strategy in ("ddp", "fsdp"):
         two = fit(config, tmp_path / strategy, *PACKED, "--trainer.strategy", strategy, ranks=2)
         assert distance(two, one) < 1e-11, strategy
