@@ -177,7 +177,8 @@ def load_adapter(
     switch = adapter_set(model).switch
     for parameter, key in base_keys.items():
         switch.add_value(model, parameter, name, tensors[key])
-        model.get_parameter(parameter).requires_grad_(trainable)
+    for parameter, p in base_parameters(model).items():  # modules_to_save may name what the file has nothing of
+        p.requires_grad_(trainable and parameter in base_keys)
     return adapter
 
 
