@@ -71,6 +71,8 @@ def fit(
             f"fit: base is a {type(base).__name__} that is loaded already. Give {name!r}: a run writes down where its "
             "base is, and reads it anew. A loaded model is trained by inject and a loop of yours, see docs/python.md."
         )
+    if not isinstance(base, str | os.PathLike | BaseModel | Mapping):
+        raise UserError(f"fit: base is a {type(base).__name__}. Give a hub name, a folder or a BaseModel.")
     argv = [f"--config={name}" for name in ([config] if isinstance(config, str) else config)]
     first: dict[str, Any] = {}
     if isinstance(method, str):
@@ -134,7 +136,11 @@ def _options(given: Mapping[str, Any], objects: dict[str, Any]) -> Iterator[Opti
 
 def _rows(value: Any, key: str, objects: dict[str, Any]) -> Any:
     """Sources as a config has them, with the words for rows in the place of rows."""
-    if isinstance(value, list | tuple) and not any(isinstance(entry, Mapping) for entry in value):
+    if isinstance(value, Mapping) and value and all(map(_is_source, value.values())):  # by name
+        return {name: _rows(entry, f"{key}.{name}", objects) for name, entry in value.items()}
+    if _is_source(value) and isinstance(value, Mapping):
+        value = Source(**value)
+    if isinstance(value, list | tuple) and all(_is_source(e) or not isinstance(e, Mapping) for e in value):
         return [_rows(entry, f"{key}.{i}", objects) for i, entry in enumerate(value)]
     if isinstance(value, Source):
         if isinstance(value.path, RowsInPython):
@@ -144,6 +150,12 @@ def _rows(value: Any, key: str, objects: dict[str, Any]) -> Any:
     if isinstance(value, RowsInPython):
         objects[key] = value
     return value
+
+
+def _is_source(value: Any) -> bool:
+    """Whether it is a source, or its options as a config has them: no row has these fields and no others."""
+    options = {field.name for field in fields(Source)}
+    return isinstance(value, Source) or (isinstance(value, Mapping) and "path" in value and value.keys() <= options)
 
 
 def _of_trainer(value: Any, key: str, objects: dict[str, Any]) -> Any:
@@ -311,7 +323,7 @@ class Trained:
         rows = [{field: [{"role": "user", "content": t}] if field == "messages" else t} for t in several]
         kind = "completion" if like.rows == "text" else like.rows
         source = Source(rows, rows=kind, format=like.format)
-        answers = [record["text"] for record in self.predict(source, max_new_tokens)]
+        answers = [record.get("text", "") for record in self.predict(source, max_new_tokens)]
         return answers[0] if isinstance(texts, str) else answers
 
     def save(self, folder: str | os.PathLike[str]) -> Path:

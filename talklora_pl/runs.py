@@ -218,7 +218,7 @@ def to_go_on(root: str | os.PathLike[str], name: str = "last", job: str | None =
     waiting = [r for r in runs if r not in ended and not r.live()]
     for several in (waiting, [r for r in runs if r not in ended], ended):
         if len(several) > 1:
-            lines = "\n".join(f"  {r.name}: {r.record.get('method', '')} {r.state}".rstrip() for r in several)
+            lines = "\n".join(f"  {r.name}: " + f"{r.record.get('method') or ''} {r.state}".strip() for r in several)
             raise UserError(f"--ckpt_path {name} could mean several runs in {root}:\n{lines}\nSay --run_name NAME.")
         if several:
             several[0].refuse_live()

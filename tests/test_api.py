@@ -131,7 +131,7 @@ def test_objects_as_options(base: str, here: Path) -> None:
     adapter = talklora_pl.method("lora", num_experts=2, router=TopK(k=1), rank=4)
     run = fit(
         BaseModel(base, dtype="float32"),
-        [Source(ROWS[:4], task="a"), Source(ROWS[4:], task="b")],
+        [{"path": ROWS[:4], "task": "a"}, Source(ROWS[4:], task="b")],
         method=adapter,
         seed_everything=7,
         trainer={"callbacks": [steps, "LearningRateMonitor"], "logger": logger},
@@ -144,6 +144,16 @@ def test_objects_as_options(base: str, here: Path) -> None:
     config = yaml.safe_load((run.folder / "config.yaml").read_text())
     assert config["seed_everything"] == 7 and config["model"]["optimizer"]["init_args"]["lr"] == 0.5
     assert [source["path"] for source in config["data"]["train"]] == ["4 rows in Python", "4 rows in Python"]
+
+
+def test_sources_as_a_config_has_them(base: str, here: Path) -> None:
+    (here / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in ROWS))
+    listed = [{"path": "rows.jsonl", "task": "a", "weight": 3}, {"path": "rows.jsonl", "task": "b", "weight": 1}]
+    named = {"a": {"path": "rows.jsonl", "weight": 3}, "b": Source("rows.jsonl", weight=1)}
+    runs = [fit(base, train) for train in (listed, named)]
+    assert runs[0].scores == runs[1].scores and runs[0].generate("2 and", 0) == ""
+    assert [run.run.datamodule.tasks for run in runs] == [["a", "b"]] * 2
+    assert [s.weight for s in runs[1].run.datamodule.sources["train"]] == [3, 1]
 
 
 def test_an_interrupt_saves_and_the_next_fit_goes_on(base: str) -> None:
@@ -172,6 +182,8 @@ def test_a_mistake_is_one_user_error(base: str, llama: Any) -> None:
         ({"config": "recipe/nothing"}, "no file 'recipe/nothing'"),
         ({"model": {"optimizer": lambda p: None}}, "model.optimizer: a function cannot be written into a config"),
         ({"rows": 3}, "int is not what data can be"),
+        ({"rows": "8 rows in Python"}, "only names: give them again"),
+        ({"run_name": ""}, "--run_name: '' is not the name of a folder"),
         ({"rows": [{"promt": "a"}]}, "promt"),
         ({"model": {"adapter.num_experts": 5}}, "rank 32 is not divisible"),
     ):
@@ -179,6 +191,11 @@ def test_a_mistake_is_one_user_error(base: str, llama: Any) -> None:
             fit(base, **wrong)
     with pytest.raises(UserError, match="a LlamaForCausalLM that is loaded already"):
         fit(llama)
+    with pytest.raises(UserError, match="base is a NoneType"):
+        fit(None)
+    for parts in ({"router": "top_k"}, {"balance": "switch"}, {"balance": ["switch"]}, {"experts": None}):
+        with pytest.raises(UserError, match=f"adapter: {next(iter(parts))} must be"):
+            AdapterConfig(**parts)
     assert [str(p) for p in Path("runs").rglob("*")] == []
 
 

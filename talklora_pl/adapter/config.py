@@ -91,6 +91,10 @@ class AdapterConfig:
     init_noise: float | None = None
 
     def __post_init__(self) -> None:
+        """Raises: UserError for a part that is no component."""
+        parts = {key: getattr(self, key) for key in (*FAMILIES, "balance")}
+        if wrong := typed.problems(AdapterConfig, parts):
+            raise UserError(f"adapter: {'; '.join(wrong)}. Parts by name: talklora_pl.method, for instance.")
         if self.compat == "published":
             self.dropout_input = self.dropout_routing = self.dropout_output = 0.05
 

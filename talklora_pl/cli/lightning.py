@@ -176,7 +176,7 @@ class CLI(LightningCLI):
                 raise self._refusal() from None
             raise self._refusal(*self._check(built.model, built.data))
         root, name = Path(config.trainer.default_root_dir or RUNS), config.run_name
-        if name is not None and (Path(name).name != name or name.startswith(".")):
+        if name is not None and (not name or Path(name).name != name or name.startswith(".")):
             raise UserError(f"--run_name: {name!r} is not the name of a folder in {root}.")
         dirpath, fits = config.checkpoint.dirpath, self.verb == "fit"
         trained = config.model.adapter_path is not None

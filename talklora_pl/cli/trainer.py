@@ -304,5 +304,7 @@ def _run(trainer: Trainer) -> Run:
 
 def _data(train: Any) -> str:
     """What is trained on, in a few words."""
+    if isinstance(train, Mapping) and "path" not in train:  # sources by name
+        train = list(train.values())
     entries = train if isinstance(train, list) else [train]
     return ", ".join(str(getattr(e, "path", None) or (e["path"] if isinstance(e, Mapping) else e)) for e in entries)

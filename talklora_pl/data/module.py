@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import warnings
 from collections.abc import Mapping
 from dataclasses import replace
@@ -72,8 +73,8 @@ class TextData(L.LightningDataModule):
         on_bad_row: stop at rows that are wrong, or leave them out and list them in `bad_row_report`.
         bad_row_report: JSON Lines file for them.
         temperature: of training data from several sources, whose shares of an epoch are their numbers of rows to the
-            power of one over it: 1 leaves them as they are, more lets small ones have more. (Or see `weight` of a
-            source.)
+            power of one over it: 1 leaves them as they are, more lets small ones have more; at least 0.1. (Or see
+            `weight` of a source.)
         on_leak: what to do about training rows that stand in validation or test data too: say it, `drop` them from the
             training data, or stop.
         streaming: read the training data while they are trained on, for what is larger than the disk; see "More than
@@ -372,12 +373,12 @@ class TextData(L.LightningDataModule):
             out.append("weight: only sources of data.train have a share of an epoch.")
         if given and len(given) < len(weights):
             out.append("data.train: give all sources a weight, or none.")
-        if any(weight <= 0 for weight in given):
-            out.append("data.train: a weight is more than 0.")
+        if any(not 0 < weight < math.inf for weight in given):
+            out.append("data.train: a weight is a number of more than 0.")
         if given and self.temperature is not None:
             out.append("data.temperature: the sources have weights already.")
-        if self.temperature is not None and self.temperature <= 0:
-            out.append(f"data.temperature: {self.temperature} is not more than 0.")
+        if self.temperature is not None and not self.temperature >= 0.1:  # below, powers of the numbers are infinite
+            out.append(f"data.temperature: {self.temperature} is less than 0.1.")
         if (given or self.temperature is not None) and self.max_tokens is not None:
             out.append("data.max_tokens: batches by tokens cannot have shares of sources (weight, temperature) yet.")
         return out

@@ -128,6 +128,8 @@ def check_path(source: Source) -> Path:
     path = Path(expand(str(source.path)))
     if isinstance(source.path, RowsInPython):
         return path
+    if str(source.path).endswith(" in Python") and not path.exists():
+        raise UserError(f"{source.path}, which a config only names: give them again, to talklora_pl.fit.")
     kind, packed = file_type(path)
     if path.is_file() and (kind not in FILE_TYPES or (packed and kind == ".parquet")):
         raise UserError(

@@ -80,6 +80,13 @@ class Cursor:
             "(processes x data.num_workers)."
         )
 
+    def take_of_one_turn(self, count: int) -> Iterator[tuple[int, tuple[str, Any]]]:
+        """Up to `count` rows, at least one, and none of the turn after."""
+        yield self.take()
+        for row in islice(self._iter, count - 1):
+            self.done += 1
+            yield self.reader + (self.done - 1) * self.readers, row
+
 
 class Table:
     """Rows in memory, asked as a ``datasets.Dataset`` is."""
@@ -141,8 +148,11 @@ class Stream(IterableDataset[Any]):
         for block in range(place["block"], 1 << 62):
             here = {"block": block, "sources": [cursor.state() for cursor in cursors]}
             random = np.random.default_rng((recipe.seed, block, reader, 3))
-            of = random.choice(len(weights), size=recipe.buffer, p=np.array(weights) / sum(weights))
+            size = recipe.buffer if len(cursors) > 1 else 0
+            of = random.choice(len(weights), size=size, p=np.array(weights) / sum(weights))
             rows: list[dict[str, Any]] = []
+            if len(cursors) == 1:  # without shares to keep, no row comes again before all others
+                rows += self._prepared(self.works[0], list(cursors[0].take_of_one_turn(recipe.buffer)))
             for work, cursor, count in zip(self.works, cursors, np.bincount(of, minlength=len(weights)).tolist()):
                 rows += self._prepared(work, [cursor.take() for _ in range(count)])
             if not rows:

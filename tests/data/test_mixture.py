@@ -45,6 +45,7 @@ def test_temperature_evens_out() -> None:
     assert shares([900, 100], None, 1).tolist() == [0.9, 0.1]
     assert shares([900, 100], None, 2).tolist() == [0.75, 0.25]
     assert abs(shares([900, 100], None, 1e9) - 0.5).max() < 1e-6
+    assert np.isfinite(shares([10**12, 1], None, 0.1)).all()
 
 
 def test_an_epoch_has_the_shares_and_no_row_more_than_once_oftener_than_another() -> None:
@@ -89,9 +90,12 @@ def test_weights_of_sources(base: BaseModel, jsonl: Jsonl, caplog: pytest.LogCap
     ("options", "said"),
     [
         ({"weights": [1, None]}, "all sources a weight, or none"),
-        ({"weights": [1, 0]}, "a weight is more than 0"),
+        ({"weights": [1, 0]}, "a weight is a number of more than 0"),
+        ({"weights": [1, float("nan")]}, "a weight is a number of more than 0"),
+        ({"weights": [1, float("inf")]}, "a weight is a number of more than 0"),
         ({"weights": [1, 1], "temperature": 2}, "have weights already"),
-        ({"temperature": 0}, "not more than 0"),
+        ({"temperature": 0}, "0 is less than 0.1"),
+        ({"temperature": 1e-4}, "0.0001 is less than 0.1"),
     ],
 )
 def test_wrong_shares(base: BaseModel, jsonl: Jsonl, options: dict[str, Any], said: str) -> None:

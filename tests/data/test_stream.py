@@ -45,9 +45,12 @@ def of_rank(data: TextData, rank: int, world: int, n: int) -> list[str]:
     return [name for batch, *_ in islice(own, n) for name in batch["id"]]
 
 
-def test_every_row_once_in_a_pass_in_an_order_of_the_seed(base: BaseModel, jsonl: Jsonl) -> None:
+@pytest.mark.parametrize("buffer", [6, 16, 24, 10**9])
+def test_every_row_once_in_a_pass_in_an_order_of_the_seed(base: BaseModel, jsonl: Jsonl, buffer: int) -> None:
     path = jsonl(rows(24))
-    seen, again, other = (ids(module(base, path, seed=seed).train_dataloader(), 24) for seed in (0, 0, 1))
+    seen, again, other = (
+        ids(module(base, path, seed=seed, shuffle_buffer=buffer).train_dataloader(), 24) for seed in (0, 0, 1)
+    )
     assert seen == again != other
     for turn in (seen[:12], seen[12:]):
         assert Counter(chain.from_iterable(turn)) == Counter(f"r{i}" for i in range(24))

@@ -87,6 +87,20 @@ def test_weights_on_the_page_are_the_models(case: tuple[str, str, str], tmp_path
         torch.testing.assert_close(torch.tensor(weights) / 1000, r.routing.weights_TE, atol=6e-3, rtol=0)
 
 
+@pytest.mark.parametrize("which", [0, 4, 9])
+def test_page_opens_on_the_layer_whose_load_is_least_even(base: BaseModel, tmp_path: Path, which: int) -> None:
+    model = load_base(base)
+    adapter = inject(model, AdapterConfig(rank=8))
+    layers = list(adapter.routed_layers())
+    for name, p in adapter.named_parameters():
+        if "router" in name:  # even everywhere, but in one layer sharper than the initialisation makes it
+            p.data.mul_(8 if f".{layers[which]}.router" in name else 0)
+    saved, page = save_adapter(model, tmp_path / "adapter"), tmp_path / "page.html"
+    assert main(["inspect", str(saved), "--base", base.path, "--text", "hello", "--output", str(page)]) == 0
+    (opened,) = re.findall(r"<option value=(\d+) selected", page.read_text())
+    assert int(opened) == which
+
+
 def test_loads_counted_by_hand_as_the_docs_do(
     base: BaseModel, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
