@@ -178,3 +178,9 @@ def test_in_a_fresh_process(tmp_path: Path) -> None:
     with torch.no_grad():
         wanted = model(torch.tensor([[3, 4, 5]])).logits.double().sum().item()
     assert float(done.stdout) == pytest.approx(wanted, rel=1e-6)
+
+
+def test_without_peft_it_says_what_to_install() -> None:
+    code = "import sys; sys.modules['peft'] = None; import talklora_pl.peft"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert "ImportError: talklora_pl.peft needs the package peft: pip install 'talklora-pl[peft]'." in done.stderr
