@@ -153,7 +153,8 @@ class FineTuner(AdapterModule):
         if self.start:
             self.start.load(self.model, self.device)
             self.start.check_base(self.model)
-        self.objective.after_adapter(self.model, warm_start=self.start is not None)
+        warm_start = self.start is not None or bool(self.adapter_config.init_from)
+        self.objective.after_adapter(self.model, warm_start)
         checkpoint_layers(self.model, self.gradient_checkpointing)
         if self.compile_mode == "model":
             self.model.compile()

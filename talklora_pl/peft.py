@@ -14,7 +14,10 @@ from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from typing import Any
 
-from peft import PeftConfig, PeftType
+try:
+    from peft import PeftConfig, PeftType
+except ModuleNotFoundError as e:
+    raise ImportError("talklora_pl.peft needs the package peft: pip install 'talklora-pl[peft]'.") from e
 from torch import Tensor, nn
 
 from talklora_pl.adapter.config import AdapterConfig

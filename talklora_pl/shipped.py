@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -40,7 +41,7 @@ def method(name: str = "talklora", **changes: Any) -> AdapterConfig:
     """
     import yaml
 
-    from talklora_pl.adapter.config import FAMILIES, AdapterConfig
+    from talklora_pl.adapter.config import FAMILIES, START, AdapterConfig
     from talklora_pl.registry import Component, did_you_mean, to_dict
 
     if name not in methods():
@@ -68,4 +69,5 @@ def method(name: str = "talklora", **changes: Any) -> AdapterConfig:
             elif key == "balance" and isinstance(value, list):
                 value = [part(item, {}) for item in value]
             found[key] = value
-    return AdapterConfig.from_dict(found)
+    start = {key: found.pop(key) for key in START & found.keys()}  # no file has them, so from_dict does not know them
+    return replace(AdapterConfig.from_dict(found), **start)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import subprocess
 import sys
@@ -178,3 +179,24 @@ def test_in_a_fresh_process(tmp_path: Path) -> None:
     with torch.no_grad():
         wanted = model(torch.tensor([[3, 4, 5]])).logits.double().sum().item()
     assert float(done.stdout) == pytest.approx(wanted, rel=1e-6)
+
+
+def test_without_peft_it_says_what_to_install() -> None:
+    code = "import sys; sys.modules['peft'] = None; import talklora_pl.peft"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert "ImportError: talklora_pl.peft needs the package peft: pip install 'talklora-pl[peft]'." in done.stderr
+
+
+def test_whoever_turns_off_dropout_modules_turns_off_ours() -> None:
+    """TRL's DPOTrainer does so, that policy and reference differ by what was learned alone."""
+    model = randomise(fresh(dropout_input=0.5, dropout_routing=0.5, dropout_output=0.5))
+    wanted = logits(model)
+    model.train()
+    assert not torch.allclose(logits(model), wanted)
+    for module in model.modules():
+        if isinstance(module, torch.nn.Dropout):
+            module.p = 0
+    torch.testing.assert_close(logits(model), wanted)
+    copied = copy.deepcopy(fresh(dropout_input=0.5)).get_base_model().talklora["default"]
+    copied.dropouts.p = 0.25
+    assert {m.dropout_input for m in copied.layers.modules() if hasattr(m, "dropout_input")} == {0.25}

@@ -47,7 +47,7 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> BaseModel:
 
 def peft_model(base: BaseModel, method: str, trained: bool = False) -> Any:
     torch.manual_seed(0)
-    options = {"expert_rank": 2, "dropout_input": 0.0}
+    options = {"expert_rank": 2, "dropout_input": 0.3 if trained else 0.0}  # which TRL turns off for DPO
     if method == "mola":
         options["balance"] = [{"name": "switch", "weight": 0.5}]
     model = peft.get_peft_model(load_base(base), bridge.TalkLoraConfig(method=method, options=options))

@@ -189,7 +189,10 @@ def peft_folder(base: Path, folder: Path, **options: Any) -> Any:
     return model.eval()
 
 
-@pytest.mark.parametrize("options", [{}, {"target_modules": r".*layers\.0\..*(q_proj|up_proj)"}, {"lora_dropout": 0.3}])
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"target_modules": r".*layers\.0\..*(q_proj|up_proj)"}, {"lora_dropout": 0.3}, {"use_rslora": True}],
+)
 def test_peft_lora_computes_the_same(folder: Path, tmp_path: Path, options: dict[str, Any]) -> None:
     theirs = peft_folder(folder / "base", tmp_path / "peft", **options)
     tuner = FineTuner(BaseModel(str(folder / "base"), dtype="float32"), adapter_path=str(tmp_path / "peft"))
@@ -205,7 +208,7 @@ def test_peft_lora_computes_the_same(folder: Path, tmp_path: Path, options: dict
         key = name.replace("layers.", "base_model.model.", 1).replace("experts.", "lora_") + ".weight"
         assert torch.equal(tensor[0] if name.endswith("A") else tensor[0].t(), saved[key]), name
     assert tuner.adapter_config.dropout_input == options.get("lora_dropout", 0.0)
-    assert tuner.adapter.config.scale() == 3.0
+    assert tuner.adapter.config.scale() == (6.0 if options.get("use_rslora") else 3.0)
 
 
 def test_peft_lora_trains_and_must_agree(folder: Path, tmp_path: Path, capsys: Any) -> None:
@@ -223,7 +226,6 @@ def test_peft_lora_trains_and_must_agree(folder: Path, tmp_path: Path, capsys: A
 @pytest.mark.parametrize(
     ("options", "named"),
     [
-        ({"use_rslora": True}, "use_rslora"),
         ({"use_dora": True}, "use_dora"),
         ({"bias": "all"}, "bias: 'all'"),
         ({"rank_pattern": {"down_proj": 2}}, "unequal (rank, alpha)"),

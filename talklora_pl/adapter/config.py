@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import asdict, dataclass, field, fields, replace
 from typing import Any, Literal
 
@@ -137,6 +138,8 @@ class AdapterConfig:
             out.append(
                 f"init_weights has {len(self.init_weights)} numbers for {len(self.init_from)} folders of init_from"
             )
+        if self.init_weights is not None and not all(map(math.isfinite, self.init_weights)):
+            out.append(f"init_weights must be numbers, got {self.init_weights}")
         if self.init_noise is not None and len(self.init_from) != 1:
             out.append("init_noise is for the copies of a single folder of init_from; several are told apart already")
         if self.init_noise is not None and self.init_noise <= 0:

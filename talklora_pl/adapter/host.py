@@ -292,6 +292,11 @@ def _before_forward(model: nn.Module, args: Any, kwargs: dict[str, Any]) -> tupl
     if "adapter_names" not in kwargs:
         return None
     if names is not None:
+        inputs = next(
+            (x for x in (*args[:1], kwargs.get("input_ids"), kwargs.get("inputs_embeds")) if x is not None), None
+        )
+        if inputs is not None and len(names) != len(inputs):  # a multiple of them may be beams, but not here
+            raise UserError(f"adapter_names: {len(names)} names do not fit a batch with {len(inputs)} rows.")
         rows = ExitStack()
         rows.enter_context(adapter_rows(model, names))
         switch.calls.append((switch.running[get_ident()], rows))

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from talklora_pl import registry
 from talklora_pl.adapter.allocation import decide
 from talklora_pl.adapter.config import AdapterConfig
+from talklora_pl.adapter.dropouts import Dropouts
 from talklora_pl.adapter.host import Adapted, AdapterSet, attach, check_attachable, check_no_peft, detach, get_adapter
 from talklora_pl.adapter.upcycle import Upcycled
 from talklora_pl.balance import Balance, balance_losses
@@ -58,6 +59,7 @@ class Adapter(nn.Module):
         self.bank = Bank()
         self.layers = nn.Module()
         self.balance = nn.ModuleDict()
+        self.dropouts = Dropouts(self.layers)
 
     def count_loads(self, records: Iterable[RoutingRecord]) -> None:
         """Add one training micro-step to the loads of routers that balance themselves."""

@@ -5,6 +5,7 @@ R rank, D input width, O output width.
 
 from __future__ import annotations
 
+import math
 import re
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,7 +28,7 @@ TENSORS = "adapter_model.safetensors"
 
 # what is read here, or has no effect once an adapter is trained
 READ = {"r", "lora_alpha", "lora_dropout", "rank_pattern", "alpha_pattern", "bias", "modules_to_save"}
-READ |= {"base_model_name_or_path", "revision", "task_type", "peft_type", "init_lora_weights"}
+READ |= {"base_model_name_or_path", "revision", "task_type", "peft_type", "init_lora_weights", "use_rslora"}
 WITHOUT_EFFECT = {"auto_mapping", "inference_mode", "peft_version", "fan_in_fan_out", "qalora_group_size"}
 WITHOUT_EFFECT |= {"eva_config", "megatron_core", "runtime_config", "ensure_weight_tying", "low_cpu_mem_usage"}
 # the tensors tell which modules are adapted
@@ -49,7 +50,7 @@ class PeftLoRA:
     Attributes:
         options: ``adapter_config.json``.
         pairs: (A_RD, B_RO) in float32 by module.
-        scales: alpha / rank, by module.
+        scales: alpha / rank, by module; alpha / √rank under rsLoRA (arXiv 2312.03732).
         saved: tensors of the base that were trained along, by name.
     """
 
@@ -148,7 +149,8 @@ def _not_plain(options: dict[str, Any]) -> list[str]:
 
 
 def _scales(where: str, options: dict[str, Any], ranks: dict[str, int]) -> dict[str, float]:
-    """alpha / rank of every layer. A pattern of PEFT is a regular expression; only plain names are taken."""
+    """alpha / rank (alpha / √rank under rsLoRA) of every layer. A pattern of PEFT is a regular expression; only plain
+    names are taken."""
     r, alpha = options.get("r"), options.get("lora_alpha")
     patterns = [options.get(key) or {} for key in ("rank_pattern", "alpha_pattern")]
     numbers = [r, alpha, *(v for p in patterns for v in p.values())]
@@ -163,5 +165,5 @@ def _scales(where: str, options: dict[str, Any], ranks: dict[str, int]) -> dict[
         expected = own[0] or r
         if rank != expected:
             raise UserError(f"{where}: {short(name)} has rank {rank}, and {CONFIG} says {expected}.")
-        sizes[name] = float(own[1] or alpha or 0) / rank
+        sizes[name] = float(own[1] or alpha or 0) / (math.sqrt(rank) if options.get("use_rslora") else rank)
     return sizes

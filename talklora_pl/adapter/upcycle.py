@@ -11,6 +11,7 @@ zero over the experts, so that their mean is the adapter and yet no two are equa
 from __future__ import annotations
 
 import zlib
+from collections import Counter
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
@@ -22,6 +23,7 @@ from talklora_pl.adapter.files import short
 from talklora_pl.adapter.hub import local_folder
 from talklora_pl.adapter.peft_folder import PeftLoRA, is_peft, read_lora
 from talklora_pl.allocation.rules import UniformAllocation
+from talklora_pl.base import portable
 from talklora_pl.errors import UserError
 from talklora_pl.experts.lora import PrivateExperts
 
@@ -152,7 +154,7 @@ def say_what_is_taken(upcycled: Upcycled, config: AdapterConfig, base: str) -> N
     rank_zero_info(upcycled.describe(config))
     for folder, lora in zip(upcycled.folders, upcycled.adapters):
         named = lora.options.get("base_model_name_or_path")
-        if isinstance(named, str) and named and base and named != base:
+        if isinstance(named, str) and named and base and portable(named) != portable(base):
             rank_zero_warn(
                 f"model.adapter.init_from: {folder} says that its base is {short(named)}, and this run's is {base}. "
                 "If these are not the same weights, the adapter does not belong here."
@@ -162,6 +164,8 @@ def say_what_is_taken(upcycled: Upcycled, config: AdapterConfig, base: str) -> N
 def _problems(config: AdapterConfig) -> list[str]:
     """Options that do not go with adapters to begin from."""
     out = []
+    if twice := [name for name, n in Counter(config.init_from).items() if n > 1]:
+        out.append(f"{twice[0]} is named twice: equal experts would stay equal.")
     if config.experts.name not in KINDS:
         out.append(
             f"experts {config.experts.name!r} share tensors or adapt whole blocks, and the adapters that are read have "

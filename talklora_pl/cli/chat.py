@@ -257,6 +257,8 @@ class Streamer(TextStreamer):
 
     def legend(self) -> Text:
         """Which colour is whose, and how many tokens each had."""
+        if len(self.ids) < 2 and not self.counts:
+            return Text("(too short an answer for a token's routing to be known)", style="dim")
         if not self.counts:
             return Text("(no token of it was routed: every layer has one expert)", style="dim")
         out = Text("strongest expert: ", style="dim")

@@ -105,7 +105,8 @@ class Objective(registry.Component):
 
         Args:
             model: with its adapter on.
-            warm_start: the adapter was trained before; else it is fresh, and the model computes what the base does.
+            warm_start: the adapter was trained before, or begins as adapters that were; else it is fresh, and the model
+                computes what the base does.
         """
 
     def modules_to_save(self, model: Any) -> Sequence[str]:

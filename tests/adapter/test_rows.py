@@ -94,6 +94,9 @@ def test_what_cannot_be_of_some_rows_is_refused() -> None:
     model = model_with(["talklora"] * 2)
     with pytest.raises(UserError, match="no adapter 'four'"):
         model(IDS, adapter_names=["four"] * 5)
+    for names in ([], ["one"]):
+        with pytest.raises(UserError, match=f"{len(names)} names do not fit a batch with 5 rows"):
+            model(IDS, adapter_names=names)
     with pytest.raises(UserError, match="3 names do not fit a batch with 5 rows"):
         model(IDS, adapter_names=["one", "two", "one"])
     with pytest.raises(UserError, match="eval mode"):

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import math
+import warnings
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -13,13 +15,18 @@ from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file
 from torch import Tensor
 
+import talklora_pl
+from talklora_pl import FineTuner
 from talklora_pl.adapter import AdapterConfig, inject
+from talklora_pl.adapter.upcycle import Upcycled, say_what_is_taken
+from talklora_pl.base import BaseModel
 from talklora_pl.cli import main
 from talklora_pl.communication.identity import NoCommunication
 from talklora_pl.communication.talking import Talking
 from talklora_pl.errors import UserError
 from talklora_pl.experts.lora import LoRA, SplitLoRA
 from talklora_pl.experts.shared_b import SharedB
+from talklora_pl.objectives.preference import Preference
 from talklora_pl.routers.loss_free import LossFree
 from talklora_pl.routers.softmax import Softmax, Uniform
 from talklora_pl.routers.team import Team
@@ -153,6 +160,8 @@ def test_where_it_began_is_not_kept_with_the_adapter(three: tuple[Path, list[str
         ({"experts": SharedB(), "experts_see_talk": True}, ["set experts to lora", "experts_see_talk"]),
         ({"init_from": ["nowhere", "none"], "experts": SharedB()}, ["nowhere", "none", "set experts to lora"]),
         ({"init_weights": [1.0]}, ["1 numbers for 3 folders"]),
+        ({"init_weights": [1.0, math.nan, 0.0]}, ["init_weights must be numbers"]),
+        ({"init_from": ["one", "two", "one"]}, ["one is named twice: equal experts would stay equal"]),
         ({"init_noise": 0.1}, ["for the copies of a single folder"]),
     ],
 )
@@ -185,3 +194,36 @@ def test_a_run_from_two_adapters(three: tuple[Path, list[str]], tmp_path: Path, 
     A = saved["state_dict"][f"model.talklora.default.layers.{name}.experts.A"]
     assert torch.equal(A[1], other[f"base_model.model.{name}.lora_A.weight"])
     assert saved["talklora"]["adapter"]["num_experts"] == 2 and "init_from" not in saved["talklora"]["adapter"]
+
+
+def test_a_method_takes_it(three: tuple[Path, list[str]]) -> None:
+    _, folders = three
+    config = talklora_pl.method("loramoe", init_from=folders, init_weights=[0.5, 0.2, 0.3])
+    assert (config.init_from, config.init_weights) == (folders, [0.5, 0.2, 0.3])
+
+
+def test_the_base_of_the_adapters_by_another_path_is_the_same(
+    three: tuple[Path, list[str]],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    base, folders = three
+    config = AdapterConfig(**OPTIONS, init_from=folders)
+    upcycled = Upcycled.read(config)
+    upcycled.adapters[0].options["base_model_name_or_path"] = str(base)
+    monkeypatch.chdir(base.parent)
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always")
+        say_what_is_taken(upcycled, upcycled.config(config), base.name)
+        assert not said
+        say_what_is_taken(upcycled, upcycled.config(config), "another/base")
+        assert "another/base" in str(said[0].message)
+
+
+def test_dpo_compares_with_the_mixture_that_it_began_from(three: tuple[Path, list[str]]) -> None:
+    base, folders = three
+    config = AdapterConfig(**OPTIONS, init_from=folders)
+    tuner = FineTuner(BaseModel(str(base), dtype="float32"), adapter=config, objective=Preference())
+    tuner.configure_model()
+    rows = {"input_ids": [[[5, 6, 7, 8], [5, 6, 9]]], "labels": [[[-100, -100, 7, 8], [-100, -100, 9]]], "label": [0]}
+    loss, pairs, observed = tuner.objective.loss(tuner.model, Preference().collate(rows, 0, True))
+    assert (loss / pairs).item() == pytest.approx(math.log(2), abs=1e-5) and abs(observed["rewards/chosen"]) < 1e-5

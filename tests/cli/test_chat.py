@@ -92,6 +92,14 @@ def test_every_token_has_its_strongest_expert(folder: Path, monkeypatch: pytest.
         assert {int(e): int(n) for e, n in found.items()} == {e: int(n) for e, n in enumerate(wanted) if n}
 
 
+def test_an_answer_of_one_token_has_no_colour_and_says_so() -> None:
+    from rich.console import Console
+
+    from talklora_pl.cli.chat import Streamer
+
+    assert "too short" in Streamer(tokenizer(), Console()).legend().plain
+
+
 def test_what_cannot_be_is_one_message(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     adapter = str(folder / "run/adapters/last")
     for args, said in (
