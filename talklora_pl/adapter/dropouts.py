@@ -22,7 +22,7 @@ class Dropouts(nn.Dropout):
         self._layers = (layers,)
 
     @property
-    def p(self) -> float:  # type: ignore[override]
+    def p(self) -> float:
         """The largest share; to set it sets all that are above 0."""
         return max((share for _, _, share in self._shares()), default=0.0)
 

@@ -93,6 +93,12 @@ class StaticOptions:
             value = getattr(self, name)
             if value is not None and value < least:
                 raise UserError(f"export: --{name} must be at least {least}, got {value}.")
+        measured, judged = ({name.strip() for name in given.split(",")} for given in (self.data, self.eval_data or ""))
+        if both := {os.path.realpath(name) for name in measured} & {os.path.realpath(name) for name in judged}:
+            raise UserError(
+                f"export: --data and --eval-data both name {sorted(both)[0]}: what took part in the merge cannot judge "
+                "it. Leave --eval-data out, and a fifth of --data is held back."
+            )
 
 
 @dataclass

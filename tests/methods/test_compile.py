@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -19,7 +18,7 @@ from talklora_pl.errors import UserError
 from talklora_pl.inputs import labelled, packed, packed_rows
 from talklora_pl.objectives.sft import SFT
 from tests.conftest import tiny_llama
-from tests.distributed.runs import curves, fit, free_port
+from tests.distributed.runs import free_port
 from tests.methods.matrix import adapted, config_of, randomise
 from tests.methods.test_configs import METHODS
 from tests.methods.test_configs import config_of as method
@@ -167,7 +166,8 @@ def test_inductor_with_dropout(counters: Any) -> None:
             module.dropout_input = 0.0
     want = gradients(model, adapter, BATCHES[1])[0]
     layers.on = False
-    same(gradients(model, adapter, BATCHES[1])[0], want)
+    # Llama's norms compute in float32, where inductor rounds at other places
+    same(gradients(model, adapter, BATCHES[1])[0], want, bound=1e-7)
 
 
 @pytest.mark.slow
@@ -184,19 +184,6 @@ def test_sharded(counters: Any) -> None:
         assert counters["stats"]["unique_graphs"] <= 2
     finally:
         torch.distributed.destroy_process_group()
-
-
-@pytest.mark.slow
-def test_a_fit(config: Path, tmp_path: Path) -> None:
-    """Two processes, accumulation and checkpointing, by the command line."""
-    options = ("--trainer.max_steps", "3", "--trainer.accumulate_grad_batches", "2", "--model.gradient_checkpointing")
-    options = (*options, "true", "--trainer.strategy", "ddp", "--data.batch_size", "2")
-    fit(config, tmp_path / "eager", *options, ranks=2)
-    fit(config, tmp_path / "compiled", *options, "--model.compile", "layers", ranks=2)
-    said = (tmp_path / "compiled" / "log0").read_text()
-    assert "not compiled" not in said, said
-    a, b = (curves(tmp_path / name)["train_loss"] for name in ("eager", "compiled"))
-    assert [v for _, v in b] == pytest.approx([v for _, v in a], rel=1e-6)
 
 
 @pytest.mark.slow
