@@ -55,7 +55,7 @@ def test_two_layers_that_share_b(example: Any, E: int, R: int, D: int, O: int) -
             (layer.router.scores.weight, other.G_EM),
         )
     ]
-    shared = layers[0].experts._shared[0].B
+    shared = layers[0].experts.shared[0].B
     with torch.no_grad():
         shared.copy_(B_EOR.transpose(1, 2))
         for mine, other in pairs:

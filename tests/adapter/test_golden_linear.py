@@ -105,7 +105,7 @@ def ours_and_theirs(config: dict[str, Any], adapter: Adapter) -> dict[str, Tenso
             if kind.startswith("talklora"):
                 out[f"{l}.{t}.E.i"] = layer.experts.core
                 out[f"{l}.{t}.G"] = layer.router.scores.weight
-                holder = layer.experts._shared[0]
+                holder = layer.experts.shared[0]
                 out[f"shared.{t}.B.i"] = holder.B
                 assert holder.B.shape[0] == n
             else:

@@ -138,6 +138,7 @@ def test_search_chooses_on_validation_and_tests_only_what_it_chose(project: Path
         assert not (tmp_path / "runs" / f"data.{row['method']}.lr={other}.seed2").exists()
 
 
+@pytest.mark.slow
 def test_a_failed_run_is_a_row(project: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     bad = {"config": "method/talklora", "set": {"model.adapter.rank": 7}}
     file = study(project, methods={"lora": {"config": "method/lora", "set": {"model.adapter.rank": 4}}, "bad": bad})
@@ -162,6 +163,7 @@ def test_equal_numbers_of_parameters(project: Path, tmp_path: Path) -> None:
     assert abs(lora - talk) <= one_rank / 2
 
 
+@pytest.mark.slow
 def test_a_study_is_not_continued_with_other_options(
     project: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
