@@ -68,8 +68,9 @@ class Pairs:
 
 
 def can_group(dtype: torch.dtype) -> bool:
-    """Whether this version of PyTorch has grouped products in ``dtype``."""
-    return hasattr(F, "grouped_mm") and dtype in (torch.bfloat16, torch.float16, torch.float32)
+    """Whether this version of PyTorch has grouped products in ``dtype``; its compiler knows them in bfloat16 alone."""
+    known = (torch.bfloat16,) if torch.compiler.is_compiling() else (torch.bfloat16, torch.float16, torch.float32)
+    return hasattr(F, "grouped_mm") and dtype in known
 
 
 class _OfTokens(torch.autograd.Function):
