@@ -29,7 +29,6 @@ from talklora_pl.experts.lora import PrivateExperts
 
 if TYPE_CHECKING:
     from talklora_pl.adapter.config import AdapterConfig
-    from talklora_pl.adapter.inject import Adapter
 
 KINDS = ("lora", "split_lora")
 """Experts with an A and a B of their own in every layer."""
@@ -91,8 +90,8 @@ class Upcycled:
         )
 
     @torch.no_grad()
-    def load(self, model: nn.Module, adapter: Adapter, config: AdapterConfig) -> None:
-        """Put the adapters into an adapter that was built for ``model`` by :meth:`config`.
+    def load(self, model: nn.Module, adapter: Any, config: AdapterConfig) -> None:
+        """Put the adapters into an adapter (of ``inject``, which stands above this) that was built by :meth:`config`.
 
         Raises:
             UserError: a tensor does not fit its module, or a router has no even start.
