@@ -156,6 +156,7 @@ def test_sources_as_a_config_has_them(base: str, here: Path) -> None:
     assert [s.weight for s in runs[1].run.datamodule.sources["train"]] == [3, 1]
 
 
+@pytest.mark.slow
 def test_an_interrupt_saves_and_the_next_fit_goes_on(base: str) -> None:
     with pytest.raises(KeyboardInterrupt):
         fit(base, trainer={"callbacks": [Steps(stop=1)], "max_steps": 3})

@@ -90,6 +90,7 @@ def _in_the_other_process(_: int, model: nn.Module, want: Tensor) -> None:
     assert torch.equal(models.logits(model), want)
 
 
+@pytest.mark.slow
 def test_a_process_started_by_spawn(base: Path) -> None:
     model = models.load(base)
     models.train(model, AdapterConfig(rank=8))

@@ -50,7 +50,14 @@ def loss(model: Any, batch: Any) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("mode", MODES)
-@pytest.mark.parametrize("kind, method", [("llama", "talklora"), ("llama", "mola"), ("gpt2", "talklora_attention")])
+@pytest.mark.parametrize(
+    "kind, method",
+    [
+        ("llama", "talklora"),
+        pytest.param("llama", "mola", marks=pytest.mark.slow),
+        pytest.param("gpt2", "talklora_attention", marks=pytest.mark.slow),
+    ],
+)
 def test_a_step_takes_what_was_estimated(kind: str, method: str, mode: Any) -> None:
     step = Estimator(model_of(kind, "meta", method), loss, BATCH, 2.0).step(mode)
     model = model_of(kind, "cpu", method)
@@ -81,6 +88,7 @@ def test_layers_of_several_kinds() -> None:
     assert step.peak == pytest.approx(live.peak, rel=0.03)
 
 
+@pytest.mark.slow
 def test_shares_of_several_devices() -> None:
     made = Estimator(model_of("llama", "meta"), loss, BATCH, 2.0)
     one, ddp = made.need("off", Placement()), made.need("off", Placement("ddp", 4))
