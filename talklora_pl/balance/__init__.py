@@ -69,7 +69,7 @@ class BalanceLoss(nn.Module):
 
     def statistics(self, record: RoutingRecord) -> tuple[Tensor, ...]:
         """What :meth:`value` needs the sums of, for every token of one layer: tensors (T, ...), pads among them."""
-        raise NotImplementedError
+        raise NotImplementedError  # each loss defines it
 
     def value(self, tokens: Tensor, *sums: Tensor) -> Tensor:
         """The loss of one group (scalar).
@@ -78,7 +78,7 @@ class BalanceLoss(nn.Module):
             tokens: number of real tokens, summed over the layers of the group and all processes (scalar).
             sums: of each of the :meth:`statistics`, over the same.
         """
-        raise NotImplementedError
+        raise NotImplementedError  # each loss defines it
 
     def total(self, values_G: Tensor) -> Tensor:
         """The loss from the :meth:`value` of every group: their sum."""

@@ -35,7 +35,7 @@ class CommunicationModule(nn.Module):
             m_TEF: features of every expert.
             x_TD: the layer's input, for modules whose graph has a node for the token.
         """
-        raise NotImplementedError
+        raise NotImplementedError  # each communication defines it
 
     def matrix(self, m_TEF: Tensor | None = None) -> Tensor | None:
         """How much expert i takes from expert j, (E, E), for pictures; None where there is no such matrix.

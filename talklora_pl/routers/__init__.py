@@ -32,7 +32,7 @@ class RouterModule(nn.Module):
             x_TD: the layer's input, without dropout.
             m_TEF: features of every expert, after communication.
         """
-        raise NotImplementedError
+        raise NotImplementedError  # each router defines it
 
     def start_even(self) -> str | None:
         """Have every expert of every token weigh 1/E, from where training goes on; or why that cannot be."""

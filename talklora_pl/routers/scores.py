@@ -121,4 +121,4 @@ class ScoredRouter(RouterModule):
 
     def route(self, logits_TE: Tensor) -> Routing:
         """The decision, from the logits. (A router whose decision needs more overrides ``forward``.)"""
-        raise NotImplementedError
+        raise NotImplementedError  # each router that starts from logits defines it, or its own forward

@@ -32,11 +32,11 @@ class LinearExperts(ExpertsModule):
 
     def down(self) -> Tensor:
         """A_PD, all down projections stacked."""
-        raise NotImplementedError
+        raise NotImplementedError  # each kind of experts defines it
 
     def split(self, h_TP: Tensor) -> Tensor:
         """h_TP -> h_TER, the rank features of every expert."""
-        raise NotImplementedError
+        raise NotImplementedError  # each kind of experts defines it
 
     def node_features(self, h_TER: Tensor) -> Tensor:
         """h_TER -> m_TEF, what communication and router see: the rank features unless a kind needs something else."""
@@ -48,7 +48,7 @@ class LinearExperts(ExpertsModule):
 
     def up(self) -> Tensor:
         """B_QO, all up projections stacked."""
-        raise NotImplementedError
+        raise NotImplementedError  # each kind of experts defines it
 
 
 class FFNExperts(ExpertsModule):
@@ -60,4 +60,4 @@ class FFNExperts(ExpertsModule):
 
     def node_features(self, gate_TER: Tensor, up_TER: Tensor) -> Tensor:
         """m_TEF from the rank features of the gate and of the up projection."""
-        raise NotImplementedError
+        raise NotImplementedError  # each kind of experts defines it

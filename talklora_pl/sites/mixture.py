@@ -69,7 +69,7 @@ class Mixture(nn.Module):
 
     def node_features(self, x_TD: Tensor) -> Tensor:
         """Features of the experts for an input alone, m_TEF: for measurements, which need the decision by itself."""
-        raise NotImplementedError
+        raise NotImplementedError  # each site's layer defines it
 
     def decide(self, x_TD: Tensor, m_TEF: Tensor, leading_shape: torch.Size) -> tuple[Routing, Tensor]:
         """The routing of every token, and the features of the experts after communication."""

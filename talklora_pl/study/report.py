@@ -116,11 +116,15 @@ def difference(cell: Cell, baseline: Cell) -> Difference | None:
     return paired(cell.score_SQ[rows[0]], baseline.score_SQ[rows[1]])
 
 
-def table(folder: Folder) -> list[dict[str, Any]]:
+def read_cells(folder: Folder) -> dict[str, list[Cell]]:
+    """All of a study: by data set, in the order of its methods."""
+    return {data.name: [read_cell(folder, data, m) for m in folder.study.methods] for data in folder.study.data}
+
+
+def table(folder: Folder, cells_by_data: dict[str, list[Cell]]) -> list[dict[str, Any]]:
     """A row per data set and method, in the order of the study: what does not differ beyond noise has no rank."""
     out = []
-    for data in folder.study.data:
-        cells = [read_cell(folder, data, method) for method in folder.study.methods]
+    for cells in cells_by_data.values():
         baseline = next(c for c in cells if c.method == folder.study.baseline)
         for cell in cells:
             row: dict[str, Any] = {"data": cell.data, "method": cell.method, "seeds": len(cell.results)}
@@ -183,9 +187,10 @@ def notes(folder: Folder, rows: list[dict[str, Any]]) -> list[str]:
 
 def write(folder: Folder) -> str:
     """All forms of the result: results.json, .csv, .md and index.html. Returns the Markdown."""
-    rows = table(folder)
+    cells = read_cells(folder)
+    rows = table(folder, cells)
     said = notes(folder, rows)
-    errors = [e for data, method in folder.study.cells() for e in read_cell(folder, data, method).failed]
+    errors = [e for of_data in cells.values() for cell in of_data for e in cell.failed]
     text = markdown(rows) + "".join(f"\n{line}\n" for line in [*said, *(f"Failed: {e}" for e in errors)])
     sheet = io.StringIO()
     lines = csv.DictWriter(sheet, list(COLUMNS), extrasaction="ignore")
@@ -195,7 +200,7 @@ def write(folder: Folder) -> str:
         "results.md": text,
         "results.csv": sheet.getvalue(),
         "results.json": json.dumps({"rows": rows, "notes": said, "failed": errors}, indent=1) + "\n",
-        "index.html": page(folder, rows, [*said, *errors]),
+        "index.html": page(folder, cells, rows, [*said, *errors]),
     }
     for name, content in files.items():
         write_whole(folder.path / name, partial(Path.write_text, data=content, encoding="utf-8"))
@@ -205,7 +210,7 @@ def write(folder: Folder) -> str:
 # --- the page
 
 
-def page(folder: Folder, rows: list[dict[str, Any]], said: Iterable[str]) -> str:
+def page(folder: Folder, cells_by_data: dict[str, list[Cell]], rows: list[dict[str, Any]], said: Iterable[str]) -> str:
     """One HTML file that needs nothing else."""
     keys = [key for key in COLUMNS if any(words(row, key) for row in rows)]
     head = "".join(f"<th>{escape(COLUMNS[key])}</th>" for key in keys)
@@ -214,10 +219,9 @@ def page(folder: Folder, rows: list[dict[str, Any]], said: Iterable[str]) -> str
         f"<div class=wide><table><tr>{head}</tr>{body}</table></div>",
         *(f"<p>{escape(line)}</p>" for line in said),
     ]
-    for data in folder.study.data:
-        cells = [read_cell(folder, data, method) for method in folder.study.methods]
-        parts.append(f"<h2>{escape(data.name)}</h2>")
-        parts.append(picture(scores([r for r in rows if r["data"] == data.name]), "scores of the methods"))
+    for data, cells in cells_by_data.items():
+        parts.append(f"<h2>{escape(data)}</h2>")
+        parts.append(picture(scores([r for r in rows if r["data"] == data]), "scores of the methods"))
         parts.append(picture(curves(cells, folder.study.select), "learning curves"))
         parts += [
             f"<h3>{escape(cell.method)}</h3>" + picture(loads(cell), "load of every expert")

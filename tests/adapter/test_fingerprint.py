@@ -109,7 +109,7 @@ class Packed(torch.Tensor):
     def __torch_dispatch__(cls, f: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if f is torch.ops.aten.detach.default:
             return Packed(args[0].like)
-        raise NotImplementedError(f)
+        raise NotImplementedError(f)  # a packed weight takes part in nothing else
 
 
 def packed() -> Any:
