@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from json import dumps, loads
 from pathlib import Path
 from typing import Any
@@ -26,7 +27,7 @@ def row(run: Run) -> dict[str, Any]:
 
 
 def show(root: str = RUNS, json: bool = False) -> None:
-    """List runs, oldest first: method, data, seed, state, scores, folder.
+    """List runs, oldest first: method, data, seed, state, scores.
 
     Args:
         root: the folder of all runs, trainer.default_root_dir of the fit.
@@ -42,13 +43,14 @@ def show(root: str = RUNS, json: bool = False) -> None:
     from rich.console import Console
     from rich.table import Table
 
-    table = Table()
-    for title in ("run", "method", "data", "seed", "state", "scores", "folder"):
-        table.add_column(title, overflow="fold")
+    table = Table(title=f"Runs in {root}")
+    for title in ("run", "method", "data", "seed", "state", "scores"):
+        table.add_column(title, overflow="fold", no_wrap=title in ("seed", "scores"))
     for r in rows:
         scores = "\n".join(f"{name} {value:.4g}" for name, value in r["scores"].items())
-        told = ["" if r[key] is None else str(r[key]) for key in ("method", "data", "seed")]
-        table.add_row(r["name"], *told, r["state"], scores, r["folder"])
+        data = "\n".join(Path(name).name for name in (r["data"] or "").split(", "))
+        told = ["" if text is None else str(text) for text in (r["method"], data, r["seed"])]
+        table.add_row(os.path.relpath(r["folder"], expand(root)), *told, r["state"], scores)
     Console(markup=False).print(table)
 
 

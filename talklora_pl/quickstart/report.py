@@ -1,4 +1,4 @@
-"""Which experts serve which task.
+"""What the model answers before and after, and which experts serve which task.
 
 T tokens, E experts, J tasks.
 """
@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from talklora_pl.adapter import disable_adapter
 from talklora_pl.inputs import model_inputs, to_device
 from talklora_pl.routing import RoutingCollector
 
@@ -18,6 +19,32 @@ if TYPE_CHECKING:
     from rich.table import Table
 
     from talklora_pl.module import FineTuner
+
+
+@torch.no_grad()
+def answers_table(tuner: FineTuner, batches: Iterable[dict[str, Any]]) -> Table:
+    """The first question of every task with its answers without and with the adapter."""
+    from rich.markup import escape
+    from rich.table import Table
+
+    asked: dict[str, Tensor] = {}
+    for batch in batches:
+        lengths = batch["prompt_length"].tolist()
+        for task, ids, length, real in zip(batch["task"], batch["input_ids"], lengths, batch["real"], strict=True):
+            if real and task not in asked:
+                asked[task] = ids[:length].to(tuner.model.device)
+    tuner.model.eval()
+    answer, asked = tuner.generation(), dict(sorted(asked.items()))
+    with disable_adapter(tuner.model):
+        before = answer(list(asked.values()))
+    after = answer(list(asked.values()))
+    out = Table(title="One question of each, before and after")
+    for name, share in {"question": 5, "before": 3, "after": 3}.items():
+        out.add_column(name, ratio=share, overflow="fold")
+    for ids, (first, _), (then, _) in zip(asked.values(), before, after, strict=True):
+        question = tuner.tokenizer.decode(ids, skip_special_tokens=True)
+        out.add_row(*(escape(" ".join(text.split())) or "(nothing)" for text in (question, first, then)))
+    return out
 
 
 @torch.no_grad()
