@@ -80,10 +80,11 @@ def evaluate(
 
     from talklora_pl.tasks.task import read_tasks
 
+    names, manager = [name.strip() for name in (harness or "").split(",")], None
     if harness is not None:
-        from talklora_pl.tasks.harness import check_installed
+        from talklora_pl.tasks.harness import find_tasks
 
-        check_installed()
+        manager = find_tasks(names, harness_include)
     chosen = read_tasks(tasks) if tasks is not None else []
     asked = {t.name: t.questions(split or t.split, data, limit) for t in chosen}  # before the weights are read
 
@@ -116,9 +117,9 @@ def evaluate(
         from talklora_pl.evaluation import write_lines
         from talklora_pl.tasks.harness import run
 
-        names = [name.strip() for name in harness.split(",")]
-        options = {"include": harness_include, "batch_size": batch_size, "limit": limit, "num_fewshot": num_fewshot}
-        result["harness"], samples = run(model, load_tokenizer(tokens), names, sides, **options)  # type: ignore[arg-type]
+        options: dict[str, Any] = {"batch_size": batch_size, "limit": limit, "num_fewshot": num_fewshot}
+        found, samples = run(model, load_tokenizer(tokens), names, sides, manager=manager, **options)
+        result["harness"] = found
         write_lines(folder / SAMPLES, samples)
     (folder / SCORES).write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
     _show(result, chosen, sides, folder)

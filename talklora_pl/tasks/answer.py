@@ -117,7 +117,9 @@ class Answering:
                         question, record = questions[found["index"]], out[found["index"]]
                         if classes:
                             found["choice"] = classes.choice[found["choice"]]
-                            found["scores"] = [found["scores"][classes.choice.index(i)] for i in range(len(classes.choice))]
+                            found["scores"] = [
+                                found["scores"][classes.choice.index(i)] for i in range(len(classes.choice))
+                            ]
                         record[side] = _pick(task, question, found)
         seconds = time.perf_counter() - start
         print(f"{task.name} by {way}: {len(questions)} questions, {seconds:.1f} s{cut}", file=sys.stderr, flush=True)

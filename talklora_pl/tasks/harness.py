@@ -6,16 +6,33 @@ import importlib.util
 import json
 from collections.abc import Sequence
 from contextlib import nullcontext
+from pathlib import Path
 from typing import Any
 
 from talklora_pl.adapter import disable_adapter
 from talklora_pl.errors import UserError
 
 
-def check_installed() -> None:
-    """Raises: UserError where lm-eval is not installed."""
+def find_tasks(tasks: Sequence[str], include: str | None = None) -> Any:
+    """lm-eval's manager of tasks, which knows these.
+
+    Args:
+        tasks: names of lm-eval's tasks, groups or tags.
+        include: folder of further tasks, as ``lm_eval --include_path``.
+
+    Raises:
+        UserError: lm-eval is not installed, or has no such task.
+    """
     if importlib.util.find_spec("lm_eval") is None:
         raise UserError("--harness needs the package lm-eval: pip install 'talklora-pl[eval]'.")
+    if include is not None and not Path(include).is_dir():
+        raise UserError(f"--harness_include: there is no folder {include!r}.")
+    from lm_eval.tasks import TaskManager
+
+    manager = TaskManager(include_path=include)
+    if unknown := [task for task in tasks if not manager.match_tasks([task])]:
+        raise UserError(f"--harness: lm-eval has no task {unknown[0]!r}; `lm_eval ls tasks` lists those it has.")
+    return manager
 
 
 def run(
@@ -24,7 +41,7 @@ def run(
     tasks: Sequence[str],
     sides: Sequence[str],
     *,
-    include: str | None = None,
+    manager: Any = None,
     batch_size: int = 16,
     limit: int | None = None,
     num_fewshot: int | None = None,
@@ -32,26 +49,19 @@ def run(
     """Scores by task and side, and lm-eval's samples (answers of each question), with `task` and `side`.
 
     Args:
-        model: with its adapter on, if it has one; its attention as ``from_pretrained`` gives it, so that the last digits
-            are those of lm-eval's own command line.
+        model: with its adapter on, if it has one; its attention as ``from_pretrained`` gives it, so that the last
+            digits are those of lm-eval's own command line.
         tokenizer: of the model.
         tasks: names of lm-eval's tasks.
         sides: ``base`` and ``adapter``, or one of them.
-        include: folder of further tasks, as ``lm_eval --include_path``.
+        manager: of :func:`find_tasks`.
         batch_size: rows of a batch.
         limit: of each task, the first so many questions.
         num_fewshot: solved examples before each question; None: as the task says.
-
-    Raises:
-        UserError: there is no such task.
     """
     import lm_eval
     from lm_eval.models.huggingface import HFLM
-    from lm_eval.tasks import TaskManager
 
-    manager = TaskManager(include_path=include)
-    if unknown := [task for task in tasks if not manager.match_tasks([task])]:
-        raise UserError(f"--harness: lm-eval has no task {unknown[0]!r}; `lm_eval ls tasks` lists those it has.")
     lm = HFLM(pretrained=model, tokenizer=tokenizer, batch_size=batch_size)
     scores: dict[str, dict[str, dict[str, float]]] = {}
     samples: list[dict[str, Any]] = []

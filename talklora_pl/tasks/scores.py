@@ -79,7 +79,7 @@ def table(rows: Sequence[tuple[str, str, str, str, Mapping[str, float]]], sides:
     for i, (task, way, questions, metric, scores) in enumerate(rows):
         if task != rows[i - 1][0]:
             out.add_section()
-        share = scores[sides[-1]] if sides[-1] in scores else math.nan
+        share = scores.get(sides[-1], math.nan)
         error = ""
         if questions and metric in ("accuracy", "acc", "acc_norm") and not math.isnan(share):
             error = f"{math.sqrt(share * (1 - share) / int(questions)):.3f}"

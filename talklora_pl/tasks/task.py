@@ -15,7 +15,7 @@ from jinja2.sandbox import SandboxedEnvironment
 
 from talklora_pl import strict
 from talklora_pl.data.formats import NAMES
-from talklora_pl.data.source import Reader, Source
+from talklora_pl.data.source import ROW_TYPES, Reader, Source, file_type
 from talklora_pl.errors import UserError
 from talklora_pl.paths import expand
 from talklora_pl.registry import did_you_mean
@@ -108,26 +108,38 @@ class Task:
         Raises:
             UserError: the data set cannot be had, or a row is not what the entries say.
         """
-        path = self.path
+        sources = [Source(self.path, name=self.config, split=split, revision=self.revision)]
         if data is not None:
-            folder = Path(expand(data)) / self.path
-            if not folder.exists():
-                raise UserError(
-                    f"--data: there is no {folder}. Have it there as it is on the hub: hf download {self.path} "
-                    f"--repo-type dataset --local-dir {folder}"
-                )
-            path = str(folder)
-        reader = Reader(Source(path, name=self.config, split=split, revision=self.revision))
-        found = list(islice(self._questions(reader, split), limit))
+            sources = [Source(str(file)) for file in self._files(split, Path(expand(data)) / self.path)]
+        rows = ((f"{source.path}, {where}", row) for source in sources for where, row in Reader(source))
+        found = list(islice(self._questions(rows, split), limit))
         if not found:
-            raise UserError(f"{path}: the split {split!r} holds no question of the task {self.name}.")
+            raise UserError(f"{sources[0].path}: the split {split!r} holds no question of the task {self.name}.")
         return found
 
-    def _questions(self, reader: Reader, split: str) -> Iterator[dict[str, Any]]:
-        for number, (where, row) in enumerate(reader):
+    def _files(self, split: str, folder: Path) -> list[Path]:
+        """The files of a split in a copy of the data set, read as they are: `datasets` would take what it has cached of
+        any other folder of that name."""
+        place = folder / (self.config or "")
+        if not place.is_dir():
+            raise UserError(
+                f"--data: there is no folder {place}. Have the data set there as it is on the hub: hf download "
+                f"{self.path} --repo-type dataset --local-dir {folder}"
+            )
+        there = sorted(file for file in place.rglob("*") if file_type(file)[0] in ROW_TYPES)
+        files = [file for file in there if re.match(rf"{re.escape(split)}[-.]", file.name)]
+        if not files:
+            names = ", ".join(str(file.relative_to(place)) for file in there[:10]) or "no data file"
+            raise UserError(
+                f"--data: no file in {place} is of the split {split!r}: {split}.jsonl, {split}-00000-of-00001.parquet. "
+                f"It has {names}."
+            )
+        return files
+
+    def _questions(self, rows: Iterator[tuple[str, Any]], split: str) -> Iterator[dict[str, Any]]:
+        for number, (at, row) in enumerate(rows):
             if not isinstance(row, dict):
                 raise UserError(str(row))
-            at = f"{reader.source.path}, {where}"
             if self.where is None or self._value("where", row, at):
                 yield {"id": f"{self.name}-{split}-{number}", "task": self.name} | self._question(row, at)
 
@@ -227,7 +239,9 @@ def _task(name: str, entry: dict[str, Any], file: Path) -> Task:
         raise UserError(f"{file}: task {name}: {lacking[0]} is missing.")
     for key, value in entry.items():
         if not (_strings(value) if key == "metrics" else isinstance(value, str)):
-            raise UserError(f"{file}: task {name}: {key}: {value!r} must be {'a list' if key == 'metrics' else 'text'}.")
+            raise UserError(
+                f"{file}: task {name}: {key}: {value!r} must be {'a list' if key == 'metrics' else 'text'}."
+            )
     task = Task(name, **entry)
     if task.format not in NAMES and "{prompt}" not in task.format:
         raise UserError(f"{file}: task {name}: format: {task.format!r} is no format.{did_you_mean(task.format, NAMES)}")
