@@ -12,6 +12,7 @@ from pathlib import Path
 
 import lightning as L
 import pytest
+from rich.cells import cell_len
 
 from talklora_pl.callbacks.progress import EpochProgress
 from talklora_pl.cli import lightning as command_line
@@ -64,7 +65,7 @@ def test_the_quickstart_on_a_terminal(tmp_path: Path, monkeypatch: pytest.Monkey
     assert pty.spawn(command, read) == 0
     shown = re.sub(r"\x1b\[[0-9;?]*[a-zA-Z]", "", written.decode())
     lines = [line.rstrip() for line in re.split(r"[\r\n]+", shown)]
-    assert [line for line in lines if len(line) > 80 and str(tmp_path) not in line] == []
+    assert [line for line in lines if cell_len(line) > 80 and str(tmp_path) not in line] == []
     assert [line for line in lines if re.search("FLOPs|v_num|[Ww]arning|it/s", line)] == []
     order = [
         "small skills",
