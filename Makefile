@@ -21,7 +21,14 @@ test: venv    ## everything fast
 	$(BIN)/python -m pytest -n auto --maxprocesses 8 --dist worksteal
 
 test-slow: venv   ## real model, several processes, other programs
-	$(BIN)/python -m pytest -m "slow and not gpu" $(SLOW)
+	$(BIN)/python -m pytest -m "slow and not nightly and not gpu" $(SLOW)
+
+test-nightly: venv   ## slow tests whose siblings are in test-slow: more methods, more kills, a real Slurm
+	$(BIN)/python -m pytest -m "nightly and not gpu" $(SLOW)
+
+docs: venv    ## the documentation site, in site/
+	$(BIN)/python -m pip install -q -c constraints.txt -e ".[docs]"
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict
 
 bench: venv   ## what this package costs beside the frozen base and PEFT: a table, JSON and a picture
 	$(BIN)/python -m benchmarks
@@ -49,4 +56,4 @@ $(BIN)/ready: $(BIN)/first
 	$(MODEL) models.txt
 	touch $@
 
-.PHONY: help venv quickstart tensorboard test test-slow bench lint
+.PHONY: help venv quickstart tensorboard test test-slow test-nightly docs bench lint

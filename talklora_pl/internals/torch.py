@@ -12,7 +12,16 @@ from torch.utils._pytree import tree_leaves  # the public one needs the package 
 if TYPE_CHECKING:
     from torch.distributed.tensor import DTensor
 
-__all__ = ["PRODUCTS", "ShapesOnly", "TorchDispatchMode", "cpu_has_bf16", "own_part", "tree_leaves", "version"]
+__all__ = [
+    "PRODUCTS",
+    "ShapesOnly",
+    "TorchDispatchMode",
+    "across",
+    "cpu_has_bf16",
+    "own_part",
+    "tree_leaves",
+    "version",
+]
 
 PRODUCTS = {
     f"aten::{name}"
@@ -64,6 +73,16 @@ def cpu_has_bf16() -> bool:
     # looked up by name: torch for other machines than x86 may lack them
     checks = ("_is_amx_tile_supported", "_is_avx512_bf16_supported")
     return any(getattr(torch.cpu, check, bool)() for check in checks)
+
+
+def across(v_TF: Tensor, direction_TF: Tensor, length_T1: Tensor) -> Tensor:
+    """v - d (v · d) / l² for every row: the gradient of d / |d| but for its scale, where l = |d|.
+
+    As one operation: it is the gradient of ``weight_norm``, which PyTorch 1.0 to 2.13 have as one kernel of this name.
+    """
+    rows = torch.ops.aten._weight_norm_interface_backward
+    out_TF: Tensor = rows(v_TF, direction_TF, length_T1, length_T1, 0)[0]
+    return out_TF
 
 
 def version(tensor: torch.Tensor) -> int:

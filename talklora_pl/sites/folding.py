@@ -103,6 +103,47 @@ def up_rows(experts: Any) -> Tensor:
         return torch.bmm(core_ESR.mT, B_QO.view(*core_ESR.shape[:2], -1)).flatten(0, 1)
 
 
+class _CastUp(torch.autograd.Function):
+    """A and s Cᵀ B in another dtype: one cast for both, and one for both gradients."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, A_PD: Tensor, core_ESR: Tensor, B_QO: Tensor, scale: float, dtype: torch.dtype
+    ) -> tuple[Tensor, Tensor]:
+        ctx.save_for_backward(core_ESR, B_QO)
+        ctx.scale = scale
+        up_PO = _bmm(core_ESR.mT, B_QO.view(*core_ESR.shape[:2], -1), scale).flatten(0, 1)
+        return _cast(A_PD, up_PO, dtype)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dA_PD: Tensor, dup_PO: Tensor) -> tuple[Tensor | None, ...]:
+        core_ESR, B_QO = ctx.saved_tensors
+        E, S, R = core_ESR.shape
+        dA_PD, dup_PO = _cast(dA_PD, dup_PO, core_ESR.dtype)
+        dup_ERO = dup_PO.view(E, R, -1)
+        dcore_ESR = _bmm(B_QO.view(E, S, -1), dup_ERO.mT, ctx.scale)
+        return dA_PD, dcore_ESR, _bmm(core_ESR, dup_ERO, ctx.scale).flatten(0, 1), None, None
+
+
+def _bmm(a: Tensor, b: Tensor, scale: float) -> Tensor:
+    return torch.bmm(a, b) if scale == 1 else torch.baddbmm(a.new_empty(1, 1, 1), a, b, beta=0, alpha=scale)
+
+
+def _cast(a: Tensor, b: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    out = a.new_empty(a.shape, dtype=dtype), b.new_empty(b.shape, dtype=dtype)
+    torch._foreach_copy_(out, (a, b))
+    return out
+
+
+def down_and_up_rows(experts: Any, scale: float, dtype: torch.dtype) -> tuple[Tensor, Tensor, float]:
+    """A, Cᵀ B (or B) and what this is still to be multiplied with, for products in ``dtype``."""
+    A_PD, core_ESR = experts.down(), getattr(experts, "core", None)
+    if core_ESR is None or dtype == A_PD.dtype or torch.compiler.is_compiling():
+        return A_PD, up_rows(experts), scale
+    return *_CastUp.apply(A_PD, core_ESR, experts.up(), scale, dtype), 1.0
+
+
 class _Rows(torch.autograd.Function):
     """[C A; G A] with no copy to stack them, and the gradients of A added up in place."""
 

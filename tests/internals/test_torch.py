@@ -87,3 +87,14 @@ def test_shapes_without_values() -> None:
 
 def test_leaves() -> None:
     assert internals.tree_leaves(([1, (2,)], {"a": 3})) == [1, 2, 3]
+
+
+def test_across_is_the_gradient_of_the_direction() -> None:
+    d_TF = torch.randn(5, 3, dtype=torch.float64, requires_grad=True)
+    v_TF, l_T1 = torch.randn(5, 3, dtype=torch.float64), torch.linalg.vector_norm(d_TF, dim=-1, keepdim=True)
+    (want_TF,) = torch.autograd.grad(d_TF / l_T1, d_TF, v_TF)
+    d_TF, l_T1 = d_TF.detach(), l_T1.detach()
+    torch.testing.assert_close(internals.across(v_TF, d_TF, l_T1) / l_T1, want_TF)
+    # also where l is something else
+    v_d_T1 = (v_TF * d_TF).sum(-1, keepdim=True)
+    torch.testing.assert_close(internals.across(v_TF, d_TF, 2 * l_T1), v_TF - d_TF * v_d_T1 / (2 * l_T1) ** 2)
