@@ -14,7 +14,7 @@ quickstart: $(BIN)/first   ## train on a small generated task and show what the 
 	MALLOC_MMAP_THRESHOLD_=17179869184 MALLOC_TRIM_THRESHOLD_=17179869184 OMP_NUM_THREADS=$(CORES) \
 	$(BIN)/python -m talklora_pl quickstart
 
-tensorboard: venv   ## look at the newest run
+tensorboard: $(BIN)/first   ## look at the newest run
 	$(BIN)/tensorboard --logdir "$$(dirname "$$(ls -td runs/* quickstart/version_* 2>/dev/null | head -n 1)")" --samples_per_plugin images=200
 
 test: venv    ## everything fast

@@ -11,7 +11,7 @@ from pathlib import Path
 
 FOLDER = Path("quickstart")
 BEGIN = """\
-A model of 135 million parameters learns {count} small skills: {skills}.
+A model of 135 million parameters learns small skills: {skills}.
 The questions are generated: {folder}/train.jsonl, {folder}/test.jsonl."""
 NEXT = """
 What is where
@@ -38,7 +38,7 @@ def main(verb: str, argv: list[str]) -> None:
     if not {"-h", "--help"} & set(argv):
         learned = skills.LEARNED_FIRST
         skills.write(FOLDER, test=16, skills=learned)
-        told = BEGIN.format(count=len(learned), skills=", ".join(learned), folder=FOLDER)
+        told = BEGIN.format(skills=", ".join(learned), folder=FOLDER)
         print(told, file=sys.stderr)
     # bars of other libraries for what is over in a second or two
     os.environ.setdefault("TQDM_DISABLE", "1")

@@ -24,7 +24,6 @@ if TYPE_CHECKING:
 @torch.no_grad()
 def answers_table(tuner: FineTuner, batches: Iterable[dict[str, Any]]) -> Table:
     """The first question of every task with its answers without and with the adapter."""
-    from rich.markup import escape
     from rich.table import Table
 
     asked: dict[str, Tensor] = {}
@@ -43,8 +42,16 @@ def answers_table(tuner: FineTuner, batches: Iterable[dict[str, Any]]) -> Table:
         out.add_column(name, ratio=share, overflow="fold")
     for ids, (first, _), (then, _) in zip(asked.values(), before, after, strict=True):
         question = tuner.tokenizer.decode(ids, skip_special_tokens=True)
-        out.add_row(*(escape(" ".join(text.split())) or "(nothing)" for text in (question, first, then)))
+        out.add_row(*map(_shown, (question, first, then)))
     return out
+
+
+def _shown(text: str) -> str:
+    """On one line, without what a terminal or rich would take for a command."""
+    from rich.markup import escape
+
+    text = " ".join(text.split())
+    return escape("".join(c if c.isprintable() else "?" for c in text)) or "(nothing)"
 
 
 @torch.no_grad()

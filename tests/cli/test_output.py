@@ -12,9 +12,12 @@ from pathlib import Path
 
 import lightning as L
 import pytest
+from rich.cells import cell_len
 
 from talklora_pl.callbacks.progress import EpochProgress
 from talklora_pl.cli import lightning as command_line
+from talklora_pl.cli import main
+from talklora_pl.runs import new_run
 from tests.data.tiny import save_model
 
 
@@ -44,6 +47,33 @@ def test_the_bar_leaves_room_for_metrics(columns: int, bar: int, parts: int, mon
     assert (len(made), made[1].bar_width) == (parts, bar)
 
 
+def test_the_table_of_runs_keeps_names_whole(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("COLUMNS", "80")
+    told = {
+        "method": "talklora_attention",
+        "data": "/data/of/mine/commonsense_qa.jsonl",
+        "seed": 42,
+        "state": "running",
+    }
+    scores = {"val_accuracy": 0.25, "val_loss": 1.5}
+    for name in ("version_0", "a-name-of-some-length"):
+        run = new_run(tmp_path, name)
+        run.write(**told, step=1200, scores=scores)
+    assert main(["runs", "--root", str(tmp_path)]) == 0
+    shown = capsys.readouterr().out
+    assert max(map(len, shown.splitlines()[1:])) <= 80
+    for words in (
+        "a-name-of-some-length",
+        "talklora_attention",
+        "commonsense_qa.jsonl",
+        "val_accuracy 0.25",
+        "step 1200",
+    ):
+        assert Path(words).name in shown
+
+
 @pytest.mark.slow
 def test_the_quickstart_on_a_terminal(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
@@ -64,7 +94,7 @@ def test_the_quickstart_on_a_terminal(tmp_path: Path, monkeypatch: pytest.Monkey
     assert pty.spawn(command, read) == 0
     shown = re.sub(r"\x1b\[[0-9;?]*[a-zA-Z]", "", written.decode())
     lines = [line.rstrip() for line in re.split(r"[\r\n]+", shown)]
-    assert [line for line in lines if len(line) > 80 and str(tmp_path) not in line] == []
+    assert [line for line in lines if cell_len(line) > 80 and str(tmp_path) not in line] == []
     assert [line for line in lines if re.search("FLOPs|v_num|[Ww]arning|it/s", line)] == []
     order = [
         "small skills",
