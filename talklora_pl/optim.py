@@ -171,11 +171,10 @@ class WarmupCosine(WarmupSchedule):
 
 class WarmupConstant(WarmupSchedule):
     """Warm-up, then the rate as it is: decay_ratio of the steps after it, the last ones, go down to the floor in a
-    line (warm-up, stable, decay).
+    line (warm-up, stable, decay). Other options as for :class:`WarmupSchedule`.
 
     Args:
         decay_ratio: share of the steps after the warm-up.
-        others: as for :class:`WarmupSchedule`.
     """
 
     def __init__(

@@ -102,7 +102,7 @@ def test_the_command(
     assert main(["quickstart", *(part for option in options.items() for part in option)]) == 0
     printed = capsys.readouterr().out
     assert "exact match" in " ".join(printed.split()) or "exact" in printed
-    assert ("Which experts" in printed) is (method == "talklora")
+    assert "before and after" in printed and ("Which experts" in printed) is (method == "talklora")
     folder = next(line.split()[0] for line in printed.splitlines() if "  the adapter: " in line)
     assert (tmp_path / folder / "adapter.safetensors").is_file() and (tmp_path / folder / "config.json").is_file()
     assert list((tmp_path / "quickstart").rglob("events.out.tfevents*"))
