@@ -32,7 +32,7 @@ def test_every_method_of_a_study_builds_and_is_another_one(
     name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    skills.write(tmp_path / "quickstart", train=2, test=1)
+    skills.write(tmp_path / "skills", train=2, test=1)
     study = read_study(f"study/{name}")
     made: dict[str, AdapterConfig] = {}
     for method in study.methods:
