@@ -131,7 +131,7 @@ class Steps(L.Callback):
 
 
 def test_options_of_a_wrong_type_are_said_where_they_are_written() -> None:
-    with pytest.raises(UserError, match="layers must be .*, got 2.5; num_experts must be int, got '4'"):
+    with pytest.raises(UserError, match=r"layers must be .*, got 2.5; num_experts must be int, got '4'"):
         talklora_pl.AdapterConfig(num_experts="4", layers=2.5)  # type: ignore[arg-type]
 
 
