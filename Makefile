@@ -27,7 +27,6 @@ test-nightly: venv   ## slow tests whose siblings are in test-slow: more methods
 	$(BIN)/python -m pytest -m "nightly and not gpu" $(SLOW)
 
 docs: venv    ## the documentation site, in site/
-	$(BIN)/python -m pip install -q -c constraints.txt -e ".[docs]"
 	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict
 
 bench: venv   ## what this package costs beside the frozen base and PEFT: a table, JSON and a picture
@@ -52,7 +51,7 @@ $(BIN)/first: pyproject.toml constraints.txt models.txt
 	touch $@
 
 $(BIN)/ready: $(BIN)/first
-	$(INSTALL) -e ".[dev,gguf,eval,quant]"
+	$(INSTALL) -e ".[dev,docs,gguf,eval,quant]"
 	$(MODEL) models.txt
 	touch $@
 

@@ -156,7 +156,7 @@ def _show(result: dict[str, Any], tasks: list[Task], sides: list[str], folder: P
         rows += [("mean", way, "", "", scores) for way, scores in result["mean"].items()]
     for name, entry in result.get("harness", {}).items():
         for metric in entry[sides[-1]]:
-            if not metric.endswith("_stderr"):
+            if "stderr" not in metric:
                 scores = {side: entry[side][metric] for side in sides}
                 rows.append((name, "lm-eval", str(entry.get("questions", "")), metric, scores))
     rich.print(table(rows, sides), f"Scores: {folder / SCORES}", sep="\n")

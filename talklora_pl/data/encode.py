@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import re
 from bisect import bisect_left, bisect_right
+from collections.abc import Iterable
+from contextlib import suppress
 from functools import cached_property
 from itertools import accumulate, chain
 from typing import TYPE_CHECKING, Any, Literal
@@ -117,6 +119,13 @@ class Encoder:
             return _WORD.findall(text)
         parts = self._cut.split(text)  # every other one is a token
         return [word for part in parts for word in (_WORD.findall(part) if part not in self.added else (part,))]
+
+    def meet(self, texts: Iterable[str]) -> None:
+        """Ask for the ids of all words of many texts that come next: for many at once the tokenizer takes half as long
+        as for a few."""
+        if self._divides:
+            with suppress(UnicodeEncodeError):  # half a surrogate pair: its row is refused when it is read
+                self._learn([word for text in texts for word in self._divided(text)])
 
     def _learn(self, words: list[str]) -> None:
         """Ask for the ids of words that are new."""

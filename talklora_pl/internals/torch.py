@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -14,13 +15,15 @@ if TYPE_CHECKING:
 
 __all__ = [
     "PRODUCTS",
+    "STAMP",
     "ShapesOnly",
     "TorchDispatchMode",
     "across",
     "cpu_has_bf16",
+    "is_as_stamped",
     "own_part",
+    "stamp",
     "tree_leaves",
-    "version",
 ]
 
 PRODUCTS = {
@@ -85,9 +88,22 @@ def across(v_TF: Tensor, direction_TF: Tensor, length_T1: Tensor) -> Tensor:
     return out_TF
 
 
-def version(tensor: torch.Tensor) -> int:
-    """How often the memory of a tensor was written to, through whichever tensor that shares it."""
-    return tensor._version
+STAMP = tuple[torch.Tensor, int, int]
+
+
+def stamp(tensor: torch.Tensor) -> STAMP:
+    """By which :func:`is_as_stamped` knows a tensor again: itself, its version, its place."""
+    return tensor, tensor._version, tensor.data_ptr()
+
+
+def is_as_stamped(tensors: Sequence[torch.Tensor], stamps: Sequence[STAMP]) -> bool:
+    """Whether these are the stamped tensors, unchanged. Asked for every adapted layer and token."""
+    if len(tensors) != len(stamps):
+        return False
+    for tensor, (known, version, place) in zip(tensors, stamps):
+        if tensor is not known or tensor._version != version or tensor.data_ptr() != place:
+            return False
+    return True
 
 
 def compile_more_often(times: int) -> None:

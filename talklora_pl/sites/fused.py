@@ -5,6 +5,7 @@ T tokens, D input width, O output width, P rows of the down projection (usually 
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -110,6 +111,26 @@ def at_least_float32(dtype: torch.dtype) -> torch.dtype:
     return dtype if dtype.itemsize >= 4 else torch.float32
 
 
+_NOTHING = nullcontext()
+
+
+def without_autocast(kind: str) -> AbstractContextManager[Any]:
+    """No autocast inside of it; entering the context for that alone would take as long as a product of few tokens."""
+    return torch.autocast(kind, enabled=False) if torch.is_autocast_enabled(kind) else _NOTHING
+
+
+FEW = 16
+"""Tokens on a CPU for which a product with a rank-space matrix in half precision takes longer to prepare than to do."""
+
+
+def product_dtype(x_TD: Tensor) -> torch.dtype:
+    """The dtype of the products with rank-space matrices: that of x, but float32 for few tokens without gradients."""
+    few = x_TD.dtype.itemsize < 4 and x_TD.shape[0] <= FEW and x_TD.device.type == "cpu"
+    if not few or torch.is_grad_enabled() or torch.is_autocast_enabled("cpu") or torch.compiler.is_compiling():
+        return x_TD.dtype
+    return torch.float32
+
+
 def _plain_weight(layer: Any) -> Tensor | None:
     """W_OD of a layer that is nothing but ``x Wᵀ + b`` with a frozen floating-point weight, else None.
 
@@ -143,6 +164,12 @@ def frozen_and_down(
         whole: how many of the last rows multiply x without dropout.
     """
     whole = whole if dropout > 0 else 0
+    dtype = product_dtype(x_TD)
+    if dtype != x_TD.dtype and dropout == 0:
+        W_OD = _plain_weight(layer)
+        plain = W_OD is not None and W_OD.dtype == x_TD.dtype
+        y_TO = F.linear(x_TD, W_OD, layer.bias) if plain else frozen(x_TD).clone()  # type: ignore[arg-type] # as asked
+        return y_TO, F.linear(x_TD.to(dtype), A_PD.to(dtype))
     if torch.compiler.is_compiling():  # the compiler fuses plain code, and regenerates masks
         source_TD = F.dropout(x_TD, dropout) if dropout > 0 else x_TD
         return frozen(x_TD), _down(x_TD, source_TD, A_PD.to(source_TD.dtype), whole)
@@ -254,7 +281,10 @@ def scaled(p: Tensor, scale: float, dtype: torch.dtype) -> Tensor:
 
 def add_up(y_TO: Tensor, z_TQ: Tensor, B_QO: Tensor, scale: float, dropout: float, training: bool) -> Tensor:
     """y + s z B, accumulated in place into the frozen output; with output dropout y + drop(s z B)."""
-    z_TQ, B_QO = z_TQ.to(y_TO.dtype), scaled(B_QO, scale, y_TO.dtype)
+    dtype = product_dtype(y_TO)
+    z_TQ, B_QO = z_TQ.to(dtype), scaled(B_QO, scale, dtype)
     if dropout > 0 and training:
-        return y_TO + F.dropout(z_TQ @ B_QO, dropout)
+        return y_TO + F.dropout(z_TQ @ B_QO, dropout).to(y_TO.dtype)
+    if dtype != y_TO.dtype:
+        return y_TO.add_(z_TQ @ B_QO)
     return y_TO.addmm(z_TQ, B_QO) if torch.compiler.is_compiling() else y_TO.addmm_(z_TQ, B_QO)

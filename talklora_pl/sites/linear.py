@@ -15,7 +15,7 @@ from talklora_pl.kept import Kept
 from talklora_pl.sites import LowRank, Site, folding
 from talklora_pl.sites.base_experts import AdaptedExperts, is_mixture, part_widths, parts
 from talklora_pl.sites.experts import LinearExperts
-from talklora_pl.sites.fused import add_up, fork, frozen_and_down, scaled, weigh
+from talklora_pl.sites.fused import add_up, fork, frozen_and_down, product_dtype, scaled, weigh, without_autocast
 from talklora_pl.sites.left_out import only_reached
 from talklora_pl.sites.mixture import BlockMixture, Mixture, own_features
 from talklora_pl.sites.targets import find_targets, widths
@@ -75,7 +75,7 @@ class AdaptedLinear(Mixture):
             rank_space = self._plain
         m = self._matrices_for(rank_space, x_TD)
         y_TO, product_TM = frozen_and_down(frozen.frozen_forward, frozen, x_TD, dropout, m.down_MD, m.whole)
-        with torch.autocast(x_TD.device.type, enabled=False):
+        with without_autocast(x_TD.device.type):
             z_TQ = rank_space(x_TD, product_TM, m, x.shape[:-1])
         y_TO = add_up(y_TO, z_TQ, m.up_QO, m.scale, self.dropout_output, self.training)
         return y_TO.view(*x.shape[:-1], -1)
@@ -83,7 +83,7 @@ class AdaptedLinear(Mixture):
     def _matrices_for(self, rank_space: Any, x_TD: Tensor) -> Matrices:
         """The layer's matrices; without gradients folded and cast once, and kept until a trained tensor changes."""
         kind = x_TD.device.type
-        dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x_TD.dtype
+        dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else product_dtype(x_TD)
         if self.training or torch.is_grad_enabled() or torch.compiler.is_compiling():
             return self._matrices(rank_space, dtype)
 
@@ -91,7 +91,7 @@ class AdaptedLinear(Mixture):
             m = self._matrices(rank_space, dtype)
             return m._replace(down_MD=m.down_MD.to(dtype), up_QO=scaled(m.up_QO, m.scale, dtype), scale=1.0)
 
-        return self._kept.get([p[name] for p, name in self._sources()], ready, dtype, rank_space.__name__)
+        return self._kept.get([p[name] for p, name in self._sources()], ready, (dtype, rank_space.__name__))
 
     def _sources(self) -> list[tuple[dict[str, Any], str]]:
         """Where the tensors are that matrices come from; not these themselves, which may be exchanged."""
@@ -104,7 +104,7 @@ class AdaptedLinear(Mixture):
     def _matrices(self, rank_space: Any, dtype: torch.dtype) -> Matrices:
         experts = self.experts
         router: Any = self.router if self.decides else None  # whose options are known once it folds
-        with torch.autocast(experts.down().device.type, enabled=False):
+        with without_autocast(experts.down().device.type):
             if rank_space == self._plain:
                 if self._only_weighs():
                     return Matrices(*folding.down_and_up_rows(experts, self.scale, dtype))
@@ -135,7 +135,7 @@ class AdaptedLinear(Mixture):
         """Whether no token needs weights of its own."""
         if self._block or self.experts_see_talk or not folding.offers(self.experts, "fold"):
             return False
-        if not isinstance(getattr(self.router, "share", None), float) or (self.training and self.dropout_routing > 0):
+        if self.router.share is None or (self.training and self.dropout_routing > 0):
             return False
         return not (folding.is_watched(self.router) or folding.is_watched(self.communication))
 

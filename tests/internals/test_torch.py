@@ -63,14 +63,18 @@ def test_a_dispatch_mode_sees_every_call() -> None:
     assert seen == [torch.ops.aten.empty.memory_format]
 
 
-def test_version_counts_writes_through_any_tensor_of_the_memory() -> None:
+def test_a_stamp_counts_writes_through_any_tensor_of_the_memory() -> None:
     one = torch.nn.Parameter(torch.zeros(3))
     other = torch.nn.Parameter(one.detach())
-    before = internals.version(one)
-    torch.optim.AdamW([other])
+    stamps = [internals.stamp(one)]
+    assert internals.is_as_stamped([one], stamps) and not internals.is_as_stamped([other], stamps)
+    assert not internals.is_as_stamped([one, other], stamps)
     other.grad = torch.ones(3)
     torch.optim.AdamW([other]).step()
-    assert internals.version(one) == internals.version(other) > before
+    assert not internals.is_as_stamped([one], stamps)
+    stamps, held = [internals.stamp(one)], one.detach()
+    one.data = one.data.clone()
+    assert not internals.is_as_stamped([one], stamps) and held.equal(one)
 
 
 def test_products_are_operators() -> None:
