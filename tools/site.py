@@ -29,7 +29,7 @@ from mkdocs.structure.pages import Page
 ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "tools")]
 
-from docstrings import markdown  # noqa: E402
+from docstrings import ROLE, markdown  # noqa: E402
 
 PAGES = {
     "README.md": "index.md",
@@ -349,6 +349,7 @@ def commands() -> str:
             main([verb, "--help"])
         # where the options begin: what comes before is the same once more
         help_text = printed.getvalue().partition("\noptions:\n")[2] or printed.getvalue()
+        help_text = ROLE.sub(lambda found: found[2], help_text)
         lines.append(f"````text\n{help_text.rstrip()}\n````\n")
     return "\n".join(lines)
 
