@@ -5,8 +5,12 @@ from __future__ import annotations
 import importlib.util
 from typing import Any
 
+from torch import nn
+from transformers.pytorch_utils import Conv1D
+
 from talklora_pl.errors import UserError
 from talklora_pl.internals.bitsandbytes import do_not_tell_of_casts
+from talklora_pl.names import base_modules, base_parameters
 
 SCHEMES: dict[str, dict[str, Any]] = {
     "nf4": {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4"},
@@ -33,6 +37,34 @@ def quantization_config(name: str, dtype: Any) -> Any:
     do_not_tell_of_casts()
     options = SCHEMES[name]
     return BitsAndBytesConfig(**options, **({"bnb_4bit_compute_dtype": dtype} if "load_in_4bit" in options else {}))
+
+
+def stored_bytes(model: Any, name: str | None) -> dict[int, int]:
+    """What the frozen weights of a model would take in few bits, by the id of the parameter; without the rest.
+
+    Of weights and scales only: a block of 64 numbers has a scale in 4 bits, of 256 of these scales one is kept in full
+    where they are quantised too, and in 8 bits every output has one. Embeddings, norms, the output embedding and the
+    module that comes last (a head) stay as they are, which is the rule of transformers.
+
+    Args:
+        name: a key of :data:`SCHEMES`; with another, or None, nothing is known.
+    """
+    if name not in SCHEMES:
+        return {}
+    last = id(list(base_parameters(model).values())[-1])
+    output = getattr(model, "get_output_embeddings", lambda: None)()
+    kept = {last, id(getattr(output, "weight", None))}
+    out = {}
+    for module in base_modules(model):
+        if isinstance(module, (nn.Linear, Conv1D)) and id(module.weight) not in kept:
+            numbers, rows = module.weight.numel(), module.weight.shape[isinstance(module, Conv1D)]
+            if name == "int8":
+                out[id(module.weight)] = numbers + 4 * rows
+            else:
+                scales = -(-numbers // 64)
+                of_scales = 4 * scales if name == "nf4" else scales + 4 * -(-scales // 256) + 4 * 256
+                out[id(module.weight)] = -(-numbers // 2) + of_scales + 4 * 16
+    return out
 
 
 def check_installed(name: str) -> None:

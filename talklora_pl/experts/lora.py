@@ -23,8 +23,8 @@ class PrivateA(LinearExperts):
         return self.A.flatten(0, 1)
 
     def split(self, h_TP: Tensor) -> Tensor:
-        h_TER: Tensor = h_TP.unflatten(-1, self.A.shape[:2])
-        return h_TER
+        E, R, _ = self.A.shape
+        return h_TP.view(*h_TP.shape[:-1], E, R)
 
     def fold(self, weight_NEF: Tensor) -> tuple[Tensor, Tensor | None]:
         return weight_NEF.flatten(1), None

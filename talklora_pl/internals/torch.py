@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -12,7 +13,18 @@ from torch.utils._pytree import tree_leaves  # the public one needs the package 
 if TYPE_CHECKING:
     from torch.distributed.tensor import DTensor
 
-__all__ = ["PRODUCTS", "ShapesOnly", "TorchDispatchMode", "cpu_has_bf16", "own_part", "tree_leaves", "version"]
+__all__ = [
+    "PRODUCTS",
+    "STAMP",
+    "ShapesOnly",
+    "TorchDispatchMode",
+    "across",
+    "cpu_has_bf16",
+    "is_as_stamped",
+    "own_part",
+    "stamp",
+    "tree_leaves",
+]
 
 PRODUCTS = {
     f"aten::{name}"
@@ -66,9 +78,32 @@ def cpu_has_bf16() -> bool:
     return any(getattr(torch.cpu, check, bool)() for check in checks)
 
 
-def version(tensor: torch.Tensor) -> int:
-    """How often the memory of a tensor was written to, through whichever tensor that shares it."""
-    return tensor._version
+def across(v_TF: Tensor, direction_TF: Tensor, length_T1: Tensor) -> Tensor:
+    """v - d (v · d) / l² for every row: the gradient of d / |d| but for its scale, where l = |d|.
+
+    As one operation: it is the gradient of ``weight_norm``, which PyTorch 1.0 to 2.13 have as one kernel of this name.
+    """
+    rows = torch.ops.aten._weight_norm_interface_backward
+    out_TF: Tensor = rows(v_TF, direction_TF, length_T1, length_T1, 0)[0]
+    return out_TF
+
+
+STAMP = tuple[torch.Tensor, int, int]
+
+
+def stamp(tensor: torch.Tensor) -> STAMP:
+    """By which :func:`is_as_stamped` knows a tensor again: itself, its version, its place."""
+    return tensor, tensor._version, tensor.data_ptr()
+
+
+def is_as_stamped(tensors: Sequence[torch.Tensor], stamps: Sequence[STAMP]) -> bool:
+    """Whether these are the stamped tensors, unchanged. Asked for every adapted layer and token."""
+    if len(tensors) != len(stamps):
+        return False
+    for tensor, (known, version, place) in zip(tensors, stamps):
+        if tensor is not known or tensor._version != version or tensor.data_ptr() != place:
+            return False
+    return True
 
 
 def compile_more_often(times: int) -> None:

@@ -12,6 +12,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import torch
@@ -83,6 +84,8 @@ class Estimator:
         batch: of real tensors in main memory.
         state_ratio: bytes of the optimiser's states per byte that is trained.
         accumulates: whether gradients of earlier micro-batches are there during a step.
+        stored: bytes of frozen parameters that are kept in few bits, by their id. (Activations are those of the base
+            in full.)
     """
 
     def __init__(
@@ -92,15 +95,16 @@ class Estimator:
         batch: Mapping[str, Any],
         state_ratio: float,
         accumulates: bool = False,
+        stored: Mapping[int, int] = MappingProxyType({}),
     ) -> None:
         self.model, self.loss, self.batch = model.train(), loss, batch
         self.accumulates = accumulates
         self.blocks = _blocks(model)
         layers = [layer for blocks in self.blocks for layer in blocks]
-        self.frozen = _bytes(p for p in model.parameters() if not p.requires_grad)
+        self.frozen = _frozen_bytes(model, stored)
         self.trained = _bytes(p for p in model.parameters() if p.requires_grad)
         self.optimiser = math.ceil(state_ratio * self.trained)
-        sizes = [_bytes(p for p in layer.parameters() if not p.requires_grad) for layer in layers]
+        sizes = [_frozen_bytes(layer, stored) for layer in layers]
         self.largest, self.rest = max(sizes, default=0), self.frozen - sum(sizes)
         self.buffers = _bytes(model.buffers())
         self._steps: dict[Checkpointing, Step] = {}
@@ -196,6 +200,11 @@ def state_ratio(optimizer: Callable[[Any], Any]) -> float:
 
 def _bytes(tensors: Any) -> int:
     return sum(t.numel() * t.element_size() for t in tensors)
+
+
+def _frozen_bytes(module: nn.Module, stored: Mapping[int, int]) -> int:
+    frozen = [p for p in module.parameters() if not p.requires_grad]
+    return sum(stored[id(p)] if id(p) in stored else _bytes([p]) for p in frozen)
 
 
 def _blocks(model: nn.Module) -> list[nn.ModuleList]:

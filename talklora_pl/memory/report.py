@@ -13,6 +13,7 @@ import torch
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 
 from talklora_pl.balance import balance_losses
+from talklora_pl.base.quantization import quantization_of, stored_bytes
 from talklora_pl.errors import UserError
 from talklora_pl.memory.estimate import MODES, Estimator, Need, Placement, state_ratio
 from talklora_pl.routing import RoutingCollector
@@ -42,7 +43,9 @@ def estimator(tuner: Any, batch: Mapping[str, Any], accumulates: bool = False) -
         balance, _ = balance_losses(next(iter(model.talklora.values())), collector.records)
         return total + balance
 
-    return Estimator(tuner.meta_model(), loss, batch, state_ratio(tuner.optimizer), accumulates)
+    model = tuner.meta_model()
+    stored = stored_bytes(model, tuner.base.quantization or quantization_of(model.config))
+    return Estimator(model, loss, batch, state_ratio(tuner.optimizer), accumulates, stored)
 
 
 def say(tuner: Any, data: Any, device: torch.device) -> None:

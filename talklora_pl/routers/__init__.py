@@ -21,9 +21,14 @@ class RouterModule(nn.Module):
 
     Class attributes:
         wants_loads: :meth:`after_optimizer_step` is to be called.
+
+    Attributes:
+        share: the weight of every expert for every token, for a layer that multiplies by it without a tensor of
+            weights; None where tokens differ.
     """
 
     wants_loads: ClassVar[bool] = False
+    share: float | None = None
 
     def forward(self, x_TD: Tensor, m_TEF: Tensor) -> Routing:
         """Weights of the experts for every token. Tokens never influence each other.

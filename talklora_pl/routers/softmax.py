@@ -32,11 +32,7 @@ class Softmax(Scored):
 
 
 class UniformRouter(RouterModule):
-    """w_i = 1/E.
-
-    Attributes:
-        share: 1/E, for a layer that multiplies by it without a tensor of weights.
-    """
+    """w_i = 1/E."""
 
     def __init__(self, layer: LayerSpec) -> None:
         super().__init__()

@@ -19,14 +19,14 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from talklora_pl.sites.fused import at_least_float32
+from talklora_pl.sites.fused import at_least_float32, product_dtype, without_autocast
 
 _PLAIN = {"fold": frozenset({"forward", "split", "node_features", "mix"}), "route": frozenset({"forward"})}
 
 
 def offers(part: Any, method: str) -> bool:
     """Whether ``part`` has the folded ``method``, and nobody changed or watches the plain ones that it stands for."""
-    return not is_watched(part) and _PLAIN[method].isdisjoint(vars(part)) and _class_offers(_kind(part), method)
+    return not is_watched(part) and vars(part).keys().isdisjoint(_PLAIN[method]) and _class_offers(_kind(part), method)
 
 
 def is_watched(part: Any) -> bool:
@@ -52,15 +52,16 @@ def folds(experts: Any, communication: Any, router: Any) -> bool:
     """Whether the logits of a decision are affine in x, and its router starts from logits."""
     if not (offers(router, "route") and offers(experts, "fold")):
         return False
-    if is_watched(router.scores) or is_watched(communication):
+    scores = router.scores
+    if is_watched(scores) or is_watched(communication):
         return False
-    return router.scores.source == "x" or offers(communication, "fold")
+    return scores.source == "x" or offers(communication, "fold")
 
 
 def exact_enough(router: Any, x_TD: Tensor) -> bool:
-    """Whether a product in the dtype of x gives the logits that ``router`` needs."""
+    """Whether a product with x gives the logits that ``router`` needs."""
     kind = x_TD.device.type
-    dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x_TD.dtype
+    dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else product_dtype(x_TD)
     return dtype.itemsize >= 4 or not getattr(router, "selects", True)
 
 
@@ -81,7 +82,8 @@ def logits_of(x_TD: Tensor, experts: Any, communication: Any, router: Any) -> Te
     """logits_TE of a decision by itself, for an input."""
     weight_NP, bias_N = scores(experts, communication, router)
     rows_ND = router.scores.weight if weight_NP is None else weight_NP @ experts.down()
-    return logits(router, F.linear(x_TD, rows_ND.to(x_TD.dtype)), bias_N)
+    dtype = product_dtype(x_TD)
+    return logits(router, F.linear(x_TD.to(dtype), rows_ND.to(dtype)), bias_N)
 
 
 def rank_rows(experts: Any) -> Tensor:
@@ -99,8 +101,49 @@ def up_rows(experts: Any) -> Tensor:
     core_ESR = getattr(experts, "core", None)
     if core_ESR is None:
         return B_QO
-    with torch.autocast(B_QO.device.type, enabled=False):
+    with without_autocast(B_QO.device.type):
         return torch.bmm(core_ESR.mT, B_QO.view(*core_ESR.shape[:2], -1)).flatten(0, 1)
+
+
+class _CastUp(torch.autograd.Function):
+    """A and s Cᵀ B in another dtype: one cast for both, and one for both gradients."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, A_PD: Tensor, core_ESR: Tensor, B_QO: Tensor, scale: float, dtype: torch.dtype
+    ) -> tuple[Tensor, Tensor]:
+        ctx.save_for_backward(core_ESR, B_QO)
+        ctx.scale = scale
+        up_PO = _bmm(core_ESR.mT, B_QO.view(*core_ESR.shape[:2], -1), scale).flatten(0, 1)
+        return _cast(A_PD, up_PO, dtype)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dA_PD: Tensor, dup_PO: Tensor) -> tuple[Tensor | None, ...]:
+        core_ESR, B_QO = ctx.saved_tensors
+        E, S, R = core_ESR.shape
+        dA_PD, dup_PO = _cast(dA_PD, dup_PO, core_ESR.dtype)
+        dup_ERO = dup_PO.view(E, R, -1)
+        dcore_ESR = _bmm(B_QO.view(E, S, -1), dup_ERO.mT, ctx.scale)
+        return dA_PD, dcore_ESR, _bmm(core_ESR, dup_ERO, ctx.scale).flatten(0, 1), None, None
+
+
+def _bmm(a: Tensor, b: Tensor, scale: float) -> Tensor:
+    return torch.bmm(a, b) if scale == 1 else torch.baddbmm(a.new_empty(1, 1, 1), a, b, beta=0, alpha=scale)
+
+
+def _cast(a: Tensor, b: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    out = a.new_empty(a.shape, dtype=dtype), b.new_empty(b.shape, dtype=dtype)
+    torch._foreach_copy_(out, (a, b))
+    return out
+
+
+def down_and_up_rows(experts: Any, scale: float, dtype: torch.dtype) -> tuple[Tensor, Tensor, float]:
+    """A, Cᵀ B (or B) and what this is still to be multiplied with, for products in ``dtype``."""
+    A_PD, core_ESR = experts.down(), getattr(experts, "core", None)
+    if core_ESR is None or dtype == A_PD.dtype or torch.compiler.is_compiling():
+        return A_PD, up_rows(experts), scale
+    return *_CastUp.apply(A_PD, core_ESR, experts.up(), scale, dtype), 1.0
 
 
 class _Rows(torch.autograd.Function):
@@ -154,7 +197,7 @@ def split(product_TM: Tensor, width: int) -> tuple[Tensor, Tensor]:
     """z_TP and logits_TE, these as float32 at least."""
     dtype = at_least_float32(product_TM.dtype)
     if dtype == product_TM.dtype or not torch.is_grad_enabled() or torch.compiler.is_compiling():
-        z_TP, logits_TE = product_TM.split([width, product_TM.shape[1] - width], dim=1)
+        z_TP, logits_TE = product_TM.narrow(1, 0, width), product_TM.narrow(1, width, product_TM.shape[1] - width)
         return z_TP, logits_TE.to(dtype)
     z_TP, logits_TE = _Split.apply(product_TM, width, dtype)
     return z_TP, logits_TE

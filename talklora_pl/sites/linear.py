@@ -9,14 +9,13 @@ from collections.abc import Callable, Container
 from typing import Any, NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from talklora_pl.kept import Kept
 from talklora_pl.sites import LowRank, Site, folding
 from talklora_pl.sites.base_experts import AdaptedExperts, is_mixture, part_widths, parts
 from talklora_pl.sites.experts import LinearExperts
-from talklora_pl.sites.fused import add_up, frozen_and_down, scaled, weigh
+from talklora_pl.sites.fused import add_up, fork, frozen_and_down, product_dtype, scaled, weigh, without_autocast
 from talklora_pl.sites.left_out import only_reached
 from talklora_pl.sites.mixture import BlockMixture, Mixture, own_features
 from talklora_pl.sites.targets import find_targets, widths
@@ -31,7 +30,7 @@ class Matrices(NamedTuple):
         up_QO: up projections, before ``scale``.
         scores: how many of the rows are of scores.
         bias_E: of the scores.
-        apart_ED: rows of the scores that need a product of their own.
+        whole: how many of the rows multiply what dropout leaves as it is.
     """
 
     down_MD: Tensor
@@ -39,7 +38,7 @@ class Matrices(NamedTuple):
     scale: float
     scores: int = 0
     bias_E: Tensor | None = None
-    apart_ED: Tensor | None = None
+    whole: int = 0
 
 
 class AdaptedLinear(Mixture):
@@ -74,25 +73,25 @@ class AdaptedLinear(Mixture):
             rank_space = self._folded
         else:
             rank_space = self._plain
-        m = self._matrices_for(rank_space, x_TD, dropout)
-        y_TO, product_TM = frozen_and_down(frozen.frozen_forward, frozen, x_TD, dropout, m.down_MD)
-        with torch.autocast(x_TD.device.type, enabled=False):
+        m = self._matrices_for(rank_space, x_TD)
+        y_TO, product_TM = frozen_and_down(frozen.frozen_forward, frozen, x_TD, dropout, m.down_MD, m.whole)
+        with without_autocast(x_TD.device.type):
             z_TQ = rank_space(x_TD, product_TM, m, x.shape[:-1])
         y_TO = add_up(y_TO, z_TQ, m.up_QO, m.scale, self.dropout_output, self.training)
         return y_TO.view(*x.shape[:-1], -1)
 
-    def _matrices_for(self, rank_space: Any, x_TD: Tensor, dropout: float) -> Matrices:
+    def _matrices_for(self, rank_space: Any, x_TD: Tensor) -> Matrices:
         """The layer's matrices; without gradients folded and cast once, and kept until a trained tensor changes."""
-        if self.training or torch.is_grad_enabled() or torch.compiler.is_compiling():
-            return self._matrices(rank_space, dropout)
         kind = x_TD.device.type
-        dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x_TD.dtype
+        dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else product_dtype(x_TD)
+        if self.training or torch.is_grad_enabled() or torch.compiler.is_compiling():
+            return self._matrices(rank_space, dtype)
 
         def ready() -> Matrices:
-            m = self._matrices(rank_space, dropout)
+            m = self._matrices(rank_space, dtype)
             return m._replace(down_MD=m.down_MD.to(dtype), up_QO=scaled(m.up_QO, m.scale, dtype), scale=1.0)
 
-        return self._kept.get([p[name] for p, name in self._sources()], ready, dtype, rank_space.__name__)
+        return self._kept.get([p[name] for p, name in self._sources()], ready, (dtype, rank_space.__name__))
 
     def _sources(self) -> list[tuple[dict[str, Any], str]]:
         """Where the tensors are that matrices come from; not these themselves, which may be exchanged."""
@@ -102,13 +101,14 @@ class AdaptedLinear(Mixture):
             self._places = [(m._parameters, n) for m in modules for n, p in m._parameters.items() if p is not None]
         return self._places
 
-    def _matrices(self, rank_space: Any, dropout: float) -> Matrices:
+    def _matrices(self, rank_space: Any, dtype: torch.dtype) -> Matrices:
         experts = self.experts
         router: Any = self.router if self.decides else None  # whose options are known once it folds
-        with torch.autocast(experts.down().device.type, enabled=False):
+        with without_autocast(experts.down().device.type):
             if rank_space == self._plain:
-                up_QO = folding.up_rows(experts) if self._only_weighs() else experts.up()
-                return Matrices(experts.down(), up_QO, self.scale)
+                if self._only_weighs():
+                    return Matrices(*folding.down_and_up_rows(experts, self.scale, dtype))
+                return Matrices(experts.down(), experts.up(), self.scale)
             m = Matrices(experts.down(), experts.up(), self.scale)
             if rank_space == self._uniform:
                 return m._replace(down_MD=folding.rank_rows(experts), scale=self.scale * router.share)
@@ -118,10 +118,10 @@ class AdaptedLinear(Mixture):
             if weight_EP is not None:
                 down_MD = folding.rank_and_score_rows(experts, weight_EP)
                 return m._replace(down_MD=down_MD, scores=len(weight_EP), bias_E=bias_E)
-            rank_PD, scores_ED = folding.rank_rows(experts), router.scores.weight
-            if dropout > 0:  # the logits are those of x, and h is that of what dropout left of it
-                return m._replace(down_MD=rank_PD, apart_ED=scores_ED)
-            return m._replace(down_MD=torch.cat([rank_PD, scores_ED]), scores=len(scores_ED))
+            scores_ED = router.scores.weight
+            down_MD = torch.cat([folding.rank_rows(experts), scores_ED])
+            # the logits are those of x, and h is that of what dropout left of it
+            return m._replace(down_MD=down_MD, scores=len(scores_ED), whole=len(scores_ED))
 
     def _only_weighs(self) -> bool:
         """Whether ``mix`` may be done without: its core folded into the up projection."""
@@ -135,7 +135,7 @@ class AdaptedLinear(Mixture):
         """Whether no token needs weights of its own."""
         if self._block or self.experts_see_talk or not folding.offers(self.experts, "fold"):
             return False
-        if not isinstance(getattr(self.router, "share", None), float) or (self.training and self.dropout_routing > 0):
+        if self.router.share is None or (self.training and self.dropout_routing > 0):
             return False
         return not (folding.is_watched(self.router) or folding.is_watched(self.communication))
 
@@ -157,11 +157,7 @@ class AdaptedLinear(Mixture):
         """z_TQ with all that is linear in the one down product: what :meth:`_plain` computes."""
         if self._block:
             return weigh(self.experts.split(product_TM), self._block[0].weights()).flatten(1)
-        if m.scores:
-            h_TP, score_TE = folding.split(product_TM, product_TM.shape[1] - m.scores)
-        else:
-            assert m.apart_ED is not None
-            h_TP, score_TE = product_TM, F.linear(x_TD, m.apart_ED.to(x_TD.dtype))
+        h_TP, score_TE = folding.split(product_TM, product_TM.shape[1] - m.scores)
         router: Any = self.router
         routing = router.route(folding.logits(router, score_TE, m.bias_E))
         w_TE = self.observed(routing, leading_shape).weights_TE
@@ -169,19 +165,22 @@ class AdaptedLinear(Mixture):
 
     def _plain(self, x_TD: Tensor, h_TP: Tensor, m: Matrices, leading_shape: torch.Size) -> Tensor:
         """z_TQ, one part of the method after the other; in full precision, which selection wants."""
-        h_TER = self.experts.split(h_TP.to(self.experts.down().dtype))
+        dtype = self.experts.down().dtype
+        if self._block or self.experts_see_talk or not self._only_weighs():
+            h_TER = self.experts.split(h_TP.to(dtype))
+            w_TE, m_TEG = self._weights(x_TD, h_TER, leading_shape)
+            h_TER = m_TEG if self.experts_see_talk else h_TER
+            return weigh(h_TER, w_TE).flatten(1) if self._only_weighs() else self.experts.mix(h_TER, w_TE)
+        # h goes on in the dtype it came in
+        h_TER, full_TER, below = fork(self.experts.split(h_TP), dtype)
+        return weigh(h_TER, self._weights(x_TD, full_TER, leading_shape)[0], below).flatten(1)
+
+    def _weights(self, x_TD: Tensor, h_TER: Tensor, leading_shape: torch.Size) -> tuple[Tensor, Tensor]:
+        """w_TE, and the features after communication."""
         if self._block:
-            w_TE = self._block[0].weights()
-        else:
-            routing, m_TEG = self.decide(x_TD, self.experts.node_features(h_TER), leading_shape)
-            w_TE = routing.weights_TE
-            if self.experts_see_talk:
-                h_TER = m_TEG
-        if not self._only_weighs():
-            return self.experts.mix(h_TER, w_TE)
-        if not self.experts_see_talk:
-            h_TER = self.experts.split(h_TP)  # as it came: it goes on in that dtype
-        return weigh(h_TER, w_TE).flatten(1)
+            return self._block[0].weights(), h_TER
+        routing, m_TEG = self.decide(x_TD, self.experts.node_features(h_TER), leading_shape)
+        return routing.weights_TE, m_TEG
 
     def train(self, mode: bool = True) -> AdaptedLinear:
         """Forgets what was kept: a training may write to tensors in ways that leave no trace."""

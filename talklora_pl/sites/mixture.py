@@ -17,6 +17,7 @@ from talklora_pl.errors import UserError
 from talklora_pl.routing import Collectors, Handed, Routing
 from talklora_pl.sites import folding
 from talklora_pl.sites.experts import LinearExperts
+from talklora_pl.sites.fused import without_autocast
 from talklora_pl.spec import LayerOptions, LayerSpec, unregistered
 
 if TYPE_CHECKING:
@@ -151,7 +152,7 @@ class BlockMixture(Mixture):
 
     def _decide(self, x: Tensor) -> Routing:
         x_TD = x.reshape(-1, x.shape[-1])
-        with torch.autocast(x_TD.device.type, enabled=False):
+        with without_autocast(x_TD.device.type):
             if self._folds(x_TD):
                 router: Any = self.router
                 logits_TE = folding.logits_of(x_TD, self._experts[0], self.communication, router)

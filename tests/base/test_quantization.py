@@ -19,9 +19,10 @@ from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 from talklora_pl.adapter import AdapterConfig
 from talklora_pl.adapter.io import adapter_metadata, load_adapter, save_adapter
 from talklora_pl.base import BaseModel, load_base
-from talklora_pl.base.quantization import quantization_of
+from talklora_pl.base.quantization import quantization_of, stored_bytes
 from talklora_pl.cli import main
 from talklora_pl.errors import UserError
+from talklora_pl.memory.estimate import Estimator
 from tests.cli.test_fit import scalars
 from tests.cli.test_real_model import MODEL
 from tests.data.tiny import save_model
@@ -67,6 +68,25 @@ def test_gradients_are_those_of_the_dequantised_base_before_and_after_an_evaluat
         model(IDS)
     model.train()
     assert torch.equal(gradients(model), first)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_bytes_are_known_before_the_weights_are_there(base: BaseModel, kind: str) -> None:
+    """Weights and scales of the real layers, counted, against what is said of the model on the meta device."""
+    config = AdapterConfig(targets="all-linear", rank=8)
+    model, meta = load_base(replace(base, quantization=kind)), load_base(base, meta=True)
+    models.train(meta, config)
+    told = Estimator(meta, lambda *_: IDS, {}, 0.0, stored=stored_bytes(meta, kind)).frozen
+    counted = 0
+    for p in model.parameters():
+        state = getattr(p, "quant_state", None)
+        parts = [p, *([] if state is None else [state.absmax, state.code])]
+        if state and state.nested:
+            parts += [state.state2.absmax, state.state2.code]
+        parts.append(getattr(p, "SCB", None))
+        counted += sum(t.numel() * t.element_size() for t in parts if isinstance(t, torch.Tensor))
+    assert told == pytest.approx(counted, rel=2e-3)
+    assert told < 0.7 * Estimator(meta, lambda *_: IDS, {}, 0.0).frozen
 
 
 def test_a_base_that_was_evaluated_before_is_refused(base: BaseModel) -> None:
@@ -180,7 +200,7 @@ def test_a_run_on_stored_weights_exports_and_merges_into_full_precision(
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("kind", ["nf4", "int8"])
+@pytest.mark.parametrize("kind", ["nf4", pytest.param("int8", marks=pytest.mark.nightly)])
 def test_two_processes_train_as_one(base: BaseModel, tmp_path: Path, kind: str) -> None:
     data = rows_of(tmp_path / "rows.jsonl")
 

@@ -63,14 +63,18 @@ def test_a_dispatch_mode_sees_every_call() -> None:
     assert seen == [torch.ops.aten.empty.memory_format]
 
 
-def test_version_counts_writes_through_any_tensor_of_the_memory() -> None:
+def test_a_stamp_counts_writes_through_any_tensor_of_the_memory() -> None:
     one = torch.nn.Parameter(torch.zeros(3))
     other = torch.nn.Parameter(one.detach())
-    before = internals.version(one)
-    torch.optim.AdamW([other])
+    stamps = [internals.stamp(one)]
+    assert internals.is_as_stamped([one], stamps) and not internals.is_as_stamped([other], stamps)
+    assert not internals.is_as_stamped([one, other], stamps)
     other.grad = torch.ones(3)
     torch.optim.AdamW([other]).step()
-    assert internals.version(one) == internals.version(other) > before
+    assert not internals.is_as_stamped([one], stamps)
+    stamps, held = [internals.stamp(one)], one.detach()
+    one.data = one.data.clone()
+    assert not internals.is_as_stamped([one], stamps) and held.equal(one)
 
 
 def test_products_are_operators() -> None:
@@ -87,3 +91,14 @@ def test_shapes_without_values() -> None:
 
 def test_leaves() -> None:
     assert internals.tree_leaves(([1, (2,)], {"a": 3})) == [1, 2, 3]
+
+
+def test_across_is_the_gradient_of_the_direction() -> None:
+    d_TF = torch.randn(5, 3, dtype=torch.float64, requires_grad=True)
+    v_TF, l_T1 = torch.randn(5, 3, dtype=torch.float64), torch.linalg.vector_norm(d_TF, dim=-1, keepdim=True)
+    (want_TF,) = torch.autograd.grad(d_TF / l_T1, d_TF, v_TF)
+    d_TF, l_T1 = d_TF.detach(), l_T1.detach()
+    torch.testing.assert_close(internals.across(v_TF, d_TF, l_T1) / l_T1, want_TF)
+    # also where l is something else
+    v_d_T1 = (v_TF * d_TF).sum(-1, keepdim=True)
+    torch.testing.assert_close(internals.across(v_TF, d_TF, 2 * l_T1), v_TF - d_TF * v_d_T1 / (2 * l_T1) ** 2)

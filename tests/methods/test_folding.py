@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from talklora_pl.adapter import Adapter, RoutingCollector, inject
+from talklora_pl.communication.mlp_mixer import MLPMixerModule
 from talklora_pl.communication.talking import TalkingModule
 from talklora_pl.sites import folding
 from talklora_pl.sites.linear import AdaptedLinear
@@ -26,6 +27,8 @@ def outcome(model: Any, adapter: Adapter, fold: bool) -> dict[str, Tensor]:
     for module in adapter.modules():
         if isinstance(module, Mixture):
             module.fold = fold
+        if isinstance(module, MLPMixerModule):
+            module.as_one = fold
     adapter.zero_grad(set_to_none=True)
     model.embed.weight.requires_grad_(True)
     model.embed.weight.grad = None
@@ -81,6 +84,29 @@ def test_combinations(experts: str, communication: str, per: str, dropout: float
             folded = compare(config_of(experts, communication, router, per, E=E, **options))
             # of a block's Linears the core folds, whoever decides
             assert (folded > 0) == (per == "block" or (communication != "gnn" and router != "noisy_top_k")), router
+
+
+@pytest.mark.parametrize("experts", ["lora", "shared_b", "shared_a"])
+def test_the_mixer_as_one(experts: str) -> None:
+    for router in ("softmax", "noisy_top_k"):
+        for see in (False, True):
+            compare(config_of(experts, "mlp_mixer", router, dtype="float64", experts_see_talk=see, dropout_input=0.3))
+
+
+@pytest.mark.parametrize("alpha", [None, 6])
+@pytest.mark.parametrize("per", ["linear", "block"])
+@pytest.mark.parametrize("communication", ["gnn", "mlp_mixer"])
+def test_adapters_of_another_dtype_than_the_base(communication: str, per: str, alpha: int | None) -> None:
+    """What is cast, weighed and added at once, against one after the other: float64 adapters on a float32 base."""
+    config = config_of("shared_b", communication, "softmax", per, alpha=alpha)
+    model, adapter = adapted(config)
+    adapter.double()
+    model.train()
+    got, want = outcome(model, adapter, True), outcome(model, adapter, False)
+    assert got.keys() == want.keys()
+    for name, value in want.items():
+        size = max(1.0, float(value.detach().abs().max()))
+        torch.testing.assert_close(got[name], value, rtol=1e-4, atol=1e-5 * size, check_dtype=False, msg=name)
 
 
 def test_unequal_numbers_of_experts_share_b() -> None:

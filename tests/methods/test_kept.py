@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import replace
 from typing import Any
 
@@ -13,6 +14,7 @@ from torch import Tensor, nn
 
 from talklora_pl.adapter import inject
 from talklora_pl.adapter.io import load_adapter, save_adapter
+from talklora_pl.sites import fused
 from talklora_pl.sites.linear import AdaptedLinear
 from tests.methods.matrix import ROUTERS, adapted, config_of, randomise, tiny
 from tests.methods.test_configs import config_of as method_file
@@ -100,8 +102,9 @@ def test_a_copy_keeps_its_own(tmp_path: Any) -> None:
 
 
 @pytest.mark.parametrize("method, more", [("talklora", 5), ("lora", 2), ("talklora_gnn", 14)])
-def test_operators_of_a_step_of_generation(method: str, more: int) -> None:
+def test_operators_of_a_step_of_generation(method: str, more: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """Beside the one of the bfloat16 Linear itself: down product, logits, softmax, weights and up product."""
+    monkeypatch.setattr(fused, "FEW", 0)  # as on a GPU
     model = tiny()
     inject(model, replace(method_file(method), targets=["up_proj"]))
     linear = model.eval().layers[0].mlp.up_proj.bfloat16()
@@ -111,3 +114,34 @@ def test_operators_of_a_step_of_generation(method: str, more: int) -> None:
         with Operators() as operators:
             linear(x)
     assert len(operators.names) == 1 + more
+
+
+@pytest.mark.parametrize("per", ["linear", "block"])
+@pytest.mark.parametrize("router", ["softmax", "top_k", "noisy_top_k"])
+def test_few_tokens_on_a_cpu_are_computed_in_float32(router: str, per: str) -> None:
+    """Nearer to float64 than the many tokens of a prompt, and kept beside what these need."""
+    model, adapter = adapted(config_of("shared_b", "talking", router, per, alpha=6))
+    want_model = copy.deepcopy(model).double()
+    linear, want_linear = (m.eval().layers[0].mlp.up_proj for m in (model, want_model))
+    torch.manual_seed(0)
+    x_TD = torch.randn(fused.FEW + 1, 8, dtype=torch.bfloat16)
+    linear.bfloat16()
+    want_linear.weight = nn.Parameter(linear.weight.double())
+
+    def run(linear: Any, x: Tensor) -> Tensor:
+        # a block decides from its own input
+        block = model.layers[0].mlp if linear is not want_linear else want_model.layers[0].mlp
+        layer = block.talklora_adapters.layers["default"] if per == "block" else None
+        with torch.no_grad(), layer.decided(x) if layer else nullcontext():
+            return linear(x)
+
+    many, few, want = run(linear, x_TD), run(linear, x_TD[:-1]), run(want_linear, x_TD.double())
+    again = run(linear, x_TD)
+    assert torch.equal(many, again) and few.dtype == torch.bfloat16
+    error = ((few - want[:-1]).abs().max() / want.abs().max()).item()
+    assert error <= torch.finfo(torch.bfloat16).eps
+    if per == "linear":
+        kept = adapter.layers.get_submodule("layers.0.mlp.up_proj")._kept
+        assert len(kept._values) == 2
+        randomise(adapter, 3)
+        assert not torch.equal(run(linear, x_TD[:-1]), few) and len(kept._values) == 1
