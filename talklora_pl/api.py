@@ -6,7 +6,7 @@ import copy
 import os
 import sys
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, fields, is_dataclass, replace
 from functools import partial
@@ -318,7 +318,9 @@ class Trained:
         like = self._source()
         if like.rows not in ASKED:
             raise UserError(f"generate: a text alone is no row of kind {like.rows!r}; give rows to predict.")
-        several = [texts] if isinstance(texts, str) else list(texts)
+        several = list(texts) if isinstance(texts, Iterable) and not isinstance(texts, str) else [texts]
+        if not all(isinstance(text, str) for text in several):
+            raise UserError(f"generate: give a text or a list of texts, not {texts!r:.60}.")
         field = ASKED[like.rows]
         rows = [{field: [{"role": "user", "content": t}] if field == "messages" else t} for t in several]
         kind = "completion" if like.rows == "text" else like.rows

@@ -151,6 +151,10 @@ class Generation:
         ends = {self.eos_id, *self.facts.eos_ids}
         config = self._config(new, sorted(ends))
         before, self.model.generation_config = self.model.generation_config, config  # it fills what ours leaves open
+        # the last position of a prompt is a slice, for which PyTorch copies a head without gradients once per row
+        whole = self.model.get_output_embeddings().register_forward_pre_hook(
+            lambda _, args: (args[0].contiguous(), *args[1:])
+        )
         try:
             out = self.model.generate(
                 **model_inputs(left),
@@ -161,6 +165,7 @@ class Generation:
             )
         finally:
             self.model.generation_config = before
+            whole.remove()
         width = left["input_ids"].shape[1]
         answers = [_until(ends, ids) for ids in out[:, width:].tolist()]
         rows = [before + answer for before, answer in zip(asked, answers)]

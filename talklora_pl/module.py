@@ -50,6 +50,7 @@ from talklora_pl.inputs import packed_rows
 from talklora_pl.internals.lightning import step_ends, trainer_of
 from talklora_pl.memory import report
 from talklora_pl.memory.checkpointing import Checkpointing, checkpoint_layers, mode_of
+from talklora_pl.names import ADAPTERS
 from talklora_pl.objectives import Objective, choose
 from talklora_pl.optim import ParamGroup, WarmupSchedule, grouped, try_optimizer, watched
 from talklora_pl.routing import RoutingCollector
@@ -296,6 +297,9 @@ class FineTuner(AdapterModule):
             if self.trainer.ckpt_path is None:
                 rank_zero_info(f"Begins from the adapter in {self.start.path}, with a new optimiser at step 0.")
             self.start = None
+        trained = sum(p.numel() for p in self.trained().values())
+        base = self.model.num_parameters() - sum(p.numel() for p in getattr(self.model, ADAPTERS).parameters())
+        rank_zero_info(f"Trained: {trained:,} parameters beside the {base:,} of the base.")
 
     def forward(self, **inputs: Any) -> Any:
         return self.model(**inputs)

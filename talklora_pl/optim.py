@@ -26,11 +26,13 @@ class ParamGroup:
         match: regular expression, searched in names such as ``layers.model.layers.0.self_attn.q_proj.router.weight``.
         lr: learning rate; the optimiser's by default.
         weight_decay: the optimiser's by default.
+        optional: it may match nothing, in a config for several bases or methods.
     """
 
     match: str
     lr: float | None = None
     weight_decay: float | None = None
+    optional: bool = False
 
     def __post_init__(self) -> None:
         for key in ("lr", "weight_decay"):
@@ -42,7 +44,7 @@ def grouped(trained: Mapping[str, nn.Parameter], settings: Sequence[ParamGroup])
     """What an optimiser takes: tensors by the first setting that matches their name, the others in a group before.
 
     Raises:
-        UserError: a setting matches no tensor that an earlier one has left.
+        UserError: a setting that is not optional matches no tensor that an earlier one has left.
     """
     groups: list[dict[str, Any]] = [{"params": []} for _ in range(len(settings) + 1)]
     for group, options in zip(groups[1:], settings, strict=True):
@@ -51,7 +53,7 @@ def grouped(trained: Mapping[str, nn.Parameter], settings: Sequence[ParamGroup])
         hit = next((i for i, g in enumerate(settings, 1) if re.search(g.match, name)), 0)
         groups[hit]["params"].append(p)
     for group, options in zip(groups[1:], settings, strict=True):
-        if not group["params"]:
+        if not (group["params"] or options.optional):
             names = list(trained)
             raise UserError(
                 f"model.param_groups: {options.match!r} matches no trained tensor. "
@@ -169,11 +171,10 @@ class WarmupCosine(WarmupSchedule):
 
 class WarmupConstant(WarmupSchedule):
     """Warm-up, then the rate as it is: decay_ratio of the steps after it, the last ones, go down to the floor in a
-    line (warm-up, stable, decay).
+    line (warm-up, stable, decay). Other options as for :class:`WarmupSchedule`.
 
     Args:
         decay_ratio: share of the steps after the warm-up.
-        others: as for :class:`WarmupSchedule`.
     """
 
     def __init__(

@@ -22,6 +22,7 @@ from talklora_pl.adapter import AdapterConfig
 from talklora_pl.api import Trained
 from talklora_pl.base import BaseModel
 from talklora_pl.cli import main
+from talklora_pl.cli.options import adapter_options
 from talklora_pl.data.source import Source
 from talklora_pl.errors import UserError
 from talklora_pl.routers.top_k import TopK
@@ -106,6 +107,9 @@ def test_the_command_line_trains_the_same(base: str, here: Path) -> None:
     got = run.predict(ROWS)
     assert [r["text"] for r in got] == [r["text"] for r in written] == run.generate([r["prompt"] for r in ROWS])
     assert run.generate(ROWS[3]["prompt"]) == got[3]["text"]
+    for wrong in (3, [ROWS[3]]):
+        with pytest.raises(UserError, match="generate: give a text or a list of texts"):
+            run.generate(wrong)
 
     copy = run.save("adapter")
     assert all(torch.equal(tensors[n], t) for n, t in load_file(copy / "adapter.safetensors").items())
@@ -124,6 +128,18 @@ class Steps(L.Callback):
         self.seen += 1
         if trainer.global_step == self.stop:
             os.kill(os.getpid(), signal.SIGINT)
+
+
+def test_options_of_a_wrong_type_are_said_where_they_are_written() -> None:
+    with pytest.raises(UserError, match=r"layers must be .*, got 2.5; num_experts must be int, got '4'"):
+        talklora_pl.AdapterConfig(num_experts="4", layers=2.5)  # type: ignore[arg-type]
+
+
+def test_what_an_adapter_begins_from_is_an_option_too() -> None:
+    config = talklora_pl.method("loramoe", init_from=["one", "two"], init_weights=[0.5, 0.5])
+    options = adapter_options(config)
+    assert (options["init_from"], options["init_weights"]) == (["one", "two"], [0.5, 0.5])
+    assert "init_noise" not in options
 
 
 def test_objects_as_options(base: str, here: Path) -> None:

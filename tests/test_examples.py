@@ -1,9 +1,19 @@
-"""TalkLoRA in 60 lines is TalkLoRA: the example and the adapted Linear compute the same, values and gradients."""
+"""TalkLoRA in 60 lines is TalkLoRA: the example and the adapted Linear compute the same, values and gradients.
+
+The other examples run, on a tiny model in place of the named one.
+"""
 
 from __future__ import annotations
 
 import ast
 import importlib.util
+import json
+import os
+import re
+import socket
+import subprocess
+import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -13,17 +23,24 @@ from torch import nn
 
 from talklora_pl.adapter import AdapterConfig, inject
 from talklora_pl.experts.shared_b import SharedB
+from talklora_pl.runs import all_runs
+from tests.data.tiny import save_model
 
-FILE = Path(__file__).parents[1] / "examples/talklora_in_60_lines.py"
+EXAMPLES = Path(__file__).parents[1] / "examples"
+FILE = EXAMPLES / "talklora_in_60_lines.py"
 
 
-@pytest.fixture(scope="module")
-def example() -> Any:
-    spec = importlib.util.spec_from_file_location(FILE.stem, FILE)
+def imported(name: str) -> Any:
+    spec = importlib.util.spec_from_file_location(name, EXAMPLES / f"{name}.py")
     assert spec is not None and spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
+
+
+@pytest.fixture(scope="module")
+def example() -> Any:
+    return imported(FILE.stem)
 
 
 def close(got: torch.Tensor | None, want: torch.Tensor | None) -> None:
@@ -94,3 +111,88 @@ def test_learns(example: Any, capsys: pytest.CaptureFixture[str]) -> None:
     losses = example.main()
     assert losses[-1] < 0.6 * losses[0]
     assert capsys.readouterr().out.count("loss") == 7
+
+
+def test_all_are_listed() -> None:
+    files = {file.name for file in EXAMPLES.iterdir() if file.suffix in (".py", ".ipynb", ".sh")}
+    assert set(re.findall(r"^\| \[.*\]\((.*)\) \|", (EXAMPLES / "README.md").read_text(), re.M)) == files
+
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory: pytest.TempPathFactory) -> str:
+    return save_model(tmp_path_factory.mktemp("examples") / "base").path
+
+
+@pytest.fixture
+def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(EXAMPLES.parent), os.environ.get("PYTHONPATH", "")]))
+    yield tmp_path
+    sys.modules.pop("own_component", None)
+
+
+def free_port() -> int:
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        return int(s.getsockname()[1])
+
+
+def adapter(folder: Path) -> dict[str, Any]:
+    options: dict[str, Any] = json.loads((folder / "talklora.json").read_text())["adapter"]
+    return options
+
+
+@pytest.mark.slow
+def test_fit_from_python(tiny: str, here: Path) -> None:
+    run = imported("train").main(tiny, steps=2)
+    assert {"train_loss", "test_loss"} <= run.scores.keys() and adapter(here / "sums-adapter")["num_experts"] == 4
+
+
+@pytest.mark.slow
+def test_own_component(tiny: str, here: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    run = imported("own_component").main(tiny, steps=2)
+    assert adapter(here / "ring-adapter")["communication"] == {"name": "ring", "share": 0.2}
+    assert "in the 10 layers" in capsys.readouterr().out
+    assert (run.folder / "config.yaml").read_text().count("own_component.py") == 1
+
+
+@pytest.mark.slow
+def test_preference_tuning(tiny: str, here: Path) -> None:
+    tuned = imported("preference").main(tiny, steps=2)
+    assert 0 <= tuned.scores["val_accuracy"] <= 1
+    assert [run.name for run in all_runs(here)] == ["answers", "preferences"]
+    before, after = adapter(here / "answers-adapter"), adapter(here / "preference-adapter")
+    assert before == after | {"dropout_input": before["dropout_input"]}  # pairs are learned without
+
+
+@pytest.mark.slow
+def test_upcycling(tiny: str, here: Path) -> None:
+    run = imported("upcycling").main(tiny, steps=2)
+    assert adapter(here / "mixture-adapter")["num_experts"] == 2
+    assert [run.name for run in all_runs(here)] == ["sums", "products", "mixture"] and run.scores["train_loss"] > 0
+
+
+@pytest.mark.slow
+def test_compare(tiny: str, here: Path) -> None:
+    table = here / imported("compare").main(tiny, steps=2)
+    assert "talklora" in table.read_text() and len(all_runs(here)) == 4
+
+
+@pytest.mark.slow
+def test_many_nodes(tiny: str, here: Path) -> None:
+    rows = [{"prompt": f"{n} is", "completion": f" {n}"} for n in range(32)]
+    Path("rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    more = ["--data.rows", "completion", "--trainer.accelerator", "cpu", "--trainer.max_steps", "2"]
+    command = ["bash", str(EXAMPLES / "many_nodes.sh"), tiny, "rows.jsonl", *more]
+    common = {"NODES": "2", "DEVICES": "1", "PORT": str(free_port()), "OMP_NUM_THREADS": "1"}
+    common["PATH"] = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])
+    nodes = [
+        subprocess.Popen(command, env={**os.environ, **common, "NODE": str(node)}, stderr=subprocess.PIPE, text=True)
+        for node in range(2)
+    ]
+    for node in nodes:
+        said = node.communicate(timeout=300)[1]
+        assert node.returncode == 0, said[-3000:]
+    (run,) = all_runs(here)
+    assert (run.name, run.state) == ("many-nodes", "finished")

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from talklora_pl.errors import UserError
-from talklora_pl.optim import WarmupConstant, WarmupCosine, WarmupLinear, try_optimizer
+from talklora_pl.optim import ParamGroup, WarmupConstant, WarmupCosine, WarmupLinear, grouped, try_optimizer
 
 
 def rates(schedule: type[Any], steps: int = 9, planned: bool = False, **options: Any) -> list[float]:
@@ -67,3 +67,10 @@ def test_an_optimiser_for_matrices_is_refused_before_the_run() -> None:
     with pytest.raises(UserError, match=r"1 of the 2 trained tensors are none, .* shape \(4, 2, 3\)"):
         try_optimizer(muon, None, groups)
     try_optimizer(muon, None, [{"params": groups[0]["params"][1:]}])
+
+
+def test_a_group_that_matches_nothing_is_a_mistake_unless_it_is_optional() -> None:
+    trained = {"layers.0.A": nn.Parameter(torch.zeros(1))}
+    with pytest.raises(UserError, match=r"'layers.29' matches no trained tensor"):
+        grouped(trained, [ParamGroup("layers.29", lr=0.1)])
+    assert grouped(trained, [ParamGroup("layers.29", lr=0.1, optional=True)]) == [{"params": [*trained.values()]}]

@@ -92,10 +92,11 @@ class AdapterConfig:
     init_noise: float | None = None
 
     def __post_init__(self) -> None:
-        """Raises: UserError for a part that is no component."""
-        parts = {key: getattr(self, key) for key in (*FAMILIES, "balance")}
-        if wrong := typed.problems(AdapterConfig, parts):
-            raise UserError(f"adapter: {'; '.join(wrong)}. Parts by name: talklora_pl.method, for instance.")
+        """Raises: UserError for an option of another type, a part that is no component among them."""
+        if wrong := typed.problems(AdapterConfig, {f.name: getattr(self, f.name) for f in fields(AdapterConfig)}):
+            named = any(isinstance(getattr(self, key), str) for key in FAMILIES)
+            by_name = " Parts by name: talklora_pl.method, for instance." if named else ""
+            raise UserError(f"adapter: {'; '.join(wrong)}.{by_name}")
         if self.compat == "published":
             self.dropout_input = self.dropout_routing = self.dropout_output = 0.05
 

@@ -7,6 +7,7 @@ import re
 from pathlib import Path
 from typing import Any
 
+from talklora_pl.adapter.files import CONFIG
 from talklora_pl.adapter.metadata import read_metadata
 from talklora_pl.errors import UserError
 from talklora_pl.paths import expand
@@ -46,6 +47,17 @@ def local_folder(name: str | os.PathLike[str], revision: str | None = None, **hu
         raise UserError(
             f"There is no adapter folder {str(name)!r}, and as a hub repository it cannot be had: {first}"
         ) from e
+
+
+def adapter_folder(name: str) -> Path:
+    """The folder of an adapter: itself, or of a run its best adapter, else its last, or the copy of a hub repository.
+
+    Raises:
+        UserError: see :func:`local_folder`.
+    """
+    folder = local_folder(name)
+    places = (folder, folder / "adapters/best", folder / "adapters/last")
+    return next((place for place in places if (place / CONFIG).is_file()), folder)
 
 
 def push_adapter(folder: str | Path, repository: str, private: bool = True, token: str | None = None) -> str:

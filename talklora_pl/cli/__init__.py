@@ -22,6 +22,7 @@ VERBS = {
     "predict": ("lightning", "write predictions as JSON lines"),
     "allocate": ("allocate", "how many experts each layer gets, from the spectra of its weights"),
     "compare": ("compare", "methods on the same data with the same seeds, and what their differences are worth"),
+    "evaluate": ("evaluate", "an adapter beside its base on the papers' benchmarks, or on those of lm-eval"),
     "chat": ("chat", "talk to an adapter in the terminal"),
     "components": ("components", "list all parts with their options"),
     "data": ("data", "data preview: print rows as the model reads them, with what is learned marked"),

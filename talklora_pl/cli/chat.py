@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import sys
 from collections import Counter
-from pathlib import Path
 from typing import Any, Literal
 
 import torch
@@ -13,8 +12,7 @@ from rich.text import Text
 from transformers import GenerationConfig, TextStreamer
 
 from talklora_pl.adapter import RoutingCollector, RoutingRecord, disable_adapter
-from talklora_pl.adapter.files import CONFIG
-from talklora_pl.adapter.hub import local_folder
+from talklora_pl.adapter.hub import adapter_folder
 from talklora_pl.adapter.io import load_adapter
 from talklora_pl.adapter.metadata import read_metadata
 from talklora_pl.base import BaseModel, load_base, load_config, load_tokenizer
@@ -66,7 +64,7 @@ def chat(
     if temperature < 0:
         raise UserError(f"--temperature: must not be below 0, got {temperature}.")
     import_plugins(plugins)
-    folder = _adapter_of(local_folder(adapter))
+    folder = adapter_folder(adapter)
     metadata = read_metadata(folder)
     if metadata.base.task == "sequence_classification":
         raise UserError(f"{folder} is an adapter of a classifier, which says no text; see `talklora_pl predict`.")
@@ -277,12 +275,6 @@ def strongest(records: list[RoutingRecord]) -> int | None:
     for w_E in weights:
         total_E[: len(w_E)] += w_E
     return int(total_E.argmax())
-
-
-def _adapter_of(folder: Path) -> Path:
-    """The folder of an adapter; of a run its best adapter, else its last."""
-    places = (folder, folder / "adapters/best", folder / "adapters/last")
-    return next((place for place in places if (place / CONFIG).is_file()), folder)
 
 
 def main(verb: str, argv: list[str]) -> None:

@@ -4,8 +4,12 @@ from __future__ import annotations
 
 import inspect
 import logging
+import shutil
+import sys
+import textwrap
 import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -116,7 +120,12 @@ class CLI(LightningCLI):
             trainer_class=Trainer,
             auto_configure_optimizers=False,
             load_from_checkpoint_support=False,
-            trainer_defaults={"use_distributed_sampler": False, "log_every_n_steps": 10},
+            trainer_defaults={
+                "use_distributed_sampler": False,
+                "log_every_n_steps": 10,
+                # it cannot count FLOPs here and takes every weight for 4 bytes; FineTuner says what is trained
+                "enable_model_summary": False,
+            },
         )
 
     def subcommands(self) -> dict[str, set[str]]:  # type: ignore[override]
@@ -291,10 +300,29 @@ def quiet() -> None:
     warnings.filterwarnings("ignore", "The `srun` command is available")  # docs/distributed.md says when to use it
     warnings.formatwarning = _one_line
     logging.getLogger("lightning.pytorch.utilities.rank_zero").addFilter(_is_news)
+    log = logging.getLogger("lightning.pytorch")
+    log.handlers = [_AboveTheBar() if type(h) is logging.StreamHandler else h for h in log.handlers]
+
+
+NO_NEWS = ("litlogger", "returned in `LightningModule.configure_", "TPU available: False")
+"""In lines of Lightning about what this run neither has nor lacks."""
 
 
 def _is_news(record: logging.LogRecord) -> bool:
-    return not any(words in record.getMessage() for words in ("litlogger", "returned in `LightningModule.configure_"))
+    return not any(words in record.getMessage() for words in NO_NEWS)
+
+
+class _AboveTheBar(logging.Handler):
+    """Writes to what ``sys.stderr`` is now: a live progress bar puts itself in its place, and lets lines through above
+    it. On a terminal words stay whole."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        text = self.format(record)
+        if sys.stderr.isatty():
+            width = shutil.get_terminal_size().columns - 1
+            fill = partial(textwrap.fill, width=width, subsequent_indent="  ", break_long_words=False)
+            text = "\n".join(fill(line, break_on_hyphens=False, replace_whitespace=False) for line in text.split("\n"))
+        print(text, file=sys.stderr)
 
 
 class _Unrun(CLI):

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import yaml
 
 from talklora_pl import strict
-from talklora_pl.adapter.config import FAMILIES, AdapterConfig
+from talklora_pl.adapter.config import FAMILIES, START, AdapterConfig
 from talklora_pl.cli.check import Check, Problem, load, merge, undotted
 from talklora_pl.errors import UserError
 from talklora_pl.paths import expand
@@ -152,7 +152,8 @@ def adapter_options(adapter: AdapterConfig) -> dict[str, Any]:
         if key in FAMILIES:
             found[key] = _component(value)
     found["balance"] = [_component(value) for value in found["balance"]]
-    return found
+    # what it begins from is no part of the adapter, and so not of its dict
+    return found | {key: value for key in sorted(START) if (value := getattr(adapter, key))}
 
 
 def _component(value: dict[str, Any]) -> dict[str, Any]:

@@ -5,20 +5,30 @@ Further options go to ``fit``: ``quickstart --config method/lora``, ``quickstart
 
 from __future__ import annotations
 
+import os
 import sys
 from pathlib import Path
 
 FOLDER = Path("quickstart")
-NEXT = """\
+BEGIN = """\
+A model of 135 million parameters learns small skills: {skills}.
+The questions are generated: {folder}/train.jsonl, {folder}/test.jsonl."""
+NEXT = """
 What is where
-  {log}/adapters/last   the adapter: AutoModelForCausalLM.from_pretrained loads it, README has the five lines
-  {log}   checkpoints, scores and TensorBoard logs: {python} -m tensorboard.main --logdir {log}
-  {folder}/train.jsonl   what it was trained on
+  {log}/adapters/last
+      the adapter: AutoModelForCausalLM.from_pretrained loads it, see README
+  {log}
+      scores, answers, checkpoints, and what TensorBoard shows:
+      {python} -m tensorboard.main --logdir {log}
 What to type next
-  {python} -m talklora_pl quickstart --config method/lora                       the same with plain LoRA
-  {python} -m talklora_pl quickstart --model.adapter.communication attention    another way for experts to talk
-  {python} -m talklora_pl components                                            all parts there are
-  {python} -m talklora_pl fit --config method/talklora --model.base.path MODEL --data.train YOUR.jsonl"""
+  {python} -m talklora_pl quickstart --config method/lora
+      the same with plain LoRA
+  {python} -m talklora_pl quickstart --model.adapter.communication attention
+      another way for experts to talk
+  {python} -m talklora_pl components
+      all parts there are
+  {python} -m talklora_pl fit --config method/talklora \\
+      --model.base.path MODEL --data.train YOUR.jsonl"""
 
 
 def main(verb: str, argv: list[str]) -> None:
@@ -26,21 +36,29 @@ def main(verb: str, argv: list[str]) -> None:
     from talklora_pl.quickstart import skills
 
     if not {"-h", "--help"} & set(argv):
-        skills.write(FOLDER)
-        print(f"{len(skills.SKILLS)} skills: {', '.join(skills.SKILLS)} (written to {FOLDER})", file=sys.stderr)
+        learned = skills.LEARNED_FIRST
+        skills.write(FOLDER, test=16, skills=learned)
+        told = BEGIN.format(skills=", ".join(learned), folder=FOLDER)
+        print(told, file=sys.stderr)
+    # bars of other libraries for what is over in a second or two
+    os.environ.setdefault("TQDM_DISABLE", "1")
     import rich
 
     from talklora_pl.cli.lightning import run
-    from talklora_pl.quickstart.report import experts_by_task, specialist_table
+    from talklora_pl.quickstart.report import answers_table, experts_by_task, specialist_table
 
     # method files do not add up
     method = [] if any("method/" in arg for arg in argv) else ["--config", "method/talklora"]
     cli = run("fit", [*method, "--config", "quickstart", *argv])
     trainer, tuner = cli.trainer, cli.model
+    print("The test asks new questions, before and after the training.", file=sys.stderr)
     trainer.test(tuner, datamodule=cli.datamodule, verbose=False)
+    # whatever the ranks compute together is outside of the condition
+    answers = answers_table(tuner, cli.datamodule.test_dataloader())
     by_layer = experts_by_task(tuner, cli.datamodule.test_dataloader())
-    log = trainer.log_dir  # a collective: outside of the condition
+    log = trainer.log_dir
     if trainer.is_global_zero:
+        rich.print(answers)
         if by_layer:
             rich.print(specialist_table(by_layer))
         print(NEXT.format(log=log, folder=FOLDER, python=_python()))

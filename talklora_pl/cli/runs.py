@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from json import dumps, loads
 from pathlib import Path
 from typing import Any
@@ -9,6 +10,9 @@ from typing import Any
 from talklora_pl.cli.parse import parse
 from talklora_pl.paths import expand
 from talklora_pl.runs import RUNS, Run, all_runs
+
+MOST = 24
+"""So many columns a name gets at least, if it is that long."""
 
 
 def row(run: Run) -> dict[str, Any]:
@@ -26,7 +30,7 @@ def row(run: Run) -> dict[str, Any]:
 
 
 def show(root: str = RUNS, json: bool = False) -> None:
-    """List runs, oldest first: method, data, seed, state, scores, folder.
+    """List runs, oldest first: method, data, seed, state, scores.
 
     Args:
         root: the folder of all runs, trainer.default_root_dir of the fit.
@@ -42,13 +46,19 @@ def show(root: str = RUNS, json: bool = False) -> None:
     from rich.console import Console
     from rich.table import Table
 
-    table = Table()
-    for title in ("run", "method", "data", "seed", "state", "scores", "folder"):
-        table.add_column(title, overflow="fold")
+    table = Table(title=f"Runs in {root}", title_justify="left", box=None, padding=(0, 2, 0, 0), pad_edge=False)
+    for title in ("run", "method, data", "seed", "state", "scores"):
+        table.add_column(title, overflow="fold", no_wrap=title in ("seed", "scores"))
+    table.columns[3].max_width = len("stopped at")
+    longest = [0, 0]
     for r in rows:
         scores = "\n".join(f"{name} {value:.4g}" for name, value in r["scores"].items())
-        told = ["" if r[key] is None else str(r[key]) for key in ("method", "data", "seed")]
-        table.add_row(r["name"], *told, r["state"], scores, r["folder"])
+        told = [r["method"] or "", *(Path(name).name for name in (r["data"] or "").split(", "))]
+        name = os.path.relpath(r["folder"], expand(root))
+        table.add_row(name, "\n".join(told), "" if r["seed"] is None else str(r["seed"]), r["state"], scores)
+        longest = [max(longest[0], len(name)), max(longest[1], *map(len, told))]
+    for column, width in zip(table.columns, longest):
+        column.min_width = min(width, MOST)
     Console(markup=False).print(table)
 
 

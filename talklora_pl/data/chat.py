@@ -11,9 +11,11 @@ from __future__ import annotations
 import inspect
 import json
 import re
+from bisect import bisect_right
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from functools import cached_property
+from itertools import accumulate, chain
 from typing import Any, Literal
 
 from talklora_pl.data.encode import END, Encoder, alternatives
@@ -85,6 +87,7 @@ class ChatTemplate:
         self._tails: set[str] = set()  # texts after a last answer, and after an earlier one
         self._closing: set[str] = set()  # tokens in them
         self._takes_text = self._takes_parts = True
+        self._frames: dict[tuple[str, ...], Frame] = {}
         self._probe()
 
     def __call__(self, conversation: Conversation, open: bool | None = None) -> Written:
@@ -105,7 +108,8 @@ class ChatTemplate:
             (ids, (marker,)) = self.encoder.spans(whole, [(len(whole) - len(self._opening + self._header), len(whole))])
             return Written(ids, [NO_LOSS] * len(ids), len(ids), len(ids) - marker[0], notices)
         given, whole = self._write(conversation)
-        notices = [*self._left_out(given, whole), *self.encoder.notices(whole)]
+        frame = self._frame(conversation, given, whole)
+        notices = [*([] if frame else self._left_out(given, whole)), *self.encoder.notices(whole)]
         if any(json.dumps(text, ensure_ascii=False) in whole for turn in given.turns for text in _json_arguments(turn)):
             notices.append(
                 "arguments of a call are JSON as text, which the chat template writes in quotes once more; "
@@ -114,7 +118,11 @@ class ChatTemplate:
         for key in LEARN:
             if any(turn.get(key) and turn["role"] != "assistant" for turn in turns):
                 notices.append(f"{key} has no effect on turns of others: the assistant's alone are learned")
-        answers = self._find(given, whole)
+        answers = frame.places(given.turns) if frame else None
+        if answers is None:
+            answers = self._find(given, whole)
+            if frame:
+                frame.keep(given.turns, answers)
         last = max(answers)
         if answers[last] is None:
             raise BadRow("the last answer cannot be found in what the chat template writes")
@@ -261,6 +269,35 @@ class ChatTemplate:
             words |= {node.attr for node in program.find_all(nodes.Getattr)}
             words |= {node.name for node in program.find_all(nodes.Name)}
         return words
+
+    def _frame(self, conversation: Conversation, given: Conversation, whole: str) -> Frame | None:
+        """What stands around the texts of plain turns, if the template has written these as others of the same roles.
+
+        Finding the answers takes several renderings. In turns of a role and a text alone, in which nothing stands that
+        the template may look for, they are where they were in the conversation before.
+        """
+        texts = [turn.get("content") for turn in given.turns]
+        plain = all(turn.keys() == {"role", "content"} for turn in conversation.turns)
+        if not plain or given.tools is not None or given.variables:
+            return None
+        if any(not isinstance(text, str) or not text or text != text.strip() for text in texts):
+            return None
+        if any(self._sought.search(text) for text in texts):
+            return None
+        roles = tuple(turn["role"] for turn in given.turns)
+        if roles not in self._frames:
+            marks = [_MARK + str(i) + _MARK for i in range(len(roles))]
+            turns = [{"role": role, "content": mark} for role, mark in zip(roles, marks)]
+            parts = re.split(f"{_MARK}([0-9]+){_MARK}", self._try(given, turns) or "")
+            whole_frame = parts[1::2] == [str(i) for i in range(len(roles))]
+            self._frames[roles] = Frame(parts[::2] if whole_frame else [])
+        frame = self._frames[roles]
+        return frame if frame.texts and frame.around(texts) == whole else None
+
+    @cached_property
+    def _sought(self) -> re.Pattern[str]:
+        """What a template may look for in a text: tokens, and texts of its program with a bracket or bar in them."""
+        return alternatives({*self.encoder.added, *(word for word in self._words if re.search(r"[][<>{}|]", word))})
 
     # - the places of the answers --------------------------------------------------------------------------------------
 
@@ -423,6 +460,49 @@ class ChatTemplate:
             if _squeeze(thoughts) not in written and self._words.intersection(REASONING):
                 notices.append("reasoning_content of an answer is left out: the chat template does not write it there")
         return notices
+
+
+@dataclass
+class Frame:
+    """What a template writes before, between and after the texts of turns of certain roles.
+
+    Attributes:
+        texts: one more than there are turns; none where it does not write all turns, each once.
+        answers: turn of an answer -> where it is, each place as the number of a text here and a distance into it;
+            empty until some have been found.
+    """
+
+    texts: list[str]
+    answers: dict[int, tuple[list[tuple[int, int]], bool]] = field(default_factory=dict)
+
+    def around(self, contents: list[str]) -> str:
+        """The conversation of these contents."""
+        return "".join(chain.from_iterable(zip(self.texts, contents))) + self.texts[-1]
+
+    def _starts(self, turns: list[Turn]) -> list[int]:
+        lengths = (len(text) + len(turn["content"]) for text, turn in zip(self.texts, turns))
+        return list(accumulate(lengths, initial=0))
+
+    def keep(self, turns: list[Turn], found: dict[int, Located | None]) -> None:
+        """Remember where answers were found, if all were, and none begins or ends inside of what a turn says."""
+        starts, kept = self._starts(turns), {}
+        for i, place in found.items():
+            if place is None:
+                return
+            at = [(bisect_right(starts, p) - 1, p) for p in (place.start, place.text_end, place.end)]
+            relative = [(k, p - starts[k]) for k, p in at]
+            if any(distance > len(self.texts[k]) for k, distance in relative):
+                return
+            kept[i] = relative, place.closed
+        self.answers = kept
+
+    def places(self, turns: list[Turn]) -> dict[int, Located | None] | None:
+        """Where the answers of these turns are; None: not known yet."""
+        starts = self._starts(turns)
+        return {
+            i: Located(*(starts[k] + distance for k, distance in relative), closed)  # type: ignore[misc]
+            for i, (relative, closed) in self.answers.items()
+        } or None
 
 
 @dataclass

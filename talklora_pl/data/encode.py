@@ -5,8 +5,10 @@ from __future__ import annotations
 import json
 import re
 from bisect import bisect_left, bisect_right
+from collections.abc import Iterable
+from contextlib import suppress
 from functools import cached_property
-from itertools import chain
+from itertools import accumulate, chain
 from typing import TYPE_CHECKING, Any, Literal
 
 from talklora_pl.data.source import BadRow
@@ -21,7 +23,7 @@ SPELLED, WRITTEN, END = 0x100000, 0x108000, 0x10FFFD
 _PRIVATE = re.compile(f"[{chr(SPELLED)}-{chr(END)}]")
 
 # Patterns of byte-level tokenizers (GPT-2, Llama 3, Qwen 2 and 3.5, GPT-4o; digits by one or three), all of which
-# divide a text between a letter and a space, whatever else is in it
+# divide a text before a space that follows anything but white space, whatever else is in it
 _WORDS = (
     r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+",
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+",
@@ -31,7 +33,7 @@ _WORDS = (
     r"|[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]+[\p{Ll}\p{Lm}\p{Lo}\p{M}]*(?i:'s|'t|'re|'ve|'m|'ll|'d)?"
     r"|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+",
 )
-_BETWEEN_WORDS = re.compile(r"(?<=[A-Za-z])(?= [A-Za-z])")
+_WORD = re.compile(r"\s*\S+(?:[^\S ]\s*(?:\S+|\Z))*|\s+")  # the parts of a text that is divided there
 MANY = 200_000  # words whose ids are remembered
 
 
@@ -99,20 +101,49 @@ class Encoder:
             return []
         if self._fast is None:
             return list(self.tokenizer(text, add_special_tokens=False, verbose=False).input_ids)
-        return self._by_words(text) if self._divides else self._encode([text])[0]
+        return self._by_words(text) if self._by_word(text) else self._encode([text])[0]
 
     def _encode(self, texts: list[str]) -> list[list[int]]:
         return [list(encoding.ids) for encoding in self._fast.encode_batch_fast(texts, add_special_tokens=False)]
 
     def _by_words(self, text: str) -> list[int]:
         """The ids word by word, most of which were seen before."""
-        words, known = _BETWEEN_WORDS.split(text), self._words
+        words = self._divided(text)
+        self._learn(words)
+        return list(chain.from_iterable(map(self._words.__getitem__, words)))
+
+    def _divided(self, text: str) -> list[str]:
+        """The parts of a text whose ids do not depend on each other: words, and added tokens where those are cut out
+        first."""
+        if self._cut is None:
+            return _WORD.findall(text)
+        parts = self._cut.split(text)  # every other one is a token
+        return [word for part in parts for word in (_WORD.findall(part) if part not in self.added else (part,))]
+
+    def meet(self, texts: Iterable[str]) -> None:
+        """Ask for the ids of all words of many texts that come next: for many at once the tokenizer takes half as long
+        as for a few."""
+        if self._divides:
+            with suppress(UnicodeEncodeError):  # half a surrogate pair: its row is refused when it is read
+                self._learn([word for text in texts for word in self._divided(text)])
+
+    def _learn(self, words: list[str]) -> None:
+        """Ask for the ids of words that are new."""
+        known = self._words
         if new := list(set(words).difference(known)):
             if len(known) > MANY:
                 known.clear()
                 new = list(set(words))
             known.update(zip(new, self._encode(new)))
-        return list(chain.from_iterable(map(known.__getitem__, words)))
+
+    def settled(self, text: str) -> int:
+        """How many first characters of a protected text have their ids whatever is written after it."""
+        if _PRIVATE.search(text) or not self._by_word(text):
+            return 0
+        at = text.rfind(" ")
+        while at > 0 and text[at - 1].isspace():
+            at = text.rfind(" ", 0, at)
+        return max(at, 0)
 
     def spans(self, text: str, spans: list[tuple[int, int]]) -> tuple[list[int], list[tuple[int, int]]]:
         """Ids of a protected text, and the tokens that hold anything of each span of its characters.
@@ -123,6 +154,8 @@ class Encoder:
         Raises:
             BadRow: the tokenizer cannot read a special token as text.
         """
+        if not _PRIVATE.search(text) and self._by_word(text):
+            return self._spans_by_words(text, spans)
         if self._backend is not None:
             ids, offsets = self._as_text(text)
             if _PRIVATE.search(text) or ids == self.ids(text):
@@ -132,6 +165,26 @@ class Encoder:
         ids = self.ids(text)
         # a tokenizer in Python tells no places: compare with what it makes of the text so far
         return ids, [(self._common(ids, text[:a]), self._common(ids, text[:b])) for a, b in spans]
+
+    def _spans_by_words(self, text: str, spans: list[tuple[int, int]]) -> tuple[list[int], list[tuple[int, int]]]:
+        """As :meth:`spans`: only the words in which one begins or ends are asked for the places of their tokens."""
+        words = self._divided(text)
+        self._learn(words)
+        parts = [self._words[word] for word in words]
+        starts = list(accumulate(map(len, words), initial=0))  # of the words, in characters
+        firsts = list(accumulate(map(len, parts), initial=0))  # and in tokens
+
+        def token(at: int, end: bool) -> int:
+            """How many tokens end (for the start of a span), or begin (for its end), before a place."""
+            i = bisect_right(starts, at) - 1
+            if i >= len(words) or starts[i] == at:
+                return firsts[min(i, len(words))]
+            places = self._fast.encode(words[i], add_special_tokens=False).offsets
+            before = [b <= at - starts[i] if not end else a < at - starts[i] for a, b in places]
+            return firsts[i] + sum(before)
+
+        found = [(first := token(a, False), max(first, token(b, True))) for a, b in spans]
+        return list(chain.from_iterable(parts)), found
 
     def _common(self, ids: list[int], text: str) -> int:
         pairs = enumerate(zip(ids, self.ids(text)))
@@ -149,32 +202,49 @@ class Encoder:
         if not encodes_by_backend(self.tokenizer):
             return None
         copy = self._copy()
+        copy.post_processor = None  # it would trim the offsets
         copy.encode_special_tokens = bool(self.tokenizer.split_special_tokens)  # type: ignore[attr-defined]
         return copy
 
     @cached_property
     def _divides(self) -> bool:
-        """Whether every text between an ASCII letter and a space before a letter is divided for sure."""
+        """Whether every text is divided for sure before a space that follows anything but white space."""
         if self._fast is None:
             return False
-        core = json.loads(self._fast.to_str())
-        normalizer, steps = core["normalizer"], core["pre_tokenizer"] or {}
+        core = self._core
+        steps = core["pre_tokenizer"] or {}
         steps = steps.get("pretokenizers", [steps])
-        if (
-            core["model"]["type"] != "BPE"
-            or core["model"].get("dropout")
-            or (normalizer or {}).get("type", "NFC") != "NFC"
-        ):
+        normalizer = (core["normalizer"] or {}).get("type", "NFC")
+        if core["model"]["type"] != "BPE" or core["model"].get("dropout") or normalizer != "NFC":
             return False
         for token in core["added_tokens"]:
             text = token["content"]
-            swallows = token["lstrip"] or token["rstrip"] or token["single_word"]
-            if " " in text or (swallows and (text[0].isalnum() or text[-1].isalnum())):
+            if " " in text or (_swallows(token) and (text[0].isalnum() or text[-1].isalnum())):
                 return False
         patterns = [s["pattern"].get("Regex", "").replace("{1,3}", "") for s in steps if s.get("type") == "Split"]
         patterns += [_WORDS[0] for s in steps if s.get("type") == "ByteLevel" and s["use_regex"]]
         others = {s.get("type") for s in steps} - {"Split", "ByteLevel", "Digits"}
         return not others and bool(patterns) and set(patterns) <= set(_WORDS)
+
+    def _by_word(self, text: str) -> bool:
+        """Whether a text is divided so: the tokenizer does, and the text holds no token that takes spaces beside it."""
+        return self._divides and not self._greedy.search(text)
+
+    @cached_property
+    def _greedy(self) -> re.Pattern[str]:
+        return alternatives(token["content"] for token in self._core["added_tokens"] if _swallows(token))
+
+    @cached_property
+    def _cut(self) -> re.Pattern[str] | None:
+        """Cuts added tokens out of a text, where the tokenizer does so before anything else; None: it may not."""
+        tokens = self._core["added_tokens"]
+        if not tokens or any(token["normalized"] for token in tokens) or self._fast.encode_special_tokens:
+            return None
+        return re.compile(f"({alternatives(token['content'] for token in tokens).pattern})")
+
+    @cached_property
+    def _core(self) -> Any:
+        return json.loads(self._fast.to_str())
 
     def _copy(self) -> Any:
         from tokenizers import Tokenizer
@@ -217,6 +287,11 @@ class Encoder:
         if names and not set(encoding.ids).isdisjoint(set(original.values()) - {self.tokenizer.unk_token_id}):
             raise BadRow(f"spells the special token {names}, which the tokenizer makes of plain text too{remedy}")
         return [original.get(i, i) for i in encoding.ids], encoding.offsets
+
+
+def _swallows(token: dict[str, Any]) -> bool:
+    """Whether an added token depends on what stands beside it, or takes it."""
+    return bool(token["lstrip"] or token["rstrip"] or token["single_word"])
 
 
 def alternatives(texts: Any) -> re.Pattern[str]:

@@ -480,7 +480,8 @@ class TextData(L.LightningDataModule):
         if done.get("train") and not done.get("val"):
             rows = sum(len(part.table) for part in done["train"])
             held_out = self._held_out(rows)
-            rank_zero_info(f"data.val_size: {held_out} of these {rows} rows validate, {rows - held_out} train")
+            if held_out:
+                rank_zero_info(f"data.val_size: {held_out} of these {rows} rows validate, {rows - held_out} train")
         if self.class_names and not self.labels:
             rank_zero_info(f"data.labels: {len(self.class_names)} classes: {listing(self.class_names)}")
         if bad := [row for parts in done.values() for part in parts for row in part.bad]:

@@ -373,7 +373,10 @@ class Work:
         number, raw = chunk
         report = Report(absent=self.read.mapped())
         used, task = self.read.used(), self.source.task_name
-        table = [r for i, (where, item) in enumerate(raw, number) for r in self.row(i, where, item, used, task, report)]
+        parsed = [(where, self.rows.parse(item)) for where, item in raw]
+        self.tokenize.encoder.meet(text for _, item in parsed for text in _texts(item))
+        rows = enumerate(parsed, number)
+        table = [r for i, (where, item) in rows for r in self.row(i, where, item, used, task, report)]
         return report, to_arrow(table, features())
 
     def first(self, limit: int) -> list[dict[str, Any]]:
@@ -493,6 +496,15 @@ def _answers(example: Example, tokens: Tokens) -> list[str]:
     if not tokens.prompt_length:
         return []
     return example.answers if tokens.answer is None else [tokens.answer]
+
+
+def _texts(value: Any) -> Iterator[str]:
+    """All texts in a row."""
+    if isinstance(value, str):
+        yield value
+    elif isinstance(value, dict | list):
+        for item in value.values() if isinstance(value, dict) else value:
+            yield from _texts(item)
 
 
 def _columns(row: dict[str, Any]) -> Iterator[str]:

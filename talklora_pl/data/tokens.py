@@ -122,9 +122,10 @@ class Tokenize:
 
     def _continue(self, before: str, before_ids: list[int], text: str) -> list[int]:
         """Tokens of a text after another, which keeps the tokens it has alone: those seen when the model is asked."""
-        both = self.encoder.ids(before + text)
-        n = len(before_ids)
-        return both[n:] if both[:n] == before_ids else self.encoder.ids(text)
+        at = self.encoder.settled(before)
+        tail = self.encoder.ids(before[at:]) if at else before_ids
+        both, n = self.encoder.ids(before[at:] + text), len(tail)
+        return both[n:] if both[:n] == tail else self.encoder.ids(text)
 
     def _plain(self, text: formats.Written, notices: list[str]) -> Tokens:
         prompt_ids = self.encoder.ids(text.prompt)
@@ -133,7 +134,8 @@ class Tokenize:
         prompt_ids = prompt_ids[len(self.bos) :] if there else prompt_ids
         longest = max(map(len, rows), default=0)
         length = len(self.bos) + len(prompt_ids) + longest
-        cut = self._overflow(length, len(prompt_ids), len(self.encoder.ids(text.marker)))
+        marker = len(self.encoder.ids(text.marker)) if length > self.max_length else 0
+        cut = self._overflow(length, len(prompt_ids), marker)
         context = self.bos + prompt_ids[cut:]
         no_loss = [NO_LOSS] * len(context)
         labels = [no_loss + ids for ids in rows] or [no_loss]

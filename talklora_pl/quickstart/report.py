@@ -1,4 +1,4 @@
-"""Which experts serve which task.
+"""What the model answers before and after, and which experts serve which task.
 
 T tokens, E experts, J tasks.
 """
@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from talklora_pl.adapter import disable_adapter
 from talklora_pl.inputs import model_inputs, to_device
 from talklora_pl.routing import RoutingCollector
 
@@ -18,6 +19,39 @@ if TYPE_CHECKING:
     from rich.table import Table
 
     from talklora_pl.module import FineTuner
+
+
+@torch.no_grad()
+def answers_table(tuner: FineTuner, batches: Iterable[dict[str, Any]]) -> Table:
+    """The first question of every task with its answers without and with the adapter."""
+    from rich.table import Table
+
+    asked: dict[str, Tensor] = {}
+    for batch in batches:
+        lengths = batch["prompt_length"].tolist()
+        for task, ids, length, real in zip(batch["task"], batch["input_ids"], lengths, batch["real"], strict=True):
+            if real and task not in asked:
+                asked[task] = ids[:length].to(tuner.model.device)
+    tuner.model.eval()
+    answer, asked = tuner.generation(), dict(sorted(asked.items()))
+    with disable_adapter(tuner.model):
+        before = answer(list(asked.values()))
+    after = answer(list(asked.values()))
+    out = Table(title="One question of each, before and after")
+    for name, share in {"question": 5, "before": 3, "after": 3}.items():
+        out.add_column(name, ratio=share, overflow="fold")
+    for ids, (first, _), (then, _) in zip(asked.values(), before, after, strict=True):
+        question = tuner.tokenizer.decode(ids, skip_special_tokens=True)
+        out.add_row(*map(_shown, (question, first, then)))
+    return out
+
+
+def _shown(text: str) -> str:
+    """On one line, without what a terminal or rich would take for a command."""
+    from rich.markup import escape
+
+    text = " ".join(text.split())
+    return escape("".join(c if c.isprintable() else "?" for c in text)) or "(nothing)"
 
 
 @torch.no_grad()

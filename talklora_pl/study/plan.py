@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import itertools
 import json
@@ -58,8 +59,12 @@ class RunSpec:
 
     @property
     def digest(self) -> str:
-        """Of all that its numbers depend on, as far as the study says it."""
-        return hashlib.sha256(json.dumps(self.argv).encode()).hexdigest()[:16]
+        """Of all that its numbers depend on, as far as the study says it: what is in a config, not where it lies."""
+        words = [
+            _content(Path(word).read_bytes()) if before == "--config" else word
+            for before, word in zip(("", *self.argv), self.argv)
+        ]
+        return hashlib.sha256(json.dumps(words).encode()).hexdigest()[:16]
 
 
 @dataclass(frozen=True)
@@ -187,6 +192,12 @@ def read_study(file: str) -> Study:
         raw.get("match"),
         float(margin),
     )
+
+
+@functools.cache
+def _content(text: bytes) -> str:
+    """Of a YAML; neither comments nor the order of keys count."""
+    return json.dumps(read_yaml(text, "config"), sort_keys=True, default=str)
 
 
 def _configs(value: Any, problems: list[str]) -> tuple[str, ...]:

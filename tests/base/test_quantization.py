@@ -200,7 +200,7 @@ def test_a_run_on_stored_weights_exports_and_merges_into_full_precision(
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("kind", ["nf4", "int8"])
+@pytest.mark.parametrize("kind", ["nf4", pytest.param("int8", marks=pytest.mark.nightly)])
 def test_two_processes_train_as_one(base: BaseModel, tmp_path: Path, kind: str) -> None:
     data = rows_of(tmp_path / "rows.jsonl")
 

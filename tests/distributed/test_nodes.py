@@ -92,8 +92,15 @@ def logs(folder: Path) -> str:
     return "\n".join(f"--- {f.name}\n{f.read_text(errors='replace')[-5000:]}" for f in sorted(folder.glob("log*")))
 
 
-@pytest.mark.parametrize("how", ["static", "c10d"])
-@pytest.mark.parametrize("name", ["ddp", "fsdp"])
+@pytest.mark.parametrize(
+    "name, how",
+    [
+        ("ddp", "c10d"),
+        ("fsdp", "static"),
+        pytest.param("ddp", "static", marks=pytest.mark.nightly),
+        pytest.param("fsdp", "c10d", marks=pytest.mark.nightly),
+    ],
+)
 def test_link_cut_then_resumed_on_one_node(
     config: Path, tmp_path: Path, nodes: list[Node], name: str, how: str, reference: Path
 ) -> None:

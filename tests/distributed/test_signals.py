@@ -73,10 +73,11 @@ def test_one_signalled_rank_stops_all(config: Path, tmp_path: Path, how: str) ->
 
 
 @pytest.mark.slow
-def test_twenty_preemptions_change_nothing(config: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("times", [5, pytest.param(20, marks=pytest.mark.nightly)])
+def test_preemptions_change_nothing(config: Path, tmp_path: Path, times: int) -> None:
     """SIGTERM or SIGUSR1 to random ranks at random moments; resumed each time, on one process or two."""
     draw, folder, before = random.Random(1), tmp_path / "cut", 0
-    for trial in range(20):
+    for trial in range(times):
         how = ("one", "ddp", "one", "fsdp", "one")[trial % 5]
         run = start(config, folder, how)
         first_step(run)
@@ -94,10 +95,11 @@ def test_twenty_preemptions_change_nothing(config: Path, tmp_path: Path) -> None
 
 
 @pytest.mark.slow
-def test_thirty_kills_lose_nothing_saved(config: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("times", [6, pytest.param(30, marks=pytest.mark.nightly)])
+def test_kills_lose_nothing_saved(config: Path, tmp_path: Path, times: int) -> None:
     """SIGKILL to one rank at random moments: the others end within seconds, and the last save can be resumed."""
     draw, folder, before = random.Random(2), tmp_path / "cut", 0
-    for trial in range(30):
+    for trial in range(times):
         how = ("one", "ddp", "one", "one", "fsdp", "one")[trial % 6]
         run = start(config, folder, how)
         first_step(run)

