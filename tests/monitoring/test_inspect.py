@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import json
 import re
-import shutil
-import subprocess
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +16,7 @@ from talklora_pl.base import BaseModel, load_base
 from talklora_pl.cli import main
 from talklora_pl.monitoring.page import palette
 from talklora_pl.routing import RoutingCollector
+from tests.browser import browse, needs_browser
 
 QUESTIONS = [
     {"question": "</script><b>bold</b>", "choices": ["yes", "no"], "label": 0},
@@ -152,17 +151,6 @@ def test_mistakes(
 def test_colours_differ() -> None:
     for n in (2, 8, 9, 64):
         assert len(set(palette(n))) == n
-
-
-CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
-FLAGS = ["--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-sync"]
-FLAGS += ["--disable-background-networking", "--disable-component-update", "--virtual-time-budget=20000"]
-needs_browser = pytest.mark.skipif(CHROMIUM is None, reason="no Chromium here (apt-get install chromium)")
-
-
-def browse(tmp_path: Path, address: str, *options: str) -> str:
-    command = [str(CHROMIUM), *FLAGS, f"--user-data-dir={tmp_path / 'profile'}", *options, address]
-    return subprocess.run(command, capture_output=True, text=True, timeout=240, check=True).stdout
 
 
 @pytest.mark.slow
