@@ -276,7 +276,7 @@ class ChatTemplate:
         Finding the answers takes several renderings. In turns of a role and a text alone, in which nothing stands that
         the template may look for, they are where they were in the conversation before.
         """
-        texts = [turn.get("content") for turn in given.turns]
+        texts: list[Any] = [turn.get("content") for turn in given.turns]
         plain = all(turn.keys() == {"role", "content"} for turn in conversation.turns)
         if not plain or given.tools is not None or given.variables:
             return None
@@ -500,10 +500,11 @@ class Frame:
     def places(self, turns: list[Turn]) -> dict[int, Located | None] | None:
         """Where the answers of these turns are; None: not known yet."""
         starts = self._starts(turns)
-        return {
-            i: Located(*(starts[k] + distance for k, distance in relative), closed)  # type: ignore[misc]
-            for i, (relative, closed) in self.answers.items()
-        } or None
+        found: dict[int, Located | None] = {}
+        for i, (relative, closed) in self.answers.items():
+            start, text_end, end = (starts[k] + distance for k, distance in relative)
+            found[i] = Located(start, text_end, end, closed)
+        return found or None
 
 
 @dataclass
