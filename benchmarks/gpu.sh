@@ -22,5 +22,5 @@ export PYTHONPATH=$PWD${PYTHONPATH:+:$PYTHONPATH} TOKENIZERS_PARALLELISM=false
 left=$((limit - (SECONDS - began)))
 # a section is not begun in the last minute, and whatever runs is ended at the limit: results.json has what was done
 timeout --signal=INT "$left" "$python" -m benchmarks "${size[@]}" --out "$out" --seconds $((left - 60)) \
-    ${DATA:+--data "$DATA"} --only layer step packing evaluation generation || [[ $? == 124 ]]
+    ${DATA:+--data "$DATA"} || [[ $? == 124 ]]
 "$python" -m benchmarks --from "$out/results.json"

@@ -319,6 +319,22 @@ def load_balance(s: Sizes) -> Iterator[Row]:
     yield Row("load_balance", "SmolLM2-135M, 2 x 64", "in the callback", inside * 1e3, note=note)
 
 
+def fit(s: Sizes) -> Iterator[Row]:
+    """The same recipe by this package and by transformers and PEFT, see :mod:`benchmarks.fit`."""
+    if s.base is None or s.device != "cpu" or importlib.util.find_spec("peft") is None:
+        yield Row("fit", "", "fit", note="not run: for a CPU, with the model and PEFT installed")
+        return
+    from benchmarks.fit import DROPOUTS, LABELLED, LENGTH, ROWS, measured
+
+    spent = {name: torch.tensor(seconds) for name, seconds in measured(s.base, rounds=2).items()}
+    setting = f"SmolLM2-135M, bfloat16, {ROWS} x {LENGTH}, {LABELLED} labelled"
+    for i, (name, t) in enumerate(spent.items()):
+        peer = list(spent.values())[i - i % (len(spent) // len(DROPOUTS))]  # of the same dropout
+        ratio = (t / peer).quantile(torch.tensor([0.25, 0.5, 0.75])).tolist()
+        note = "" if t is peer else f"{float((peer / t).median()):.2f} x as many rows a second"
+        yield Row("fit", setting, name, float(t.median()) * 1e3, ratio, ROWS * LENGTH / float(t.median()), note=note)
+
+
 SECTIONS: dict[str, Callable[[Sizes], Iterator[Row]]] = {
     "layer": layers,
     "step": steps,
@@ -327,4 +343,5 @@ SECTIONS: dict[str, Callable[[Sizes], Iterator[Row]]] = {
     "generation": generation,
     "allocation": allocation,
     "load_balance": load_balance,
+    "fit": fit,
 }

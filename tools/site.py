@@ -25,17 +25,19 @@ from mkdocs.config.defaults import MkDocsConfig
 from mkdocs.plugins import event_priority
 from mkdocs.structure.files import File, Files
 from mkdocs.structure.pages import Page
+from pathspec.gitignore import GitIgnoreSpec
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "tools")]
 
-from docstrings import markdown  # noqa: E402
+from docstrings import ROLE, markdown  # noqa: E402
 
 PAGES = {
     "README.md": "index.md",
     "CONTRIBUTING.md": "contributing.md",
     "CHANGELOG.md": "changelog.md",
     "SECURITY.md": "security.md",
+    "examples/README.md": "examples.md",
 }
 """Files of the repository that are pages; others that a page links to are under files/."""
 
@@ -106,17 +108,13 @@ def on_files(files: Files, config: MkDocsConfig) -> Files:
     for entry in config.nav:
         if "Reference" in entry:
             entry["Reference"] = navigation(list(reference))
-        if "Project" in entry:
-            entry["Project"] += [page for page in PAGES.values() if page != "index.md"]
     listed = str(config.nav)
-    config.not_in_nav = _ignore([page for page in made if f"'{page}'" not in listed])
+    left = [page for page in _sources if f"'{page}'" not in listed]
+    for entry in config.nav:
+        if "How to" in entry:  # a new page of docs/ has a place until mkdocs.yml gives it a better one
+            entry["How to"] += [page for page in left if page not in made]
+    config.not_in_nav = GitIgnoreSpec.from_lines(f"/{page}" for page in left if page in made)
     return files
-
-
-def _ignore(pages: list[str]) -> Any:
-    import pathspec
-
-    return pathspec.gitignore.GitIgnoreSpec.from_lines([f"/{page}" for page in pages])
 
 
 def repository_path(source: str, link: str) -> str:
@@ -349,6 +347,7 @@ def commands() -> str:
             main([verb, "--help"])
         # where the options begin: what comes before is the same once more
         help_text = printed.getvalue().partition("\noptions:\n")[2] or printed.getvalue()
+        help_text = ROLE.sub(lambda found: found[2], help_text)
         lines.append(f"````text\n{help_text.rstrip()}\n````\n")
     return "\n".join(lines)
 

@@ -26,7 +26,7 @@ _PLAIN = {"fold": frozenset({"forward", "split", "node_features", "mix"}), "rout
 
 def offers(part: Any, method: str) -> bool:
     """Whether ``part`` has the folded ``method``, and nobody changed or watches the plain ones that it stands for."""
-    return not is_watched(part) and vars(part).keys().isdisjoint(_PLAIN[method]) and _class_offers(_kind(part), method)
+    return not is_watched(part) and _PLAIN[method].isdisjoint(vars(part)) and _class_offers(_kind(part), method)
 
 
 def is_watched(part: Any) -> bool:
