@@ -21,6 +21,7 @@ from torch import Tensor
 from torchmetrics import Metric
 
 from talklora_pl.base.description import Description
+from talklora_pl.durable import write_whole
 from talklora_pl.errors import UserError
 from talklora_pl.inputs import NO_LOSS, labelled, masked, model_inputs, to_device
 from talklora_pl.pieces import label_nll
@@ -350,12 +351,14 @@ def table(tuned: dict[str, dict[str, float]], base: dict[str, dict[str, float]] 
 def write_json(path: Path, tuned: dict[str, Any], base: dict[str, Any] | None) -> None:
     """The same as JSON: ``{"adapter": {task: scores}, "base": {task: scores}}``."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps({"adapter": tuned} | ({"base": base} if base else {}), indent=1) + "\n", "utf-8")
+    text = json.dumps({"adapter": tuned} | ({"base": base} if base else {}), indent=1) + "\n"
+    write_whole(path, lambda part: part.write_text(text, "utf-8"))
 
 
 def write_lines(path: Path, records: Sequence[Mapping[str, Any]]) -> None:
     """Records as JSON lines."""
-    path.write_text("".join(json.dumps(r, ensure_ascii=False) + "\n" for r in records), encoding="utf-8")
+    text = "".join(json.dumps(r, ensure_ascii=False) + "\n" for r in records)
+    write_whole(path, lambda part: part.write_text(text, "utf-8"))
 
 
 def judged(scored: BatchScores, batch: dict[str, Any]) -> list[dict[str, Any]]:

@@ -43,4 +43,4 @@ def test_a_component_from_the_page_alone(tmp_path: Path) -> None:
     assert row["family"] == "communication" and [o["name"] for o in row["options"]] == ["gain"]
     passed = run("pytest", "tests/methods/test_matrix.py", "-k", "mean or every_part", "-p", "no:cacheprovider")
     assert int(re.findall(r"(\d+) passed", passed)[0]) > 30
-    assert not run("ruff", "check", name)
+    run("ruff", "check", name)

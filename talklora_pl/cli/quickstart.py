@@ -15,8 +15,7 @@ A model of 135 million parameters learns small skills: {skills}.
 The questions are generated: {folder}/train.jsonl, {folder}/test.jsonl."""
 NEXT = """
 What is where
-  {log}/adapters/last
-      the adapter: AutoModelForCausalLM.from_pretrained loads it, see README
+  {log}/adapters/last   the adapter: load it as in README
   {log}
       scores, answers, checkpoints, and what TensorBoard shows:
       {python} -m tensorboard.main --logdir {log}

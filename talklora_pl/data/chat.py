@@ -484,14 +484,15 @@ class Frame:
         return list(accumulate(lengths, initial=0))
 
     def keep(self, turns: list[Turn], found: dict[int, Located | None]) -> None:
-        """Remember where answers were found, if all were, and none begins or ends inside of what a turn says."""
+        """Remember where answers were found, if all were, each from before its turn's text to after the end of it."""
         starts, kept = self._starts(turns), {}
         for i, place in found.items():
             if place is None:
                 return
             at = [(bisect_right(starts, p) - 1, p) for p in (place.start, place.text_end, place.end)]
             relative = [(k, p - starts[k]) for k, p in at]
-            if any(distance > len(self.texts[k]) for k, distance in relative):
+            sure = [k for k, _ in relative] == [i, i + 1, i + 1] and relative[1][1] == 0
+            if not sure or any(distance > len(self.texts[k]) for k, distance in relative):
                 return
             kept[i] = relative, place.closed
         self.answers = kept

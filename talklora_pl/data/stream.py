@@ -28,6 +28,7 @@ Place = dict[str, Any]
 """Of a reader: `block`, its number; `sources`, for each the `turn` (how often it was read to its end) and what was read
 of it since; `batch`, how many batches of the block are done."""
 
+DRAWN = 10_000  # rows of several sources that are drawn at a time
 KEPT = 8  # newest optimiser steps whose places are known: Lightning fetches a batch ahead
 
 
@@ -148,13 +149,17 @@ class Stream(IterableDataset[Any]):
         for block in range(place["block"], 1 << 62):
             here = {"block": block, "sources": [cursor.state() for cursor in cursors]}
             random = np.random.default_rng((recipe.seed, block, reader, 3))
-            size = recipe.buffer if len(cursors) > 1 else 0
-            of = random.choice(len(weights), size=size, p=np.array(weights) / sum(weights))
             rows: list[dict[str, Any]] = []
             if len(cursors) == 1:  # without shares to keep, no row comes again before all others
                 rows += self._prepared(self.works[0], list(cursors[0].take_of_one_turn(recipe.buffer)))
-            for work, cursor, count in zip(self.works, cursors, np.bincount(of, minlength=len(weights)).tolist()):
-                rows += self._prepared(work, [cursor.take() for _ in range(count)])
+            left, turns = recipe.buffer if len(cursors) > 1 else 0, [cursor.turn for cursor in cursors]
+            # a buffer may be larger than the sources: where all of them have come to their ends, it is enough
+            while left and any(cursor.turn == turn for cursor, turn in zip(cursors, turns)):
+                size = min(left, DRAWN)
+                of = random.choice(len(weights), size=size, p=np.array(weights) / sum(weights))
+                for work, cursor, count in zip(self.works, cursors, np.bincount(of, minlength=len(weights)).tolist()):
+                    rows += self._prepared(work, [cursor.take() for _ in range(count)])
+                left -= size
             if not rows:
                 continue
             table: Any = Table(rows)

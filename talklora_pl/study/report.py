@@ -178,6 +178,8 @@ def notes(folder: Folder, rows: list[dict[str, Any]]) -> list[str]:
         "difference: from the baseline, paired over questions and seeds, with a 95 % bootstrap interval over both"
         + (". One seed: what another seed would give is not in it." if len(study.seeds) == 1 else ".")
     )
+    if any(row.get("metric") == "loss" for row in rows):
+        out.append("Of a loss the lower is the better.")
     if len(rows) > 2 * len(study.data):
         out.append("Intervals are for one comparison each: among twenty, one leaves out zero by chance.")
     if len(study.choices) > 1:
@@ -221,7 +223,8 @@ def page(folder: Folder, cells_by_data: dict[str, list[Cell]], rows: list[dict[s
     ]
     for data, cells in cells_by_data.items():
         parts.append(f"<h2>{escape(data)}</h2>")
-        parts.append(picture(scores([r for r in rows if r["data"] == data]), "scores of the methods"))
+        if shown := [row for row in rows if row["data"] == data and "difference" in row]:
+            parts.append(picture(scores(shown), "scores of the methods"))
         parts.append(picture(curves(cells, folder.study.select), "learning curves"))
         parts += [
             f"<h3>{escape(cell.method)}</h3>" + picture(loads(cell), "load of every expert")
@@ -231,10 +234,9 @@ def page(folder: Folder, cells_by_data: dict[str, list[Cell]], rows: list[dict[s
     return PAGE.replace("TITLE", escape(folder.path.name)).replace("BODY", "\n".join(parts))
 
 
-def scores(rows: list[dict[str, Any]]) -> Figure:
+def scores(shown: list[dict[str, Any]]) -> Figure:
     """Differences from the baseline with their intervals, and what the study could have seen."""
-    shown = [row for row in rows if "difference" in row]
-    fig = Figure(figsize=(7, 1 + 0.4 * max(1, len(shown))), layout="constrained")
+    fig = Figure(figsize=(7, 1 + 0.4 * len(shown)), layout="constrained")
     ax = fig.add_subplot()
     for y, row in enumerate(shown):
         ax.barh(y, 2 * row["detectable"], left=-row["detectable"], color="#eeeeee", height=0.8)

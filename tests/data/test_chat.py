@@ -142,6 +142,25 @@ def trained(kind: str, family: Family) -> PreTrainedTokenizerFast:
     )
 
 
+@pytest.mark.parametrize("name", list(FAMILIES))
+def test_answers_are_where_they_were_in_turns_of_the_same_roles(name: str) -> None:
+    """What is found by the conversation before, and what several renderings find."""
+    _, quick = chat(name)
+    _, slow = chat(name)
+    slow.__dict__["_frame"] = lambda *_: None
+
+    def outcome(write: ChatTemplate, turns: list[dict[str, Any]]) -> Any:
+        try:
+            return write(Conversation(turns))
+        except BadRow as e:
+            return e.problem
+
+    texts = [["hi", "hello", "1 and 2?", "3"], ["price?", "12", "hi", "hi"], ["3", "<think>", " 1", "2 "], ["1"] * 4]
+    for q, a, r, b in texts:
+        for turns in ([U(q), A(a)], [U(q), A(a), U(r), A(b)], [S(b), U(q), A(a), U(r), A(b)], [S(a), U(b), A(b)]):
+            assert outcome(quick, turns) == outcome(slow, turns), turns
+
+
 KINDS = ["bytes", "prepend", "first", "always", "never", "unigram"]
 FEW = ["qwen3", "llama2", "llama3", "mistral0.3", "nemo", "phi3", "vicuna", "r1", "smollm3", "harmony"]
 

@@ -74,6 +74,32 @@ def test_word_by_word_gives_the_ids_of_the_tokenizer(pattern: str | None, nfc: b
     assert encoder.ids(text) == made(text, add_special_tokens=False).input_ids
 
 
+@pytest.mark.parametrize("nfc", [False, True])
+@pytest.mark.parametrize("pattern", [None, _WORDS[1]])
+@given(text=TEXTS, more=TEXTS, a=st.integers(0, 40), b=st.integers(0, 40))
+def test_places_word_by_word_and_what_is_settled(
+    pattern: str | None, nfc: bool, text: str, more: str, a: int, b: int
+) -> None:
+    made = TOKENIZERS.setdefault((pattern, nfc), byte_level(pattern, nfc, lstrip=True, rstrip=True))
+    encoder = ENCODERS.setdefault((pattern, nfc), Encoder(made))
+    whole = ENCODERS.setdefault((pattern, nfc, "whole"), Encoder(made))
+    whole.__dict__["_divides"] = False
+    a, b = sorted(min(place, len(text)) for place in (a, b))
+    assert encoder.spans(text, [(a, b)]) == whole.spans(text, [(a, b)])
+    n = encoder.settled(text)
+    assert whole.ids(text[:n]) + whole.ids(text[n:] + more) == whole.ids(text + more)
+
+
+def test_added_tokens_are_cut_out_first() -> None:
+    made = byte_level(None)
+    from tokenizers import AddedToken
+
+    made.add_tokens([AddedToken(text, normalized=False) for text in ("<x>", "<x>>", "a?")])
+    encoder = Encoder(made)
+    for text in ("ab<x>>ab a?'s", "aa? <x> ab", "<x><x>>\n\na", " a?"):
+        assert encoder._by_word(text) and encoder.ids(text) == made(text, add_special_tokens=False).input_ids
+
+
 TOKENIZERS: dict[Any, Any] = {}
 ENCODERS: dict[Any, Encoder] = {}
 

@@ -95,6 +95,15 @@ def test_weights(base: BaseModel, jsonl: Jsonl) -> None:
     assert abs(tasks["a"] / sum(tasks.values()) - 0.75) < 0.06
 
 
+def test_a_buffer_larger_than_all_sources(base: BaseModel, jsonl: Jsonl, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("talklora_pl.data.stream.DRAWN", 20)
+    a, b = jsonl(rows(5, "a"), "a.jsonl"), jsonl(rows(30, "b"), "b.jsonl")
+    data = module(base, [Source(a, weight=1), Source(b, weight=1)], shuffle_buffer=10**9)
+    first = next(iter(data._stream_loader().stream))[2]
+    names = Counter(of_rank(data, 0, 1, 2 * 30))
+    assert first["block"] == 0 and {name for name in names if name[0] == "b"} == {f"b{i}" for i in range(30)}
+
+
 def run(base: BaseModel, train: Any, folder: Path, resume: Path | None = None, **options: Any) -> Recorder:
     data = TextData(
         train, base=base, streaming=True, val_size=0, batch_size=2, shuffle_buffer=6, **options.pop("data", {})
