@@ -43,7 +43,8 @@ class _Mixed(torch.autograd.Function):
         ctx.save_for_backward(
             *(m_TEF, q_TE1, n_TFE, a_tH, a_act_tH, u_TEF, p_TE1, n_tF, b_tG, b_act_tG), *(W1_HE, W2_EH, V1_GF, V2_FG)
         )
-        return torch.addmm(u_TEF.view(-1, width), b_act_tG, V2_FG.t()).view_as(m_TEF)
+        out_tF: Tensor = torch.addmm(u_TEF.view(-1, width), b_act_tG, V2_FG.t())
+        return out_tF.view_as(m_TEF)
 
     @staticmethod
     @once_differentiable

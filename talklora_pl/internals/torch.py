@@ -24,6 +24,7 @@ __all__ = [
     "own_part",
     "stamp",
     "tree_leaves",
+    "version",
 ]
 
 PRODUCTS = {
@@ -86,6 +87,11 @@ def across(v_TF: Tensor, direction_TF: Tensor, length_T1: Tensor) -> Tensor:
     rows = torch.ops.aten._weight_norm_interface_backward
     out_TF: Tensor = rows(v_TF, direction_TF, length_T1, length_T1, 0)[0]
     return out_TF
+
+
+def version(tensor: torch.Tensor) -> int:
+    """How often the memory of a tensor was written to, through whichever tensor that shares it."""
+    return tensor._version
 
 
 STAMP = tuple[torch.Tensor, int, int]

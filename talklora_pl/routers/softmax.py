@@ -34,6 +34,8 @@ class Softmax(Scored):
 class UniformRouter(RouterModule):
     """w_i = 1/E."""
 
+    share: float
+
     def __init__(self, layer: LayerSpec) -> None:
         super().__init__()
         self.num_experts = layer.num_experts

@@ -17,6 +17,7 @@ from talklora_pl import UserError, registry
 from talklora_pl.adapter import AdapterConfig, inject
 from talklora_pl.adapter.io import load_adapter, save_adapter
 from talklora_pl.balance import Balance
+from talklora_pl.communication import Communication
 from talklora_pl.registry import import_plugins
 from talklora_pl.routing import Routing, RoutingRecord
 from tests.conftest import tiny_llama
@@ -40,6 +41,33 @@ def run(*argv: str) -> str:
     done = subprocess.run([sys.executable, *argv], env=environment, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr[-2000:]
     return done.stdout
+
+
+def test_folding(plugin: Path) -> None:
+    """Logits and gradients of the folded layer are those of the plain one."""
+    import_plugins([str(plugin)])
+    module: Any = registry.get(Communication, "gossip").build.__globals__["GossipModule"]
+    blocks = re.findall(r"```python\n(.*?)```", (ROOT / "docs/components.md").read_text(), re.S)
+    names: dict[str, Any] = {"torch": torch}
+    exec(next(b for b in blocks if b.startswith("def fold")), names)
+    module.fold = names["fold"]
+    config = AdapterConfig.from_dict({"rank": 8, "dropout_input": 0.0, "communication": "gossip", "dtype": "float64"})
+    model = tiny_llama().double()
+    adapter = inject(model, config)
+    layers = [m for m in adapter.modules() if hasattr(m, "fold") and hasattr(m, "communication")]
+    for p in adapter.parameters():
+        torch.nn.init.normal_(p, std=0.3)
+    results = []
+    for fold in (True, False):
+        for layer in layers:
+            layer.fold = fold
+        assert all(layer._folds(torch.zeros(1, 1, dtype=torch.float64)) for layer in layers)
+        adapter.zero_grad()
+        loss = model(input_ids=IDS, labels=IDS).loss
+        loss.backward()
+        results.append([loss.detach(), *(p.grad.clone() for p in adapter.parameters())])
+    for got, want in zip(*results, strict=True):
+        torch.testing.assert_close(got, want, rtol=1e-10, atol=1e-12)
 
 
 def test_options_training_saving_loading(plugin: Path, tmp_path: Path) -> None:
