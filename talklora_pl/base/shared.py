@@ -5,11 +5,10 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from itertools import chain
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from torch import nn
+    from torch import Tensor, nn
 
 _kept: dict[Any, Any] | None = None  # of one process: it loads one base at a time
 
@@ -33,18 +32,18 @@ def shared(key: Any, load: Callable[[], nn.Module]) -> nn.Module:
     """
     if _kept is None:
         return load()
+    from talklora_pl.internals.torch import is_as_stamped, stamp
+
     found = _kept.get(key)
-    if found is None or _versions(found[0]) != found[1]:
+    if found is None or not is_as_stamped(_tensors(found[0]), found[1]):
         _kept.clear()  # one base in memory, not two
         model = load()
-        found = _kept[key] = model, _versions(model)
+        found = _kept[key] = model, [stamp(t) for t in _tensors(model)]
     return _copy(found[0])
 
 
-def _versions(model: nn.Module) -> list[int]:
-    from talklora_pl.internals.torch import version
-
-    return [version(t) for t in chain(model.parameters(), model.buffers())]
+def _tensors(model: nn.Module) -> list[Tensor]:
+    return [*model.parameters(), *model.buffers()]
 
 
 def _copy(model: nn.Module) -> nn.Module:
