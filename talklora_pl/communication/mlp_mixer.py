@@ -43,8 +43,7 @@ class _Mixed(torch.autograd.Function):
         ctx.save_for_backward(
             *(m_TEF, q_TE1, n_TFE, a_tH, a_act_tH, u_TEF, p_TE1, n_tF, b_tG, b_act_tG), *(W1_HE, W2_EH, V1_GF, V2_FG)
         )
-        out_tF: Tensor = torch.addmm(u_TEF.view(-1, width), b_act_tG, V2_FG.t())
-        return out_tF.view_as(m_TEF)
+        return torch.addmm(u_TEF.view(-1, width), b_act_tG, V2_FG.t()).view_as(m_TEF)
 
     @staticmethod
     @once_differentiable
@@ -76,7 +75,8 @@ class _Mixed(torch.autograd.Function):
 def _lengths(v_TEF: Tensor) -> Tensor:
     """sqrt(|v|² + F eps), (T,E,1)."""
     eps = torch.tensor((v_TEF.shape[-1] * torch.finfo(v_TEF.dtype).eps) ** 0.5, dtype=v_TEF.dtype)
-    return torch.linalg.vector_norm(v_TEF, dim=-1, keepdim=True).hypot(eps)
+    lengths_TE1: Tensor = torch.linalg.vector_norm(v_TEF, dim=-1, keepdim=True).hypot(eps)
+    return lengths_TE1
 
 
 def _product(a: Tensor, b: Tensor, scale: float) -> Tensor:
