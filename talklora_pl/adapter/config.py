@@ -81,7 +81,7 @@ class AdapterConfig:
     experts_see_talk: bool = False
     experts: Experts = field(default_factory=SharedB)
     communication: Communication = field(default_factory=Talking)
-    router: Router = field(default_factory=lambda: Softmax(scores="features"))
+    router: Router = field(default_factory=Softmax)
     balance: list[Balance] = field(default_factory=list)
     allocation: Allocation = field(default_factory=UniformAllocation)
     plain: PlainLoRA | None = None

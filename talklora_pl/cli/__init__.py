@@ -25,7 +25,7 @@ VERBS = {
     "evaluate": ("evaluate", "an adapter beside its base on the papers' benchmarks, or on those of lm-eval"),
     "chat": ("chat", "talk to an adapter in the terminal"),
     "components": ("components", "list all parts with their options"),
-    "data": ("data", "data preview: print rows as the model reads them, with what is learned marked"),
+    "data": ("data", "data preview: rows as the model reads them; data write: rows of benchmarks to train on"),
     "export": ("export", "write the adapter folder of a checkpoint"),
     "inspect": ("inspect", "see what the experts of an adapter do"),
     "runs": ("runs", "list the runs of a folder: method, data, seed, state, scores"),

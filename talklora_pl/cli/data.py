@@ -1,9 +1,11 @@
-"""``python -m talklora_pl data preview``: rows as the model reads them, with the tokens that are learned marked."""
+"""``python -m talklora_pl data``: `preview` shows rows as the model reads them, with what is learned marked; `write`
+writes rows of benchmarks to train on."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from itertools import groupby
+from pathlib import Path
 from typing import Any
 
 import lightning as L
@@ -12,11 +14,15 @@ from rich.text import Text
 
 from talklora_pl.base import load_tokenizer
 from talklora_pl.cli.lightning import CLI, run
+from talklora_pl.cli.parse import parse
 from talklora_pl.data.table import numbers
 from talklora_pl.errors import UserError
+from talklora_pl.evaluation import write_lines
 from talklora_pl.inputs import NO_LOSS
+from talklora_pl.tasks.task import read_tasks
 
 USAGE = """usage: python -m talklora_pl data preview [--limit N] [options of fit]
+       python -m talklora_pl data write --tasks TASKS [options], see data write --help
 
 Prints the first rows of every source as the model reads them. Tokens that are learned are coloured on a terminal, and
 stand in [[double brackets]] elsewhere; then come the counts. The base's weights are not loaded.
@@ -104,14 +110,39 @@ def _print(console: Console, tokenizer: Any, name: str, row: dict[str, Any]) -> 
         console.print(marked(tokenizer, ids, labels, console.is_terminal))
 
 
+def write(
+    tasks: str, split: str = "train", data: str | None = None, out: str = "rows", limit: int | None = None
+) -> None:
+    """Write the questions of benchmarks as rows to train on: OUT/TASK/SPLIT.jsonl.
+
+    Args:
+        tasks: with commas between: commonsense, glue, graphlora, alphalora, names of single tasks, or YAML files of
+            your own (docs/evaluate.md).
+        split: of the data sets; several with commas between.
+        data: folder that holds the data sets under their hub names, for machines without the hub.
+        out: folder for the files.
+        limit: of each, the first so many questions.
+    """
+    for task in read_tasks(tasks):
+        for name in (part.strip() for part in split.split(",")):
+            rows = task.questions(name, data, limit)
+            file = Path(out) / task.name / f"{name}.jsonl"
+            file.parent.mkdir(parents=True, exist_ok=True)
+            write_lines(file, rows)
+            print(f"{file}: {len(rows)} rows")
+
+
 def main(verb: str, argv: list[str]) -> None:
     """The verb."""
     action, *rest = argv or ["--help"]
+    if action == "write":
+        write(**parse("data write", write, rest))
+        return
     if action in ("-h", "--help") or {"-h", "--help"} & {*rest}:
         print(USAGE)
         raise SystemExit(0)  # as the other verbs do
     if action != "preview":
-        raise UserError(f"data: there is only data preview, not {action!r}.")
+        raise UserError(f"data: there are data preview and data write, not {action!r}.")
     limit, others = "3", []
     args = iter(rest)
     for arg in args:

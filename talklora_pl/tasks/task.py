@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import MISSING, dataclass, field, fields
+from dataclasses import MISSING, dataclass, field, fields, replace
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -21,6 +21,8 @@ from talklora_pl.paths import expand
 from talklora_pl.registry import did_you_mean
 from talklora_pl.shipped import shipped_configs
 
+PLAIN = {"commonsense", "glue"}
+"""Files of ``configs/tasks`` whose tasks go by their bare names."""
 METRICS = ("accuracy", "f1", "matthews", "pearson", "spearman")
 _jinja = SandboxedEnvironment(undefined=StrictUndefined)  # a file of tasks may be a stranger's
 
@@ -189,32 +191,30 @@ def read_tasks(given: str) -> list[Task]:
     """Tasks by their names.
 
     Args:
-        given: with commas between: names of tasks, of files of ``configs/tasks`` for all of theirs (``commonsense``:
-            its eight, without CommonsenseQA), or paths of further such files.
+        given: with commas between: names of tasks (``rte``, ``graphlora/boolq``), of files of ``configs/tasks`` for all
+            of theirs (``commonsense``: its eight, without CommonsenseQA), or paths of further such files.
 
     Raises:
         UserError: there is none of that name, or a file is wrong.
     """
-    suites = {file.stem: read_file(file) for file in sorted((shipped_configs() / "tasks").glob("*.yaml"))}
-    known: dict[str, Task] = {}
-    for tasks in suites.values():
-        for name, task in tasks.items():
-            known.setdefault(name, task)
-    found: dict[str, Task] = {}
+    suites = {file.stem: read_file(file) for file in (shipped_configs() / "tasks").glob("*.yaml")}
+    for suite in suites.keys() - PLAIN:  # they ask the same data in other ways
+        suites[suite] = {f"{suite}/{name}": replace(t, name=f"{suite}/{name}") for name, t in suites[suite].items()}
+    known = {name: task for tasks in suites.values() for name, task in tasks.items()}
+    found: list[Task] = []
     for name in (part.strip() for part in given.split(",")):
-        if name == "commonsense":
-            found |= {key: task for key, task in suites[name].items() if key != "csqa"}
-        elif name in suites:
-            found |= suites[name]
+        if name in suites:
+            found += [task for task in suites[name].values() if name != "commonsense" or task.name != "csqa"]
         elif name in known:
-            found[name] = known[name]
-        elif (suite := name.partition("/")[0]) in suites and (task := name.partition("/")[2]) in suites[suite]:
-            found[task] = suites[suite][task]
+            found.append(known[name])
         elif Path(expand(name)).suffix in (".yaml", ".yml"):
-            found |= read_file(Path(expand(name)))
+            found += read_file(Path(expand(name))).values()
         else:
             raise UserError(f"--tasks: there is no task {name!r}.{did_you_mean(name, [*known, *suites])}")
-    return list(found.values())
+    names = [task.name for task in found]
+    if twice := [name for name in names if names.count(name) > 1]:
+        raise UserError(f"--tasks: two tasks are called {twice[0]!r}.")
+    return found
 
 
 def read_file(file: Path) -> dict[str, Task]:

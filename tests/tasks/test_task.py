@@ -142,7 +142,7 @@ GOOD = {
 @pytest.mark.parametrize(
     ("entry", "value", "message"),
     [
-        ("pattren", "x", "no entry 'pattren'. Did y"),
+        ("pattren", "x", "no entry 'pattren'. Did you mean 'pattern'"),
         ("question", None, "question is missing"),
         ("pattern", "(", "no regular expression"),
         ("metrics", ["acuracy"], "no 'acuracy'. Did you mean 'accuracy'?"),
