@@ -195,7 +195,7 @@ def _right(question: dict[str, Any]) -> dict[str, Any]:
 
 
 def _pick(task: Task, question: dict[str, Any], found: dict[str, Any]) -> dict[str, Any]:
-    out = {key: found[key] for key in ("text", "scores") if key in found}
+    out: dict[str, Any] = {key: found[key] for key in ("text", "scores") if key in found}
     if "text" in found:
         word = task.word(found["text"])
         if task.value is not None:

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import json
+import re
 from pathlib import Path
 
 import pytest
 
+from talklora_pl.cli import main
 from talklora_pl.errors import UserError
 from talklora_pl.shipped import shipped_configs
 from talklora_pl.tasks.answer import _pick
@@ -182,3 +185,27 @@ def test_a_task_is_no_program(data: str) -> None:
     object.__setattr__(task, "question", "question.__class__.__mro__")
     with pytest.raises(UserError, match="unsafe"):
         task.questions("validation", data)
+
+
+def test_a_task_of_your_own_as_the_page_shows_it(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    page = (Path(__file__).parents[2] / "docs/evaluate.md").read_text("utf-8")
+    (entry,) = re.findall(r"```yaml\n(# mine\.yaml\n.*?)```", page, flags=re.S)
+    (tmp_path / "mine.yaml").write_text(entry)
+    (tmp_path / "me/colours").mkdir(parents=True)
+    row = {"question": "Colour of grass?", "first": "green", "second": "red", "answer": "0"}
+    (tmp_path / "me/colours/train.jsonl").write_text(json.dumps(row) + "\n")
+    argv = [
+        "data",
+        "write",
+        "--tasks",
+        str(tmp_path / "mine.yaml"),
+        "--data",
+        str(tmp_path),
+        "--out",
+        str(tmp_path / "rows"),
+    ]
+    assert main(argv) == 0
+    assert "colours/train.jsonl: 1 rows" in capsys.readouterr().out
+    (written,) = (tmp_path / "rows/colours/train.jsonl").read_text().splitlines()
+    asked = json.loads(written)
+    assert (asked["instruction"], asked["answer"]) == ("Colour of grass?\n1: green 2: red", "1")
