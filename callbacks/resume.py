@@ -8,7 +8,7 @@ import os
 from typing import TYPE_CHECKING, Any
 
 import lightning as L
-from lightning.pytorch.utilities import rank_zero_info
+from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 
 from talklora_pl.adapter.fingerprint import agree
 from talklora_pl.adapter.metadata import AdapterMetadata
@@ -47,7 +47,8 @@ class ExactResume(L.Callback):
     6. The position within an epoch is converted if the same optimiser step is now made of other micro-batches (two
        processes, or one that accumulates twice); a step of another size mid-epoch is refused.
     7. Other training rows (by what the model sees of them) are refused at any position.
-    8. A resumed fit that is over already says so, and writes nothing.
+    8. Another seed is said.
+    9. A resumed fit that is over already says so, and writes nothing.
     """
 
     def __init__(self) -> None:
@@ -57,7 +58,7 @@ class ExactResume(L.Callback):
         self._saved: dict[str, Any] | None = None
         self._trained = False
 
-    # ------------------------------------------------------------------ 7, 8
+    # ------------------------------------------------------------------ 7, 9
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         table = getattr(getattr(trainer, "datamodule", None), "tables", {}).get("train")
@@ -78,8 +79,7 @@ class ExactResume(L.Callback):
     def on_train_batch_start(
         self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, batch_idx: int
     ) -> None:
-        seed = int(os.environ.get("PL_GLOBAL_SEED", "0"))
-        seed_step(seed, trainer.fit_loop.epoch_loop.total_batch_idx, trainer.global_rank)
+        seed_step(_seed(), trainer.fit_loop.epoch_loop.total_batch_idx, trainer.global_rank)
         logged_step(trainer, trainer.global_step)
 
     def on_validation_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
@@ -99,6 +99,7 @@ class ExactResume(L.Callback):
             "data": _data(trainer, trainer.accumulate_grad_batches),
             "rows": self._rows,
             "accumulate": trainer.accumulate_grad_batches,
+            "seed": _seed(),
         }
         loops = checkpoint.get("loops", {}).get("fit_loop")
         if loops is None or trainer.sanity_checking:
@@ -148,7 +149,7 @@ class ExactResume(L.Callback):
             config.scheduler.load_state_dict({**config.scheduler.state_dict(), **changed})
         self._saved = None
 
-    # ------------------------------------------------------------------ 4, 6
+    # ------------------------------------------------------------------ 4, 6, 8
 
     def on_load_checkpoint(self, trainer: L.Trainer, pl_module: AdapterModule, checkpoint: dict[str, Any]) -> None:
         if trainer.state.fn != "fit":
@@ -176,6 +177,11 @@ class ExactResume(L.Callback):
         self._refuse_other_parts(trainer)
         if saved.get("rows") and self._rows:  # absent in version 0.1
             refuse_differences(saved["rows"], self._rows, path, other_data=True)
+        if (seed := saved.get("seed", _seed())) != _seed():  # absent in version 0.1
+            rank_zero_warn(
+                f"The interrupted run had seed {seed}, this one has {_seed()}: dropout draws other numbers from here on. "
+                f"--seed_everything {seed} goes on as it would have."
+            )
         total, current, is_last = training_batches(checkpoint["loops"]["fit_loop"])
         done = current["processed"]
         if done == 0 or is_last:
@@ -191,6 +197,11 @@ class ExactResume(L.Callback):
             for count in (current, total):
                 done, running = math.ceil(count["processed"] * ratio), count["processed"] - count["completed"]
                 count.update(ready=done, started=done, processed=done, completed=done - running)
+
+
+def _seed() -> int:
+    """Of the run; 0 where nobody set one."""
+    return int(os.environ.get("PL_GLOBAL_SEED", "0"))
 
 
 def _methods(*metadata: AdapterMetadata) -> list[dict[str, Any]]:

@@ -88,6 +88,8 @@ def test_resume_goes_on_where_it_stopped(folder: Path, tmp_path: Path) -> None:
     ]
     assert ends[0].keys() == ends[1].keys()
     assert all(torch.equal(ends[0][k], ends[1][k]) for k in ends[0])
+    with pytest.warns(UserWarning, match="had seed .*, this one has 7"):
+        assert fit(folder, pieces, *schedule, "--ckpt_path", str(last), "--seed_everything", "7") == 0
 
 
 def test_components_by_name_and_the_last_option_wins(folder: Path, tmp_path: Path, capsys: Any) -> None:
