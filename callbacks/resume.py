@@ -179,8 +179,8 @@ class ExactResume(L.Callback):
             refuse_differences(saved["rows"], self._rows, path, other_data=True)
         if (seed := saved.get("seed", _seed())) != _seed():  # absent in version 0.1
             rank_zero_warn(
-                f"The interrupted run had seed {seed}, this one has {_seed()}: dropout draws other numbers from here on. "
-                f"--seed_everything {seed} goes on as it would have."
+                f"The interrupted run had seed {seed}, this one has {_seed()}: dropout draws other numbers from here "
+                f"on. --seed_everything {seed} goes on as it would have."
             )
         total, current, is_last = training_batches(checkpoint["loops"]["fit_loop"])
         done = current["processed"]
