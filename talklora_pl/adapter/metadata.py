@@ -105,9 +105,16 @@ class AdapterMetadata:
     tensors_sha256: str | None = None
 
     def method(self) -> dict[str, Any]:
-        """How the base is adapted, as plain data to compare: tensors fit where these are equal."""
-        entries = ("adapter", "experts_per_layer", "plain_layers")
-        return {key: getattr(self, key) for key in entries}
+        """How the base is adapted, as plain data to compare: tensors fit where these are equal.
+
+        Raises:
+            UserError: as :meth:`config`.
+        """
+        adapter = dict(self.adapter)
+        if isinstance(router := adapter.get("router"), dict) and router.get("scores") == "auto":
+            config: Any = self.config()
+            adapter["router"] = router | {"scores": config.router.source(not config.communication.identity)}
+        return {"adapter": adapter} | {key: getattr(self, key) for key in ("experts_per_layer", "plain_layers")}
 
     def config(self) -> AdapterConfig:
         """The options.
@@ -128,7 +135,7 @@ class AdapterMetadata:
             "format_version": FORMAT_VERSION,
             "talklora_pl": self.version,
             "base": self.base.to_dict(),
-            **self.method(),
+            **{key: getattr(self, key) for key in ("adapter", "experts_per_layer", "plain_layers")},
         }
         return out if self.tensors_sha256 is None else out | {"tensors_sha256": self.tensors_sha256}
 

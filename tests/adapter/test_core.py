@@ -75,7 +75,8 @@ def test_talking_with_identity_equals_none() -> None:
     outs = []
     for communication in (Talking(init="identity"), NoCommunication()):
         model = tiny_llama()
-        adapter = inject(model, AdapterConfig(rank=8, communication=communication))
+        config = AdapterConfig(rank=8, communication=communication, router=Softmax(scores="features"))
+        adapter = inject(model, config)
         with torch.no_grad():
             for b in adapter.bank.parameters():
                 b.copy_(torch.sin(torch.arange(b.numel(), dtype=b.dtype)).view_as(b))

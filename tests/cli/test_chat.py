@@ -37,7 +37,7 @@ def talk(monkeypatch: pytest.MonkeyPatch, lines: str, *args: str) -> str:
     out = io.StringIO()
     monkeypatch.setattr(verb, "Console", lambda **options: Console(file=out, width=10_000, **options))
     monkeypatch.setattr("sys.stdin", io.StringIO(lines))
-    assert main(["chat", *args, "--max_new_tokens", "6"]) == 0
+    assert main(["chat", *args, "--dtype", "float32", "--max_new_tokens", "6"]) == 0
     return out.getvalue()
 
 

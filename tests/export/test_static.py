@@ -37,6 +37,7 @@ class Constant(nn.Module):
     """A router that gives every token the same weights."""
 
     wants_loads = False
+    share = None
 
     def __init__(self, w_E: Tensor) -> None:
         super().__init__()

@@ -26,12 +26,12 @@ ROOT = Path(__file__).parents[2]
 IDS = torch.arange(12).reshape(2, 6)
 
 
-@pytest.fixture
-def plugin(tmp_path: Path) -> Path:
+@pytest.fixture(scope="module")
+def plugin(tmp_path_factory: pytest.TempPathFactory) -> Path:
     blocks = re.findall(r"```python\n(.*?)```", (ROOT / "docs/components.md").read_text(), re.S)
     code = next(b for b in blocks if b.startswith("# gossip.py"))
     assert len(code.splitlines()) <= 40
-    path = tmp_path / "gossip.py"
+    path = tmp_path_factory.mktemp("plugin") / "gossip.py"
     path.write_text(code)
     return path
 

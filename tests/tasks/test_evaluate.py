@@ -19,7 +19,6 @@ from talklora_pl import AdapterConfig, export_adapter, load_adapter
 from talklora_pl.cli import main
 from talklora_pl.data import formats
 from talklora_pl.data.example import Example
-from talklora_pl.tasks import harness
 from talklora_pl.tasks.scores import measure
 from talklora_pl.tasks.task import read_tasks
 from tests.data.tiny import SIZES, save_model, tokenizer
@@ -133,7 +132,8 @@ def test_mistakes_are_one_message(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     (tmp_path / "scores.json").touch()
-    monkeypatch.setattr(harness.importlib.util, "find_spec", lambda name: None)
+    find = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "lm_eval" else find(name))
     assert main(["evaluate", *options]) == 2
     assert message in capsys.readouterr().err
 
