@@ -12,6 +12,7 @@ import os
 import shutil
 import socket
 import time
+import warnings
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -76,7 +77,10 @@ class Run:
         return state if state in ("unknown", "finished") else f"{state} at step {record.get('step', 0)}"
 
     def write(self, **values: Any) -> None:
-        """Change entries of the record, all of them or none."""
+        """Change entries of the record, all of them or none; where somebody removed the folder, it is made again."""
+        if not self.folder.is_dir():
+            warnings.warn(f"{self.folder} was removed while its run was at work; it is written anew.", stacklevel=2)
+            self.folder.mkdir(parents=True, exist_ok=True)
         text = json.dumps(self.record | values, indent=1, ensure_ascii=False) + "\n"
         write_whole(self.folder / RECORD, lambda part: part.write_text(text, encoding="utf-8"))
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import multiprocessing
 import os
+import shutil
 import subprocess
 import sys
 import time
@@ -30,6 +31,14 @@ def a_run(root: Path, name: str, state: str = "stopped", **record: object) -> Ru
 def test_the_package_of_runs_is_free_of_torch() -> None:
     code = "import sys, talklora_pl.cli.runs, talklora_pl.stopping; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code]).returncode == 0
+
+
+def test_a_folder_that_somebody_removed_is_made_again(tmp_path: Path) -> None:
+    run = a_run(tmp_path, "mine")
+    shutil.rmtree(run.folder)
+    with pytest.warns(UserWarning, match="mine was removed while its run was at work"):
+        run.write(state="finished", step=4)
+    assert (run.state, run.record["step"]) == ("finished", 4)
 
 
 def _make(root: Path, names: multiprocessing.Queue[str]) -> None:
