@@ -123,6 +123,10 @@ def write(
         out: folder for the files.
         limit: of each, the first so many questions.
     """
+    if limit is not None and limit < 1:
+        raise UserError(f"data write: --limit {limit} is less than 1.")
+    if Path(out).exists() and not Path(out).is_dir():
+        raise UserError(f"data write: --out: {out} is a file; name a folder.")
     for task in read_tasks(tasks):
         for name in (part.strip() for part in split.split(",")):
             rows = task.questions(name, data, limit)

@@ -68,15 +68,21 @@ def evaluate(
         raise UserError("evaluate: what? --adapter FOLDER, --base MODEL, or both.")
     if tasks is None and harness is None:
         raise UserError("evaluate: on what? --tasks commonsense, or --harness TASKS for those of lm-eval.")
-    for name, number in {"limit": limit, "batch_size": batch_size, "num_beams": num_beams}.items():
+    counts = {"limit": limit, "batch_size": batch_size, "num_beams": num_beams, "max_new_tokens": max_new_tokens}
+    for name, number in {**counts, "max_length": max_length}.items():
         if number is not None and number < 1:
             raise UserError(f"evaluate: --{name} {number} is less than 1.")
+    if num_fewshot is not None and num_fewshot < 0:
+        raise UserError(f"evaluate: --num_fewshot {num_fewshot} is less than 0.")
     ways = [way.strip() for way in (by or "generation,ranking").split(",")]
     if wrong := [way for way in ways if way not in WAYS]:
         raise UserError(f"evaluate: --by: {wrong[0]!r} is none of {', '.join(WAYS)}.")
     folder = Path(out)
     if (folder / SCORES).exists():
         raise UserError(f"evaluate: {folder / SCORES} is there already; name another folder with --out.")
+
+    if folder.exists() and not folder.is_dir():
+        raise UserError(f"evaluate: --out: {folder} is a file; name a folder.")
 
     from talklora_pl.tasks.task import read_tasks
 

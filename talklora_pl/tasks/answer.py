@@ -161,7 +161,7 @@ class Answering:
         config = self.model.config
         choices = questions[0]["choices"]
         names = [config.id2label[i] for i in range(config.num_labels)]
-        plain = {name.replace("_", " "): name for name in names}
+        plain = {name.replace("_", " ").casefold(): name for name in names}  # the hub's are often upper case
         named = set(choices) == set(plain)
         order = [choices.index(name) for name in plain] if named else list(range(len(choices)))
         if config.num_labels != len(choices):
@@ -194,12 +194,19 @@ def _right(question: dict[str, Any]) -> dict[str, Any]:
     return {key: question[key] for key in ("label", "value") if key in question}
 
 
+def _number(word: str | None) -> float | None:
+    try:
+        return None if word is None else float(word)
+    except ValueError:
+        return None  # the pattern finds more than numbers
+
+
 def _pick(task: Task, question: dict[str, Any], found: dict[str, Any]) -> dict[str, Any]:
     out: dict[str, Any] = {key: found[key] for key in ("text", "scores") if key in found}
     if "text" in found:
         word = task.word(found["text"])
         if task.value is not None:
-            pick: Any = None if word is None else float(word)
+            pick: Any = _number(word)
         else:
             words = [task.word(output) for output in question["outputs"]]
             pick = words.index(word) if word in words and word is not None else None

@@ -24,6 +24,9 @@ from talklora_pl.shipped import shipped_configs
 PLAIN = {"commonsense", "glue"}
 """Files of ``configs/tasks`` whose tasks go by their bare names."""
 METRICS = ("accuracy", "f1", "matthews", "pearson", "spearman")
+OF_CLASSES, OF_NUMBERS = ("f1", "matthews"), ("pearson", "spearman")
+WRONG = (TemplateError, TypeError, ValueError, AttributeError, LookupError, ArithmeticError, RecursionError)
+"""What an expression can end with."""
 _jinja = SandboxedEnvironment(undefined=StrictUndefined)  # a file of tasks may be a stranger's
 
 
@@ -88,12 +91,18 @@ class Task:
             raise UserError(f"task {self.name}: it needs a label or a value, and not both.")
         if wrong := [name for name in self.metrics if name not in METRICS]:
             raise UserError(f"task {self.name}: metrics: there is no {wrong[0]!r}.{did_you_mean(wrong[0], METRICS)}")
+        if not self.metrics:
+            raise UserError(f"task {self.name}: metrics: name at least one of {', '.join(METRICS)}.")
+        other = OF_CLASSES if self.value is not None else OF_NUMBERS
+        if wrong := [name for name in self.metrics if name in other]:
+            needed = "a label" if self.value is not None else "a value"
+            raise UserError(f"task {self.name}: metrics: {wrong[0]} is for answers with {needed}.")
 
     def _try(self, entry: str, make: Any, where: str = "") -> Any:
         """What Jinja makes. Raises UserError."""
         try:
             return make()
-        except (TemplateError, TypeError, ValueError, AttributeError, LookupError) as e:
+        except WRONG as e:
             place = f"{where}: " if where else ""
             raise UserError(f"{place}task {self.name}: {entry}: {e or type(e).__name__}.") from None
 
@@ -160,6 +169,10 @@ class Task:
 
     def _question(self, row: Mapping[str, Any], at: str) -> dict[str, Any]:
         out: dict[str, Any] = {name: self._value(name, row, at) for name in ("question", "choices")}
+        if not isinstance(out["choices"], list) or not all(isinstance(choice, str) for choice in out["choices"]):
+            raise UserError(f"{at}: task {self.name}: choices: {out['choices']!r} is no list of texts.")
+        if len(out["choices"]) != 2 and (wrong := [name for name in self.metrics if name in OF_CLASSES]):
+            raise UserError(f"{at}: task {self.name}: {wrong[0]} is for two choices, not {len(out['choices'])}.")
         one = [
             {"choice": choice, "number": i + 1, "letter": chr(ord("A") + i)} for i, choice in enumerate(out["choices"])
         ]
@@ -168,7 +181,9 @@ class Task:
         out["instruction"] = self._text("prompt", {**row, **out}, at)
         out["input"] = ""
         if self.value is not None:
-            out["value"] = float(self._value("value", row, at))
+            value = self._value("value", row, at)
+            out["value"] = self._try("value", lambda: float(value), at)
+            self._try("choices", lambda: [float(choice) for choice in out["choices"]], at)
             out["answer"] = f"{out['value']:.1f}"
             out["output"] = self._text("output", {**row, "word": out["answer"]}, at)
         else:
@@ -242,6 +257,8 @@ def _task(name: str, entry: dict[str, Any], file: Path) -> Task:
             raise UserError(
                 f"{file}: task {name}: {key}: {value!r} must be {'a list' if key == 'metrics' else 'text'}."
             )
+    if not re.fullmatch(r"\w[\w.-]*", name):
+        raise UserError(f"{file}: task {name!r}: its rows get a folder of that name: letters, digits, dots, dashes.")
     task = Task(name, **entry)
     if task.format not in NAMES and "{prompt}" not in task.format:
         raise UserError(f"{file}: task {name}: format: {task.format!r} is no format.{did_you_mean(task.format, NAMES)}")

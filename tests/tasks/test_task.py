@@ -129,6 +129,8 @@ def test_a_value_is_read_from_an_answer() -> None:
     question = {"choices": ["0", "1", "2", "3", "4", "5"]}
     assert _pick(task, question, {"text": "about 3.8 of 5"})["pick"] == 3.8
     assert _pick(task, question, {"choice": 4, "scores": [0.0] * 6})["pick"] == 4.0
+    object.__setattr__(task, "pattern", "[a-z]+")
+    assert _pick(task, question, {"text": "about 3.8 of 5"})["pick"] is None
 
 
 GOOD = {
@@ -149,6 +151,8 @@ GOOD = {
         ("question", None, "question is missing"),
         ("pattern", "(", "no regular expression"),
         ("metrics", ["acuracy"], "no 'acuracy'. Did you mean 'accuracy'?"),
+        ("metrics", [], "name at least one"),
+        ("metrics", ["pearson"], "pearson is for answers with a value"),
         ("value", "v", "a label or a value, and not both"),
         ("prompt", "{{ question", "prompt: "),
         ("choices", "[a,", "choices: "),
@@ -185,6 +189,40 @@ def test_a_task_is_no_program(data: str) -> None:
     object.__setattr__(task, "question", "question.__class__.__mro__")
     with pytest.raises(UserError, match="unsafe"):
         task.questions("validation", data)
+
+
+@pytest.mark.parametrize(
+    ("entry", "value", "message"),
+    [
+        ("prompt", "{{ 1 / 0 }}", "prompt: division by zero"),
+        ("prompt", "{{ range(10000000) }}", "prompt: Range too big"),
+        ("prompt", "{% macro f() %}{{ f() }}{% endmacro %}{{ f() }}", "prompt: maximum recursion"),
+        ("choices", "none", "choices: None is no list of texts"),
+        ("choices", "q", "choices: 'why' is no list of texts"),
+        ("choices", "[1, 2]", r"choices: \[1, 2\] is no list of texts"),
+        ("metrics", ["f1"], "f1 is for two choices, not 3"),
+        ("value", "q", "value: could not convert string to float: 'why'"),
+    ],
+)
+def test_a_row_that_an_entry_does_not_fit_is_one_message(
+    entry: str, value: object, message: str, tmp_path: Path
+) -> None:
+    (tmp_path / "a/b").mkdir(parents=True)
+    (tmp_path / "a/b/test.jsonl").write_text('{"q": "why", "c": ["1", "2", "3"], "l": 0}\n')
+    content = GOOD | {entry: value}
+    if entry == "value":
+        content = {k: v for k, v in content.items() if k != "label"} | {"metrics": ["pearson"]}
+    (tmp_path / "mine.yaml").write_text(json.dumps({"mine": content}))
+    (task,) = read_tasks(str(tmp_path / "mine.yaml"))
+    with pytest.raises(UserError, match=message):
+        task.questions("test", str(tmp_path))
+
+
+def test_the_name_of_a_task_is_no_way_out_of_the_folder(tmp_path: Path) -> None:
+    for name in ("../../elsewhere", "/tmp/elsewhere", ".."):
+        (tmp_path / "mine.yaml").write_text(json.dumps({name: GOOD}))
+        with pytest.raises(UserError, match="a folder of that name"):
+            read_tasks(str(tmp_path / "mine.yaml"))
 
 
 def test_a_task_of_your_own_as_the_page_shows_it(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
