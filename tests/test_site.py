@@ -40,6 +40,8 @@ def test_every_component_has_a_page_with_its_options(site: Path) -> None:
     for key, family in FAMILIES.items():
         for name in registry.names(family):
             cls = registry.get(family, name)
+            if not cls.__module__.startswith("talklora_pl."):
+                continue  # a plugin of another test in this process
             page = (site / f"reference/parts/{key}/{name}.html").read_text("utf-8")
             for option, _, _ in registry.options(cls):
                 assert f"<td><code>{option}</code></td>" in page, (key, name, option)
