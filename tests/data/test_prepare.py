@@ -61,7 +61,7 @@ def byte_level(pattern: str | None, nfc: bool = False, **flags: bool) -> PreTrai
     return made
 
 
-TEXTS = st.text(st.sampled_from("aabbAsS?'1 \n\r\t é\u0301日<x>"), max_size=40)
+TEXTS = st.text(st.sampled_from("aabbAsS?/'1 \n\n\r\t é\u0301\u2028\x1c日<x>"), max_size=40)
 
 
 @pytest.mark.parametrize("nfc", [False, True])
