@@ -354,9 +354,17 @@ class Report:
 
     def kept(self) -> dict[str, Any]:
         """What the cache keeps."""
-        unused = {f"the column {column!r} is not used": count for column, count in self.unused.items()}
         names = ("bad", "cut_rows", "cut_tokens", "documents")
-        return {name: getattr(self, name) for name in names} | {"notices": {**self.notices, **unused}}
+        return {name: getattr(self, name) for name in names} | {"notices": {**self.notices, **_unused(self.unused)}}
+
+
+def _unused(columns: Counter[str]) -> dict[str, int]:
+    """One notice of all columns that are not used, and in how many rows those are that most rows have."""
+    if not columns:
+        return {}
+    most = max(columns.values())
+    named = [repr(c) + (f" (in {count} rows)" if count < most else "") for c, count in columns.most_common()]
+    return {f"the column{'s' * (len(named) > 1)} {', '.join(named)} {'are' if len(named) > 1 else 'is'} not used": most}
 
 
 @dataclass
