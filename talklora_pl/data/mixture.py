@@ -6,6 +6,8 @@ from collections.abc import Sequence
 
 import numpy as np
 
+from talklora_pl.data.source import Source
+
 
 def shares(sizes: Sequence[int], weights: Sequence[float] | None, temperature: float | None) -> np.ndarray:
     """The share of each source: by its weight, or by its rows to the power of one over the temperature, as in T5
@@ -13,6 +15,12 @@ def shares(sizes: Sequence[int], weights: Sequence[float] | None, temperature: f
     raw = np.asarray(sizes, float) ** (1 / (temperature or 1)) if weights is None else np.asarray(weights, float)
     raw = np.where(np.asarray(sizes) > 0, raw, 0)  # all rows of one may be dropped
     return raw / raw.sum()
+
+
+def shares_of(sources: Sequence[Source], sizes: Sequence[int], temperature: float | None) -> np.ndarray | None:
+    """The share of each source, by their weights or the temperature; None: each row once."""
+    weights = [source.weight for source in sources if source.weight is not None]
+    return shares(sizes, weights or None, temperature) if weights or temperature is not None else None
 
 
 def counts(rows: int, share: np.ndarray) -> np.ndarray:
