@@ -271,12 +271,6 @@ class TextData(L.LightningDataModule):
         if done and stage == "fit" and self.documents == "packed" and not any(part.documents for part in done):
             problems.append("data.documents: packed is for texts alone (rows: text), and there are none.")
         problems += checks.wrong_shares(given, self.temperature)
-        if self.max_tokens is not None and (
-            self.temperature is not None or any(source.weight is not None for source in given["train"])
-        ):
-            problems.append(
-                "data.max_tokens: batches by tokens cannot have shares of sources (weight, temperature) yet."
-            )
         if problems:
             raise UserError("\n".join(problems))
         self._scored_later = np.empty(0, np.int64)
@@ -343,10 +337,11 @@ class TextData(L.LightningDataModule):
         sources = self.sources["train"]
         sizes = np.bincount(self._source_of, minlength=len(sources)).tolist()
         share = shares_of(sources, sizes, self.temperature)
+        mixture = None if share is None else Mixture(self._source_of, share)
         self._packs, pack = None, False
         if self.max_tokens is not None:
             pack = self._may_pack(self.max_tokens)
-            self._packs = Packs(lengths, self.max_tokens, padded=not pack)
+            self._packs = Packs(lengths, self.max_tokens, not pack, mixture)
         batches = TrainBatches(
             lengths,
             loss_tokens,
@@ -356,7 +351,7 @@ class TextData(L.LightningDataModule):
             *self._rank(),
             self._position,
             self._packs,
-            None if share is None else Mixture(self._source_of, share),
+            mixture,
         )
         self._validate_across_epochs()
         return self._loader(table, True, batches, pack)
