@@ -26,8 +26,9 @@ class _Description(TextColumn):
 
 class EpochProgress(RichProgressBar):
     """Without the number of the last epoch in a run that only steps or time limit; Lightning shows it as -2. A narrow
-    window gets a shorter bar without its speed, so that the metrics stay on its line. A device that computes beside the
-    host is asked for the loss at the steps that are logged, not at each: the host would wait for every one."""
+    window gets a shorter bar without its speed, so that the metrics stay on its line. Only a fit leaves its last bar:
+    all else ends in a table or a file. A device that computes beside the host is asked for the loss at the steps that
+    are logged, not at each: the host would wait for every one."""
 
     asks_by_itself = True
 
@@ -41,6 +42,11 @@ class EpochProgress(RichProgressBar):
         if shutil.get_terminal_size().columns < NARROW and isinstance(bar, BarColumn):
             bar.bar_width, speed = 10, []
         return [_Description("[progress.description]{task.description}"), bar, batches, time, *speed]
+
+    def teardown(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
+        if stage != "fit" and self.progress is not None:
+            self.progress.live.transient = True
+        super().teardown(trainer, pl_module, stage)
 
     def get_metrics(self, trainer: L.Trainer, pl_module: L.LightningModule) -> dict[str, Any]:
         if trainer.training:

@@ -107,3 +107,4 @@ def test_the_quickstart_on_a_terminal(tmp_path: Path, monkeypatch: pytest.Monkey
     ]
     places = [next(i for i, line in enumerate(lines) if words in line) for words in [*order, "What to type next"]]
     assert places == sorted(places)
+    assert b"\x1b[2K" in written.rpartition(b"Testing")[2]  # the bar is wiped out at its end
