@@ -1,8 +1,9 @@
 """The same recipe by this package and by the Trainer of transformers with PEFT: CPU seconds of whole training steps.
 
 SmolLM2-135M in bfloat16, 16 rows of 107 tokens with the last 7 labelled, rank 32, with and without dropout of 0.05 on
-the input of the adapters, ours also with compiled decoder layers. Each side loads its base once; fits of some steps take turns, and the first step of each is
-not counted. The peer runs as ``TrainingArguments(bf16=True)`` does, under autocast.
+the input of the adapters; ours also with compiled decoder layers. Each side loads its base once; fits of some steps
+take turns, and the first step of each is not counted. The peer runs as ``TrainingArguments(bf16=True)`` does, under
+autocast.
 """
 
 from __future__ import annotations
