@@ -2,8 +2,8 @@
 
 SmolLM2-135M in bfloat16, 16 rows of 107 tokens with the last 7 labelled, rank 32, with and without dropout of 0.05 on
 the input of the adapters; ours also with compiled decoder layers. Each side loads its base once; fits of some steps
-take turns, and the first steps of each (``BEFORE``) are not counted. The peer runs as ``TrainingArguments(bf16=True)`` does, under
-autocast.
+take turns, and the first steps of each (``BEFORE``) are not counted. The peer runs as
+``TrainingArguments(bf16=True)`` does, under autocast.
 """
 
 from __future__ import annotations
