@@ -1,7 +1,7 @@
 """The same recipe by this package and by the Trainer of transformers with PEFT: CPU seconds of whole training steps.
 
 SmolLM2-135M in bfloat16, 16 rows of 107 tokens with the last 7 labelled, rank 32, with and without dropout of 0.05 on
-the input of the adapters. Each side loads its base once; fits of some steps take turns, and the first step of each is
+the input of the adapters, ours also with compiled decoder layers. Each side loads its base once; fits of some steps take turns, and the first step of each is
 not counted. The peer runs as ``TrainingArguments(bf16=True)`` does, under autocast.
 """
 
@@ -11,6 +11,7 @@ import tempfile
 import time
 import warnings
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import lightning as L
@@ -51,6 +52,8 @@ def measured(base: str, rounds: int) -> dict[str, list[float]]:
         for p in DROPOUTS:
             runs[f"HF Trainer + PEFT LoRA, dropout {p:g}"] = lambda p=p: theirs(p)  # type: ignore[misc]
             runs[f"talklora, dropout {p:g}"] = lambda p=p: ours(p)  # type: ignore[misc]
+            # each its own: what is compiled is compiled for one dropout
+            runs[f"talklora, model.compile: layers, dropout {p:g}"] = partial(_ours(base, rows, "layers"), p)
         spent: dict[str, list[float]] = {name: [] for name in runs}
         for _ in range(rounds):
             for name, run in runs.items():
@@ -58,8 +61,8 @@ def measured(base: str, rounds: int) -> dict[str, list[float]]:
     return spent
 
 
-def _ours(base: str, rows: dict[str, torch.Tensor]) -> Callable[[float], list[float]]:
-    model = FineTuner(BaseModel(base, dtype="bfloat16"), method("talklora"))
+def _ours(base: str, rows: dict[str, torch.Tensor], compiled: Any = "off") -> Callable[[float], list[float]]:
+    model = FineTuner(BaseModel(base, dtype="bfloat16"), method("talklora"), compile=compiled)
 
     def run(dropout: float) -> list[float]:
         clock = _Clock()

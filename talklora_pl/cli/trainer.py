@@ -198,6 +198,11 @@ class Trainer(L.Trainer):
                 logger.open = not (place.writes and place.ckpt_path)
             elif place.moves_logs and (before := keep_logs_in(logger, folder)):
                 rank_zero_info(f"{type(logger).__name__} writes into {folder}, not into {before}.")
+            elif not place.moves_logs and (own := logger.log_dir or logger.save_dir):
+                rank_zero_info(
+                    f"{type(logger).__name__} writes into {own}, as it was made; config, checkpoints and adapters are "
+                    f"in {folder}."
+                )
 
     def leave(self) -> None:
         """Let others write to the run's folder."""
