@@ -260,8 +260,8 @@ def evaluation(s: Sizes) -> Iterator[Row]:
 
 def generation(s: Sizes) -> Iterator[Row]:
     """Greedy decoding with a cache."""
-    shape, depth, _, _ = s.steps[-1]
-    base = Base(shape, s.device, depth)
+    shape, _, _, _ = s.steps[-1]
+    base = Base(shape, s.device, None)
     new = 16 if s.device != "cpu" else 8
     for rows in (1, 8):
         models = {"floor: frozen base": base.copy(), "talklora": adapted(base.copy(), "talklora")}
@@ -270,7 +270,7 @@ def generation(s: Sizes) -> Iterator[Row]:
         for name, model in models.items():
             if "autocast" not in name and "compiled" not in name:
                 runs[name] = _generate(model.to(s.device).eval(), rows, new, s.device)
-        label = f"{shape}{f', {depth} layers' if depth else ''}, batch {rows}, {new} tokens"
+        label = f"{shape}, batch {rows}, {new} tokens"
         yield from alternate("generation", label, runs, rows * new, s.device, 3, count=False)
 
 

@@ -19,7 +19,7 @@ class AdapterExport(L.Callback):
     """Exports the adapter at the end of a fit to ``last``, and that of every new best checkpoint to ``best``.
 
     A folder appears whole or not at all, and replaces the one before. What is in it: :mod:`talklora_pl.export`.
-    One process writes.
+    One process writes. Where the best is, is said when there is one for the first time.
 
     Args:
         dirpath: where the folders go; by default ``adapters`` in the run's log folder.
@@ -33,6 +33,7 @@ class AdapterExport(L.Callback):
         self.license = license
         self._folder = Path()
         self._exported: tuple[str, float] | None = None
+        self._said = False
         self._trained = False
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
@@ -69,4 +70,6 @@ class AdapterExport(L.Callback):
         if Path(path).is_file():
             trust = pl_module.base.trust_remote_code
             folder = export_checkpoint(path, self._folder / "best", license=self.license, trust_remote_code=trust)
-            rank_zero_info(f"Adapter of the best checkpoint: {folder}")
+            if not self._said:  # there may be a better one after every validation
+                rank_zero_info(f"Adapter of the best checkpoint: {folder}")
+                self._said = True

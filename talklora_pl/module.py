@@ -323,8 +323,11 @@ class FineTuner(AdapterModule):
             self._step_sums[name] = self._step_sums[name] + share if name in self._step_sums else share
         if step_ends(self.trainer):
             # their mean over ranks is the mean over all tokens of the step, however they are spread
+            bar = self.trainer.progress_bar_callback
+            # Lightning reads what it shows at every step, and the host waits; our own bar asks at times by itself
+            shown = bar is not None and not getattr(bar, "asks_by_itself", False)
             for name, value in self._step_sums.items():
-                self.log(name, value, prog_bar=name == "train_loss", sync_dist=True, batch_size=1)
+                self.log(name, value, prog_bar=shown and name == "train_loss", sync_dist=True, batch_size=1)
             self._step_sums = {}
         return task + self.balance_loss() * (accumulate / batch.get("micro_steps", accumulate))
 

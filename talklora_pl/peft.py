@@ -20,8 +20,8 @@ except ModuleNotFoundError as e:
     raise ImportError("talklora_pl.peft needs the package peft: pip install 'talklora-pl[peft]'.") from e
 from torch import Tensor, nn
 
+from talklora_pl.adapter.adapters import adapter_rows, adapter_set, remove_adapter
 from talklora_pl.adapter.config import AdapterConfig
-from talklora_pl.adapter.host import adapter_rows, adapter_set, remove_adapter
 from talklora_pl.adapter.inject import inject
 from talklora_pl.adapter.metadata import AdapterMetadata, BaseInfo
 from talklora_pl.errors import UserError

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from talklora_pl import varlen
-from talklora_pl.adapter.host import base_alone
+from talklora_pl.adapter.adapters import base_alone
 from talklora_pl.internals.transformers import attention_of
 
 ROWS = (3, 5)  # tokens of the trial's two rows

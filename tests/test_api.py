@@ -14,7 +14,7 @@ import lightning as L
 import pytest
 import torch
 import yaml
-from lightning.pytorch.loggers import CSVLogger
+from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 from safetensors.torch import load_file
 
 import talklora_pl
@@ -25,6 +25,7 @@ from talklora_pl.cli import main
 from talklora_pl.cli.options import adapter_options
 from talklora_pl.data.source import Source
 from talklora_pl.errors import UserError
+from talklora_pl.export.run import export_checkpoint
 from talklora_pl.routers.top_k import TopK
 from tests.data.tiny import save_model
 from tests.methods.test_configs import METHODS, config_of
@@ -144,18 +145,37 @@ def test_what_an_adapter_begins_from_is_an_option_too() -> None:
     assert "init_noise" not in options
 
 
-def test_objects_as_options(base: str, here: Path) -> None:
-    steps, logger = Steps(), CSVLogger(here, name="csv", version="")
+def test_objects_as_options(
+    base: str, here: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    exported: list[Any] = []
+    counted = lambda *args, **options: exported.append(args) or export_checkpoint(*args, **options)  # noqa: E731
+    monkeypatch.setattr("talklora_pl.callbacks.adapter_export.export_checkpoint", counted)
+    caplog.set_level("INFO")
+    steps, loggers = Steps(), [CSVLogger(here, name="csv", version=""), TensorBoardLogger(here / "board")]
     adapter = talklora_pl.method("lora", num_experts=2, router=TopK(k=1), rank=4)
     run = fit(
         BaseModel(base, dtype="float32"),
         [{"path": ROWS[:4], "task": "a"}, Source(ROWS[4:], task="b")],
         method=adapter,
         seed_everything=7,
-        trainer={"callbacks": [steps, "LearningRateMonitor"], "logger": logger},
+        trainer={
+            "callbacks": [steps, "LearningRateMonitor"],
+            "logger": loggers,
+            "val_check_interval": 1,
+            "max_steps": 6,
+        },
         **{"model.optimizer": torch.optim.SGD, "model.optimizer.lr": 0.5, "data.val": ROWS[:2]},
     )
-    assert steps.seen == 2
+    assert steps.seen == 6
+    # loggers keep the folders that they were made with, and all else is in the run's
+    assert list((here / "board/lightning_logs/version_0").glob("events*")) and not list(run.folder.glob("events*"))
+    for name in ("run.json", "checkpoints/last.ckpt", "adapters/last/adapter.safetensors", "adapters/best/README.md"):
+        assert (run.folder / name).is_file(), name
+    for logger in loggers:
+        own = f"{type(logger).__name__} writes into {logger.log_dir}, as it was made; config, checkpoints and adapters"
+        assert caplog.text.count(own) == 1
+    assert len(exported) > 1 and caplog.text.count("Adapter of the best checkpoint") == 1
     assert "lr-SGD" in (here / "csv" / "metrics.csv").read_text().splitlines()[0]
     assert run.tuner.adapter_config == adapter and run.tuner.base.dtype == "float32"
     assert run.run.datamodule.tasks == ["a", "b", "data"]

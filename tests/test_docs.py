@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import posixpath
 import re
+import runpy
 from functools import cache
 from pathlib import Path
 
@@ -36,6 +37,16 @@ def test_links(page: Path) -> None:
             file = Path(posixpath.normpath(page.parent / target)) if target else page
             assert file.exists() and file.is_relative_to(ROOT), link
             assert not anchor or anchor in anchors(file), link
+
+
+def test_the_page_on_pypi_leads_to_the_files() -> None:
+    absolute = runpy.run_path(str(ROOT / "tools/readme_links.py"))["absolute"]
+    text = (ROOT / "README.md").read_text("utf-8")
+    pages = (text, absolute(text, "https://a/b/c", "v1"))
+    before, after = (re.findall(r'(href|src)="([^"]+)"', GITHUB.render(page)) for page in pages)
+    assert {kind for kind, link in before if not link.startswith("https:")} == {"href", "src"}
+    kinds = {"href": "https://a/b/c/blob/v1/", "src": "https://a/b/c/raw/v1/"}
+    assert after == [(kind, link if link.startswith("https:") else kinds[kind] + link) for kind, link in before]
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))

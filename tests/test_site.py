@@ -14,7 +14,7 @@ import yaml
 
 from talklora_pl import registry
 from talklora_pl.cli import VERBS
-from talklora_pl.cli.components import FAMILIES
+from talklora_pl.cli.parts import FAMILIES
 
 ROOT = Path(__file__).parents[1]
 pytestmark = pytest.mark.slow

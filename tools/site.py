@@ -229,7 +229,7 @@ def api() -> dict[str, str]:
 def parts() -> dict[str, str]:
     """A page for every registered component, and one that lists them."""
     from talklora_pl import registry
-    from talklora_pl.cli.components import FAMILIES
+    from talklora_pl.cli.parts import FAMILIES
 
     index = ["# Parts\n", "What `python -m talklora_pl components` lists, one page for each.\n"]
     pages = {"reference/parts/index.md": ""}
@@ -296,7 +296,7 @@ def yaml_value(value: Any) -> str:
 
 def config_of(key: str, name: str, options: list[tuple[str, str, Any]]) -> dict[str, Any]:
     """Options of a run that name the component, with its defaults."""
-    from talklora_pl.cli.components import FAMILIES
+    from talklora_pl.cli.parts import FAMILIES
 
     if key == "rows":
         return {"data": {"rows": name}}

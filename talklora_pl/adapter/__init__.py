@@ -1,7 +1,7 @@
 """The adapter core: a frozen layer plus a mixture of low-rank experts."""
 
+from talklora_pl.adapter.adapters import adapter_rows, adapter_set, disable_adapter, remove_adapter, set_adapter
 from talklora_pl.adapter.config import AdapterConfig, PlainLoRA
-from talklora_pl.adapter.host import adapter_rows, adapter_set, disable_adapter, remove_adapter, set_adapter
 from talklora_pl.adapter.inject import Adapter, balance_loss, inject
 from talklora_pl.routing import Routing, RoutingCollector, RoutingRecord
 

@@ -13,10 +13,11 @@ import torch
 from torch import Tensor, nn
 
 from talklora_pl import registry
+from talklora_pl.adapter.adapters import AdapterSet, get_adapter
 from talklora_pl.adapter.allocation import decide
 from talklora_pl.adapter.config import AdapterConfig
 from talklora_pl.adapter.dropouts import Dropouts
-from talklora_pl.adapter.host import Adapted, AdapterSet, attach, check_attachable, check_no_peft, detach, get_adapter
+from talklora_pl.adapter.host import Adapted, attach, check_attachable, check_no_peft, detach
 from talklora_pl.adapter.upcycle import Upcycled
 from talklora_pl.balance import Balance, balance_losses
 from talklora_pl.base import portable

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from talklora_pl.adapter.adapters import adapter_set, base_alone, get_adapter
 from talklora_pl.adapter.config import AdapterConfig
 from talklora_pl.adapter.files import (
     CONFIG,
@@ -21,7 +22,7 @@ from talklora_pl.adapter.files import (
     short,
 )
 from talklora_pl.adapter.fingerprint import agree, fingerprint
-from talklora_pl.adapter.host import adapter_set, base_alone, check_no_peft, get_adapter
+from talklora_pl.adapter.host import check_no_peft
 from talklora_pl.adapter.hub import local_folder
 from talklora_pl.adapter.inject import Adapter, Layers, build, check_name, install, let_train, selected_parameters
 from talklora_pl.adapter.metadata import AdapterMetadata, BaseInfo, read_metadata, write_files

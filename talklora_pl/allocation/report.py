@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from statistics import fmean
 from typing import TYPE_CHECKING, Any
 
-from talklora_pl.allocation import LayerTargets
+import yaml
+
+from talklora_pl import registry
+from talklora_pl.allocation import Allocation, LayerTargets
 from talklora_pl.allocation.spectra import Exponents, mean
 
 if TYPE_CHECKING:
@@ -111,3 +115,22 @@ def as_config(layers: Sequence[LayerTargets], counts: Counts) -> dict[str, Any]:
     """The decision as a piece of configuration."""
     experts: Any = layer_list(layers, counts) or dict(counts)
     return {"model": {"adapter": {"allocation": {"class_path": "list", "init_args": {"experts": experts}}}}}
+
+
+def write(
+    file: Path,
+    base: str,
+    name: str,
+    rule: Allocation,
+    layers: Sequence[LayerTargets],
+    counts: Counts,
+    alphas: Sequence[float] | None,
+) -> None:
+    """A piece of configuration, with how it came about as comments."""
+    options = ", ".join(f"{k}={v}" for k, v in registry.to_dict(rule).items() if k != "name" and v is not None)
+    head = [f"Experts per layer of {base} by the rule {name!r}{f' ({options})' if options else ''}."]
+    head.append(f"Use it with: python -m talklora_pl fit --config ... --config {file.name}")
+    if alphas is not None:
+        head.append("alpha per layer: " + ", ".join(f"{a:.4f}" for a in alphas))
+    body = yaml.safe_dump(as_config(layers, counts), default_flow_style=None, sort_keys=False, width=110)
+    file.write_text("".join(f"# {line}\n" for line in head) + body)

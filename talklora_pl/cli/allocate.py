@@ -2,22 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
-import yaml
-from rich.console import Console
-
-from talklora_pl import registry
-from talklora_pl.adapter.allocation import layer_targets, layers_without_targets
-from talklora_pl.allocation import Allocation, LayerTargets
-from talklora_pl.allocation.alpha import Alpha
-from talklora_pl.allocation.cache import exponents
-from talklora_pl.allocation.report import Counts, as_config, figure, table
-from talklora_pl.allocation.rules import PUBLISHED, File, Groups, Published
-from talklora_pl.base import BaseModel, load_base
-from talklora_pl.base.weights import SafetensorsWeights
 from talklora_pl.cli.parse import parse
 from talklora_pl.errors import UserError
 from talklora_pl.paths import expand
@@ -62,7 +49,18 @@ def allocate(
         no_cache: compute the spectra even where they are known.
         plugins: modules or .py files with rules of your own.
     """
-    registry.import_plugins(plugins)
+    from rich.console import Console
+
+    from talklora_pl.adapter.allocation import layer_targets, layers_without_targets
+    from talklora_pl.allocation.alpha import Alpha
+    from talklora_pl.allocation.cache import exponents
+    from talklora_pl.allocation.report import Counts, figure, table, write
+    from talklora_pl.allocation.short import parse_rule
+    from talklora_pl.base import BaseModel, load_base
+    from talklora_pl.base.weights import SafetensorsWeights
+    from talklora_pl.registry import import_plugins
+
+    import_plugins(plugins)
     alpha = Alpha(budget=budget, beta=beta, estimator=estimator, granularity=granularity, compat=compat)
     chosen = {name.strip(): parse_rule(name.strip(), alpha) for name in rules.split(",")}
     yaml_file = Path(expand(output))
@@ -107,52 +105,6 @@ def allocate(
     write(yaml_file, base, first, chosen[first], decoder, decided[first], alphas if chosen[first] is spectral else None)
     figure(decoder, decided, alphas).savefig(yaml_file.with_suffix(".png"), dpi=150)
     print(f"\nwrote {yaml_file} ({first}) and {yaml_file.with_suffix('.png')}")
-
-
-def parse_rule(text: str, alpha: Alpha) -> Allocation:
-    """A rule from its short form on the command line: ``mola-2468``, ``alpha:estimator=median``, ``mine.yaml``.
-
-    Args:
-        alpha: gives what ``alpha`` does not say itself.
-    """
-    if text.endswith((".yaml", ".yml", ".json")):
-        return File(text)
-    name, *options = text.split(":")
-    if name in PUBLISHED:
-        return Published(name)
-    shape = name.removeprefix("mola-")
-    if shape != name:
-        if not shape.isdigit():
-            raise UserError(f"--rules: {text!r} should read like mola-2468, one digit for each group of layers.")
-        return Groups([int(digit) for digit in shape])
-    given: dict[str, Any] = {"name": name}
-    for option in options:
-        key, equals, value = option.partition("=")
-        if not equals:
-            raise UserError(f"--rules: {option!r} in {text!r} should read option=value.")
-        given[key] = yaml.safe_load(value)
-    if name == Alpha.name:
-        given = registry.to_dict(alpha) | given
-    return registry.from_dict(Allocation, given)
-
-
-def write(
-    file: Path,
-    base: str,
-    name: str,
-    rule: Allocation,
-    layers: Sequence[LayerTargets],
-    counts: Counts,
-    alphas: Sequence[float] | None,
-) -> None:
-    """A piece of configuration, with how it came about as comments."""
-    options = ", ".join(f"{k}={v}" for k, v in registry.to_dict(rule).items() if k != "name" and v is not None)
-    head = [f"Experts per layer of {base} by the rule {name!r}{f' ({options})' if options else ''}."]
-    head.append(f"Use it with: python -m talklora_pl fit --config ... --config {file.name}")
-    if alphas is not None:
-        head.append("alpha per layer: " + ", ".join(f"{a:.4f}" for a in alphas))
-    body = yaml.safe_dump(as_config(layers, counts), default_flow_style=None, sort_keys=False, width=110)
-    file.write_text("".join(f"# {line}\n" for line in head) + body)
 
 
 def main(verb: str, argv: list[str]) -> None:

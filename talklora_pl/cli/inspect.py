@@ -5,26 +5,14 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
-import torch
-from rich.console import Console
-from rich.table import Table
-
-from talklora_pl.adapter.hub import local_folder
-from talklora_pl.adapter.io import load_adapter
-from talklora_pl.adapter.metadata import read_metadata
-from talklora_pl.base import BaseModel, load_base, load_config, load_tokenizer
-from talklora_pl.base.description import describe
-from talklora_pl.base.heads import HEADS
 from talklora_pl.cli.parse import parse
-from talklora_pl.data import TextData
-from talklora_pl.data.source import Source
 from talklora_pl.errors import UserError
-from talklora_pl.inputs import masked
-from talklora_pl.monitoring.inspection import Inspection
 from talklora_pl.paths import expand
-from talklora_pl.registry import import_plugins
+
+if TYPE_CHECKING:
+    from talklora_pl.monitoring.inspection import Inspection
 
 MAX_CLASSES = 1 << 20
 
@@ -77,6 +65,19 @@ def inspect(
         raise UserError(f"--output: {output!r} should be an .html file.")
     if not page.parent.is_dir():
         raise UserError(f"--output: there is no folder {str(page.parent)!r}.")
+
+    import torch
+
+    from talklora_pl.adapter.hub import local_folder
+    from talklora_pl.adapter.io import load_adapter
+    from talklora_pl.adapter.metadata import read_metadata
+    from talklora_pl.base import BaseModel, load_base, load_config, load_tokenizer
+    from talklora_pl.base.description import describe
+    from talklora_pl.base.heads import HEADS
+    from talklora_pl.data import TextData
+    from talklora_pl.data.source import Source
+    from talklora_pl.registry import import_plugins
+
     import_plugins(plugins)
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     try:
@@ -132,6 +133,8 @@ def inspect(
 
 
 def _texts(tokenizer: Any, texts: list[str], max_length: int, pad_id: int) -> Iterator[dict[str, Any]]:
+    from talklora_pl.inputs import masked
+
     ids = [tokenizer(text)["input_ids"][:max_length] for text in texts]
     if not all(ids):
         raise UserError("--text: there is no token in it.")
@@ -140,6 +143,9 @@ def _texts(tokenizer: Any, texts: list[str], max_length: int, pad_id: int) -> It
 
 def summary(found: Inspection, facts: dict[str, str]) -> None:
     """The report on the terminal."""
+    from rich.console import Console
+    from rich.table import Table
+
     from talklora_pl.monitoring.figures import by_kind, short
     from talklora_pl.monitoring.page import METRICS
 

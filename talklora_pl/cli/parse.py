@@ -6,7 +6,7 @@ import inspect
 import re
 from collections.abc import Callable
 from keyword import iskeyword
-from typing import Any
+from typing import Any, get_type_hints
 
 from jsonargparse import ArgumentError, ArgumentParser
 
@@ -30,6 +30,8 @@ def parse(verb: str, function: Callable[..., Any], argv: list[str], positional: 
     argv = [re.sub(r"^--[\w-]+", lambda m: "--" + m[0][2:].replace("-", "_"), arg) for arg in argv]
     argv = [re.sub(r"^--(\w+)", lambda m: m[0] + "_" * iskeyword(m[1]), arg) for arg in argv]
     argv = [f"{arg}=true" if arg in flags else arg for arg in argv]
+    # resolved here: jsonargparse would also import what stands under TYPE_CHECKING in the module, and so torch
+    function.__annotations__ = get_type_hints(function)
     prog = f"python -m talklora_pl {verb}"
     parser = ArgumentParser(prog=prog, description=(function.__doc__ or "").split("\n")[0], exit_on_error=False)
     parser.add_function_arguments(function, as_positional=positional)

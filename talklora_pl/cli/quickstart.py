@@ -9,6 +9,12 @@ import os
 import sys
 from pathlib import Path
 
+USAGE = """usage: python -m talklora_pl quickstart [options of fit]
+
+Trains a model of 135 million parameters on small generated skills, shows what it answers before and after, and which
+experts did it. The files go to ./quickstart.
+
+  all options are those of: python -m talklora_pl fit --help"""
 FOLDER = Path("quickstart")
 BEGIN = """\
 A model of 135 million parameters learns small skills: {skills}.
@@ -32,13 +38,15 @@ What to type next
 
 def main(verb: str, argv: list[str]) -> None:
     """Train, test, export and explain; the files go to ``./quickstart``."""
+    if {"-h", "--help"} & set(argv):
+        print(USAGE)
+        raise SystemExit(0)  # as the other verbs do
+
     from talklora_pl.quickstart import skills
 
-    if not {"-h", "--help"} & set(argv):
-        learned = skills.LEARNED_FIRST
-        skills.write(FOLDER, test=16, skills=learned)
-        told = BEGIN.format(skills=", ".join(learned), folder=FOLDER)
-        print(told, file=sys.stderr)
+    learned = skills.LEARNED_FIRST
+    skills.write(FOLDER, test=16, skills=learned)
+    print(BEGIN.format(skills=", ".join(learned), folder=FOLDER), file=sys.stderr)
     # bars of other libraries for what is over in a second or two
     os.environ.setdefault("TQDM_DISABLE", "1")
     import rich

@@ -81,6 +81,11 @@ class RunPlace:
                 locks.append((elsewhere, elsewhere.lock()))
             self.check()
             new = self.run is None
+            if self.run is not None and not self.writes and not os.access(self.run.folder, os.W_OK):
+                raise UserError(
+                    f"The run {self.run.folder} cannot be written to, and an evaluation keeps its scores and logs "
+                    "there. --trainer.default_root_dir FOLDER keeps them elsewhere."
+                )
             self.run = self.run or new_run(self.root, self.name)
             if self.writes:
                 locks.append((self.run, self.run.lock()))
@@ -198,6 +203,11 @@ class Trainer(L.Trainer):
                 logger.open = not (place.writes and place.ckpt_path)
             elif place.moves_logs and (before := keep_logs_in(logger, folder)):
                 rank_zero_info(f"{type(logger).__name__} writes into {folder}, not into {before}.")
+            elif not place.moves_logs and (own := logger.log_dir or logger.save_dir):
+                rank_zero_info(
+                    f"{type(logger).__name__} writes into {own}, as it was made; config, checkpoints and adapters are "
+                    f"in {folder}."
+                )
 
     def leave(self) -> None:
         """Let others write to the run's folder."""

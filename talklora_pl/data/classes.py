@@ -1,11 +1,12 @@
-"""The classes of a classifier, from its training data."""
+"""The classes of a classifier: listed by the user, kept by a checkpoint, or found in the training data."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from itertools import islice
+from pathlib import Path
 from typing import Any
 
 from talklora_pl.data.prepare import resolve_source
@@ -13,6 +14,8 @@ from talklora_pl.data.rows import find, listing
 from talklora_pl.data.source import Reader, Source
 from talklora_pl.errors import UserError
 from talklora_pl.objectives import Objective
+from talklora_pl.paths import expand
+from talklora_pl.strict import read_json
 
 
 @dataclass(frozen=True)
@@ -21,6 +24,55 @@ class Classes:
 
     count: int
     names: list[str]
+
+
+def listed(labels: list[str] | str | None) -> list[str] | None:
+    """The names that `data.labels` gives, itself or in a JSON file.
+
+    Raises:
+        UserError: the file holds no list of names.
+    """
+    if not isinstance(labels, str):
+        return labels
+    try:
+        names = read_json(Path(expand(labels)).read_text("utf-8"))
+    except (OSError, ValueError, RecursionError) as e:
+        raise UserError(f"data.labels: {labels!r} is not a readable JSON file: {e}") from e
+    if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
+        raise UserError(f"data.labels: {labels!r} must hold a list of names.")
+    return names
+
+
+def decide(
+    given: list[str] | None,
+    num_labels: int | None,
+    config: Any,
+    kept: Mapping[str, Any],
+    sources: Sequence[Source],
+    objective: Objective,
+) -> tuple[int, list[str], bool]:
+    """Number and names of the classes, and whether they are those of training data.
+
+    Args:
+        given: names that the user lists.
+        num_labels: how many classes the user wants.
+        config: of the base.
+        kept: what a checkpoint says of them, if a later stage is run from one.
+        sources: training data that they may be looked for in.
+        objective: whose rows these are.
+
+    Raises:
+        UserError: these contradict each other.
+    """
+    if given:
+        if num_labels not in (None, len(given)):
+            raise UserError(f"data.labels: {len(given)} classes, but model.base.num_labels is {num_labels}.")
+        return len(given), given, False
+    if kept:
+        return kept["num_classes"], kept["class_names"], bool(kept["class_names"])
+    if found := collect(sources, objective, num_labels, list(config.id2label.values())):
+        return found.count, found.names, bool(found.names)
+    return num_labels or config.num_labels, [], False
 
 
 _found: dict[tuple[Any, ...], tuple[set[str], list[str]]] = {}

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import json
-import math
 import warnings
 from collections.abc import Mapping
 from dataclasses import replace
@@ -13,27 +11,26 @@ from typing import TYPE_CHECKING, Any, Literal
 import lightning as L
 import numpy as np
 import torch
-from lightning.pytorch.callbacks import GradientAccumulationScheduler
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from torch.utils.data import DataLoader
 
 from talklora_pl.base import BaseModel, load_config, load_tokenizer
 from talklora_pl.base.description import describe
+from talklora_pl.data import checks, report
+from talklora_pl.data.assemble import Assembled, assemble, held_out
 from talklora_pl.data.batches import Batches
-from talklora_pl.data.classes import collect
-from talklora_pl.data.leaks import digests, leaked
-from talklora_pl.data.mixture import Mixture, counts, shares
+from talklora_pl.data.classes import decide, listed
+from talklora_pl.data.mixture import Mixture, shares_of
 from talklora_pl.data.prepare import Prepared, Work, prepare, scored, stream_work
 from talklora_pl.data.rows import listing
 from talklora_pl.data.sampler import EvalBatches, Packs, Position, TrainBatches, accumulation
-from talklora_pl.data.source import BadRow, Source, Sources
-from talklora_pl.data.stream import Recipe, Stream, StreamLoader, every_rank
+from talklora_pl.data.source import Source, Sources
+from talklora_pl.data.stream import Recipe, Stream, StreamLoader, places_of
 from talklora_pl.data.table import column, numbers, tasks
 from talklora_pl.data.tokens import Tokenize
 from talklora_pl.errors import UserError
 from talklora_pl.objectives import Objective, choose
 from talklora_pl.paths import expand
-from talklora_pl.strict import read_json
 from talklora_pl.trials import prepare_for_packed_rows
 
 if TYPE_CHECKING:
@@ -138,6 +135,8 @@ class TextData(L.LightningDataModule):
         self.class_names: list[str] = []
         self._kept: dict[str, Any] = {}  # of a checkpoint
         self._going_on: dict[str, Any] | None = None  # likewise
+        self._source_of = np.empty(0, int)  # of the training rows
+        self._scored_later = np.empty(0, np.int64)  # digests of the rows to test on
         self._packs: Packs | None = None  # of the training rows
         self.streaming, self.shuffle_buffer = streaming, shuffle_buffer
         self.streams: list[Work] = []
@@ -159,8 +158,19 @@ class TextData(L.LightningDataModule):
         """
         stage = self.trainer.state.fn if self.trainer is not None else None
         done = self.prepared(str(stage.value) if stage else "fit")
-        self._report(done)
-        self._assemble(done)
+        report.say_rows(done)
+        if done.get("train") and not done.get("val"):
+            rows = sum(len(part.table) for part in done["train"])
+            if count := held_out(rows, self.val_size):
+                report.say_split(rows, count)
+        if self.class_names and not self.labels:
+            report.say_classes(self.class_names)
+        report.say_bad_rows(done, self.bad_row_report)
+        made = self._assemble(done)
+        report.say_leaks(made.leaks, self.on_leak == "drop")
+        sizes = np.bincount(made.source_of, minlength=len(self.sources["train"])).tolist()
+        if "train" in done and (share := shares_of(self.sources["train"], sizes, self.temperature)) is not None:
+            report.say_shares(done["train"], sizes, share)
 
     def check(self, stage: str) -> None:
         """Read everything that a stage needs.
@@ -168,7 +178,7 @@ class TextData(L.LightningDataModule):
         Raises:
             UserError: all problems of all files in one message.
         """
-        self._assemble(self.prepared(stage), say=False)
+        self._assemble(self.prepared(stage))
 
     def setup(self, stage: str) -> None:
         """Open what :meth:`prepare_data` has left in the cache.
@@ -176,100 +186,32 @@ class TextData(L.LightningDataModule):
         Args:
             stage: fit, validate, test or predict.
         """
-        self.tables |= self._assemble(self.prepared(stage), say=False)
+        made = self._assemble(self.prepared(stage))
+        self.tables |= made.tables
+        if "train" in made.tables:
+            self._source_of = made.source_of
 
-    def _assemble(self, done: dict[str, list[Prepared]], say: bool = True) -> dict[str, datasets.Dataset]:
-        """The tables of a stage: sources joined, validation split off, leaks found.
-
-        Raises:
-            UserError: rows stand in training and other data, and that is an error.
-        """
-        import datasets
-
-        tables = {
-            name: datasets.concatenate_datasets([p.table for p in parts]) for name, parts in done.items() if parts
-        }
-        if "train" not in tables:
-            return tables
-        self._source_of = np.repeat(np.arange(len(done["train"])), [len(part.table) for part in done["train"]])
-        if "val" not in tables:
-            kept, held_out = self._split(len(tables["train"]))
-            tables["val"], tables["train"] = tables["train"].select(held_out), tables["train"].select(kept)
-            self._source_of = self._source_of[kept]
-        others = {"data.val": digests(tables["val"])[0], "data.test": self._scored_later}
-        found = {name: leaked(tables["train"], other) for name, other in others.items()}
-        lines = [
-            f"{len(rows)} of {len(tables['train'])} training rows stand in {name} too, such as "
-            f"{tables['train'][int(rows[0])]['id']!r}"
-            for name, rows in found.items()
-            if len(rows)
-        ]
-        if lines and self.on_leak == "error":
-            raise UserError("\n".join(f"data.on_leak: {line}." for line in lines))
-        if lines and self.on_leak == "drop":
-            kept = np.setdiff1d(np.arange(len(tables["train"])), np.concatenate([*found.values()]))
-            if not len(kept):
-                raise UserError("data.on_leak: drop leaves no row to train on: all of them stand in other data too.")
-            tables["train"], self._source_of = tables["train"].select(kept), self._source_of[kept]
-        if say:
-            what = "they are dropped" if self.on_leak == "drop" else "scores on them say little (data.on_leak)"
-            for line in lines:
-                rank_zero_info(f"Warning: {line}; {what}")
-            self._say_shares(done["train"])
-        return tables
-
-    def _shares(self, sources: list[Source], sizes: list[int]) -> np.ndarray | None:
-        """Of an epoch; None: each row once."""
-        weights = [source.weight for source in sources]
-        if self.temperature is None and weights == [None] * len(weights):
-            return None
-        return shares(sizes, None if None in weights else weights, self.temperature)  # type: ignore[arg-type]
-
-    def _say_shares(self, parts: list[Prepared]) -> None:
-        sizes = np.bincount(self._source_of, minlength=len(parts)).tolist()
-        share = self._shares([part.source for part in parts], sizes)
-        if share is None:
-            return
-        for part, has, gives in zip(parts, sizes, counts(sum(sizes), share)):
-            rank_zero_info(
-                f"data.train: {', '.join(tasks(part.table))}: {gives / sum(sizes):.1%} of an epoch: "
-                f"{gives} rows of the {has} that it has"
-            )
+    def _assemble(self, done: dict[str, list[Prepared]]) -> Assembled:
+        return assemble(done, self.val_size, self.seed, self.on_leak, self._scored_later)
 
     def prepared(self, stage: str) -> dict[str, list[Prepared]]:
         base, self._chosen = self._base_and_objective()
-        least = {
-            "shuffle_buffer": 1,
-            "batch_size": 1,
-            "eval_batch_size": 1,
-            "max_length": 1,
-            "num_workers": 0,
-            "val_size": 0,
-        }
-        least |= {} if self.num_proc is None else {"num_proc": 1}
-        given_numbers = {name: getattr(self, name) for name in least}
-        wrong = [n for n, value in given_numbers.items() if value is not None and value < least[n]]
-        problems = [f"data.{n}: {given_numbers[n]} is less than {least[n]}." for n in wrong]
+        small = checks.wrong_numbers({name: getattr(self, name) for name in checks.LEAST})
         config, tokenizer = load_config(base), load_tokenizer(base)
         facts = describe(config, tokenizer)
-        context = facts.context_length
-        max_length = facts.default_length if self.max_length is None or "max_length" in wrong else self.max_length
-        if context is not None and max_length > context:
-            problems.append(f"data.max_length: {max_length} is more than the model's context of {context} tokens.")
-            max_length = context
-        if self.max_tokens is not None:
-            if not self._chosen.packs:
-                problems.append(
-                    f"data.max_tokens: the rows of objective {self._chosen.name} cannot be packed; use data.batch_size."
-                )
-            if self.max_tokens < max_length:
-                problems.append(f"data.max_tokens: {self.max_tokens} is less than data.max_length, {max_length}.")
-        classes, trained = self._classes(), False
+        max_length = facts.default_length if self.max_length is None or "max_length" in small else self.max_length
+        problems = [
+            *small.values(),
+            *checks.wrong_lengths(max_length, facts.context_length, self.max_tokens, self._chosen),
+        ]
+        max_length = min(max_length, facts.context_length or max_length)
+        classes, trained = listed(self.labels), False
         if base.head.classifies:
             try:
-                self.num_classes, self.class_names, trained = self._decide_classes(
-                    stage, classes, base.num_labels, config
-                )
+                kept = self._kept if stage != "fit" else {}
+                read = [] if self.streaming else self.sources["train"]
+                decided = decide(classes, base.num_labels, config, kept, read, self._chosen)
+                self.num_classes, self.class_names, trained = decided
             except UserError as e:
                 problems.append(str(e))
             classes = self.class_names or classes
@@ -295,7 +237,17 @@ class TextData(L.LightningDataModule):
         if not wanted[first]:
             raise UserError(f"data.{first}: there is nothing to {stage}. Name at least one file or data set.")
         if streamed:
-            problems += self._wrong_stream(base)
+            problems += checks.wrong_in_a_stream(
+                given["train"],
+                base,
+                splits=bool(self.val_size and not given["val"]),
+                documents=self.documents,
+                on_leak=self.on_leak,
+                labels=self.labels,
+                temperature=self.temperature,
+            )
+            if self.trainer is not None:
+                problems += checks.wrong_trainer_of_a_stream(self.trainer, bool(given["val"]))
             del wanted["train"]
         entries = [(name, source) for name, sources in wanted.items() for source in sources]
         done: list[Prepared] = []
@@ -318,7 +270,7 @@ class TextData(L.LightningDataModule):
             problems.append(str(e))
         if done and stage == "fit" and self.documents == "packed" and not any(part.documents for part in done):
             problems.append("data.documents: packed is for texts alone (rows: text), and there are none.")
-        problems += self._wrong_shares()
+        problems += checks.wrong_shares(given, self.temperature)
         if problems:
             raise UserError("\n".join(problems))
         self._scored_later = np.empty(0, np.int64)
@@ -336,53 +288,6 @@ class TextData(L.LightningDataModule):
         self.eos_id = tokenize.end("chat" if "chat" in formats else "plain")
         return {name: [p for (n, _), p in zip(entries, done) if n == name] for name in wanted}
 
-    def _wrong_stream(self, base: BaseModel) -> list[str]:
-        """What cannot be where the training data are a stream."""
-        out = []
-        if self.val_size and not self.sources["val"]:
-            out.append("data.val_size: nothing can be split off a stream: name data.val, or set data.val_size: 0.")
-        if self.documents == "packed":
-            out.append("data.documents: packed cannot join texts of a stream; data.max_tokens packs them.")
-        if self.on_leak != "warn":
-            out.append(f"data.on_leak: {self.on_leak} needs all training rows at once, which a stream has not.")
-        if base.head.classifies and not self.labels and base.num_labels is None:
-            out.append("data.labels: the classes cannot be looked for in a stream: list them, or say base.num_labels.")
-        if self.temperature is not None:
-            out.append("data.temperature: the rows of a stream are not counted; give each source a weight.")
-        if len(self.sources["train"]) > 1 and any(source.weight is None for source in self.sources["train"]):
-            out.append("data.train: each of several streams needs a weight: how many rows they have is not known.")
-        trainer: Any = self.trainer
-        if trainer is None:
-            return out
-        if trainer.max_steps is None or trainer.max_steps < 0:
-            out.append("trainer.max_steps: a stream has no known end, so say after how many steps the run ends.")
-        if trainer.limit_train_batches != 1.0:
-            out.append("trainer.limit_train_batches: a stream has no epochs to cut short; use trainer.max_steps.")
-        if any(isinstance(callback, GradientAccumulationScheduler) for callback in trainer.callbacks):
-            out.append("trainer.callbacks: GradientAccumulationScheduler goes by epochs, and a stream has none.")
-        if self.sources["val"] and type(trainer.val_check_interval) is not int and trainer.limit_val_batches:
-            out.append("trainer.val_check_interval: say a number of batches: a stream has no epochs.")
-        return out
-
-    def _wrong_shares(self) -> list[str]:
-        """What is wrong with weights and temperature."""
-        weights = [source.weight for source in self.sources["train"]]
-        given = [weight for weight in weights if weight is not None]
-        out = []
-        if any(s.weight is not None for name, sources in self.sources.items() if name != "train" for s in sources):
-            out.append("weight: only sources of data.train have a share of an epoch.")
-        if given and len(given) < len(weights):
-            out.append("data.train: give all sources a weight, or none.")
-        if any(not 0 < weight < math.inf for weight in given):
-            out.append("data.train: a weight is a number of more than 0.")
-        if given and self.temperature is not None:
-            out.append("data.temperature: the sources have weights already.")
-        if self.temperature is not None and not self.temperature >= 0.1:  # below, powers of the numbers are infinite
-            out.append(f"data.temperature: {self.temperature} is less than 0.1.")
-        if (given or self.temperature is not None) and self.max_tokens is not None:
-            out.append("data.max_tokens: batches by tokens cannot have shares of sources (weight, temperature) yet.")
-        return out
-
     def _base_and_objective(self) -> tuple[BaseModel, Objective]:
         trained = getattr(self.trainer, "lightning_module", None)
         base = self.base or getattr(trained, "base", None)
@@ -392,52 +297,12 @@ class TextData(L.LightningDataModule):
             )
         return choose(base, self.objective or getattr(trained, "objective", None))
 
-    def _classes(self) -> list[str] | None:
-        if not isinstance(self.labels, str):
-            return self.labels
-        try:
-            names = read_json(Path(expand(self.labels)).read_text("utf-8"))
-        except (OSError, ValueError, RecursionError) as e:
-            raise UserError(f"data.labels: {self.labels!r} is not a readable JSON file: {e}") from e
-        if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
-            raise UserError(f"data.labels: {self.labels!r} must hold a list of names.")
-        return names
-
-    def _decide_classes(
-        self, stage: str, listed: list[str] | None, num_labels: int | None, config: Any
-    ) -> tuple[int, list[str], bool]:
-        """Number and names of the classes, and whether they are those of training data."""
-        if listed:
-            if num_labels not in (None, len(listed)):
-                raise UserError(f"data.labels: {len(listed)} classes, but model.base.num_labels is {num_labels}.")
-            return len(listed), listed, False
-        if stage != "fit" and self._kept:
-            return self._kept["num_classes"], self._kept["class_names"], bool(self._kept["class_names"])
-        own = list(config.id2label.values())
-        if self.streaming:
-            return num_labels or config.num_labels, [], False
-        if found := collect(self.sources["train"], self._chosen, num_labels, own):
-            return found.count, found.names, bool(found.names)
-        return config.num_labels, [], False
-
     def state_dict(self) -> dict[str, Any]:
         """What a checkpoint tells later stages of the classes, and where in a stream the run is."""
         state = {} if self.num_classes is None else {"num_classes": self.num_classes, "class_names": self.class_names}
         if self._stream is None:
             return state
-        places = self._stream.places.get(self._batches_done() // self._stream.accumulate)
-        return state | {"stream": {**self._layout(), "places": every_rank(places)}}
-
-    def _layout(self) -> dict[str, Any]:
-        """What a stream that goes on must have in common with the one that stopped."""
-        return {
-            "processes": self._rank()[1],
-            "data.num_workers": self.num_workers,
-            "data.shuffle_buffer": self.shuffle_buffer,
-            "data.batch_size": self.batch_size,
-            "data.max_tokens": self.max_tokens,
-            "data.seed": self.seed,
-        }
+        return state | {"stream": self._stream.state(self._batches_done() // self._stream.accumulate)}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Take the classes of a checkpoint over.
@@ -456,49 +321,6 @@ class TextData(L.LightningDataModule):
             )
         self.class_names = self.class_names or names
 
-    def _held_out(self, rows: int) -> int:
-        """How many of the training rows are for validation."""
-        count = round(self.val_size * rows) if self.val_size < 1 else int(self.val_size)
-        if count >= rows:
-            raise UserError(f"data.val_size: {count} rows for validation leave none of {rows} to train on.")
-        return count
-
-    def _split(self, rows: int) -> tuple[np.ndarray, np.ndarray]:
-        """Indices of the rows to train on, and of those for validation."""
-        count = self._held_out(rows)
-        order = np.random.default_rng(self.seed).permutation(rows)
-        return np.sort(order[count:]), np.sort(order[:count])
-
-    def _report(self, done: dict[str, list[Prepared]]) -> None:
-        for name, parts in done.items():
-            for part in parts:
-                cut = f", {part.cut_rows} prompts cut by {part.cut_tokens} tokens in all" if part.cut_rows else ""
-                texts = f" from {part.documents} texts" if part.documents else ""
-                rank_zero_info(f"data.{name}: {', '.join(tasks(part.table))}: {len(part.table)} rows{texts}{cut}")
-                for notice, count in part.notices.items():
-                    rank_zero_info(f"Warning: {part.source.path}: {notice} ({count} row{'s' if count > 1 else ''})")
-        if done.get("train") and not done.get("val"):
-            rows = sum(len(part.table) for part in done["train"])
-            held_out = self._held_out(rows)
-            if held_out:
-                rank_zero_info(f"data.val_size: {held_out} of these {rows} rows validate, {rows - held_out} train")
-        if self.class_names and not self.labels:
-            rank_zero_info(f"data.labels: {len(self.class_names)} classes: {listing(self.class_names)}")
-        if bad := [row for parts in done.values() for part in parts for row in part.bad]:
-            self._report_bad(bad)
-
-    def _report_bad(self, bad: list[BadRow]) -> None:
-        report = Path(expand(self.bad_row_report))
-        entries = [{"file": b.file, "place": b.where, "column": b.column, "problem": b.problem} for b in bad]
-        try:
-            report.parent.mkdir(parents=True, exist_ok=True)
-            report.write_text("".join(json.dumps(entry, ensure_ascii=False) + "\n" for entry in entries), "utf-8")
-        except OSError as e:
-            raise UserError(f"data.bad_row_report: {report} cannot be written: {e.strerror}.") from e
-        what = "1 bad row was left out; it is" if len(bad) == 1 else f"{len(bad)} bad rows were left out; they are"
-        # not as a Python warning: that would print a line of our source beneath it
-        rank_zero_info(f"Warning: {what} listed in {report}. The first: {bad[0]}")
-
     # -- loaders ----------------------------------------------------------------------------------------------------
 
     def train_dataloader(self) -> DataLoader[dict[str, Any]]:
@@ -512,10 +334,14 @@ class TextData(L.LightningDataModule):
             return self._stream_loader()  # type: ignore[return-value]
         table = self.tables["train"]
         lengths, loss_tokens = (numbers(table, column) for column in ("length", "loss_tokens"))
+        sources = self.sources["train"]
+        sizes = np.bincount(self._source_of, minlength=len(sources)).tolist()
+        share = shares_of(sources, sizes, self.temperature)
+        mixture = None if share is None else Mixture(self._source_of, share)
         self._packs, pack = None, False
         if self.max_tokens is not None:
             pack = self._may_pack(self.max_tokens)
-            self._packs = Packs(lengths, self.max_tokens, padded=not pack)
+            self._packs = Packs(lengths, self.max_tokens, not pack, mixture)
         batches = TrainBatches(
             lengths,
             loss_tokens,
@@ -525,7 +351,7 @@ class TextData(L.LightningDataModule):
             *self._rank(),
             self._position,
             self._packs,
-            self._mixture(),
+            mixture,
         )
         self._validate_across_epochs()
         return self._loader(table, True, batches, pack)
@@ -545,17 +371,21 @@ class TextData(L.LightningDataModule):
             pack,
             self.on_bad_row == "skip",
         )
-        places, batches = {}, self._batches_done()
-        if self._going_on:
-            now, then = self._layout(), self._going_on
-            if wrong := [f"{name} {then[name]} (now {value})" for name, value in now.items() if then[name] != value]:
-                raise UserError(f"data.streaming: the run can only go on as it was begun: with {', '.join(wrong)}.")
-            places = then["places"][rank]
-        elif batches:
+        batches = self._batches_done()
+        if batches and not self._going_on:
             raise UserError("data.streaming: the checkpoint does not say where in a stream it is.")
+        layout = {
+            "processes": world,
+            "data.num_workers": self.num_workers,
+            "data.shuffle_buffer": self.shuffle_buffer,
+            "data.batch_size": self.batch_size,
+            "data.max_tokens": self.max_tokens,
+            "data.seed": self.seed,
+        }
+        places = places_of(self._going_on, layout, rank) if self._going_on else {}
         accumulate = 1 if self.trainer is None else self.trainer.accumulate_grad_batches
         stream = Stream(self.streams, recipe, rank, world, places, batches % max(1, self.num_workers))
-        self._stream = StreamLoader(stream, self.num_workers, accumulate, batches // accumulate)
+        self._stream = StreamLoader(stream, self.num_workers, accumulate, layout, batches // accumulate)
         rank_zero_info(
             f"data.train: streamed from {', '.join(str(work.source.path) for work in self.streams)}, each process its "
             f"part of the rows, shuffled within {self.shuffle_buffer} rows; they are not compared with other data "
@@ -575,11 +405,6 @@ class TextData(L.LightningDataModule):
             return 0
         batches: Any = self.trainer.fit_loop.epoch_loop.batch_progress.current
         return int(batches.processed)
-
-    def _mixture(self) -> Mixture | None:
-        sources = self.sources["train"]
-        share = self._shares(sources, np.bincount(self._source_of, minlength=len(sources)).tolist())
-        return None if share is None else Mixture(self._source_of, share)
 
     def _may_pack(self, budget: int) -> bool:
         """Ask the model that is trained, if there is one, and say what it answers."""

@@ -97,22 +97,24 @@ class Packs:
 
     The lengths are packed once, rounded up to :data:`GRAIN` tokens; every epoch deals the rows out anew among the
     places of their rounded length. So an epoch has the same number of batches as any other, which Lightning counts on,
-    and a resumed one needs no more than seed and epoch.
+    and a resumed one needs no more than seed and epoch. Of a mixture, places are packed that fit what any epoch draws.
 
     Args:
         lengths: tokens of each row, none above ``budget``.
         budget: most tokens of a pack.
         padded: the rows of a pack are padded to its longest, and the pads count.
+        mixture: draws the rows of an epoch; None: each once.
 
     Attributes:
         slots: of each pack, indices of ``cost``.
         cost: rounded length of every place, longest first.
     """
 
-    def __init__(self, lengths: np.ndarray, budget: int, padded: bool = False) -> None:
-        rounded = np.minimum(-(-np.asarray(lengths) // GRAIN) * GRAIN, budget)
-        self._longest_first = np.argsort(-rounded, kind="stable")
-        self.cost = rounded[self._longest_first]
+    def __init__(self, lengths: np.ndarray, budget: int, padded: bool = False, mixture: Mixture | None = None) -> None:
+        self._rounded, self._mixture = np.minimum(-(-np.asarray(lengths) // GRAIN) * GRAIN, budget), mixture
+        places = self._rounded if mixture is None else mixture.places(self._rounded)
+        self._longest_first = np.argsort(-places, kind="stable")
+        self.cost = places[self._longest_first]
         self.slots = _padded(self.cost, budget) if padded else _best_fit_decreasing(self.cost, budget)
         self._classes = [0, *(np.flatnonzero(np.diff(self.cost)) + 1).tolist(), len(self.cost)]
 
@@ -123,6 +125,8 @@ class Packs:
         """Row indices of every pack in an epoch."""
         random = np.random.default_rng((seed, epoch, 1))
         dealt = self._longest_first.copy()
+        if self._mixture is not None:
+            dealt = self._mixture.rows_for_places(self._rounded, seed, epoch)[dealt]
         for start, end in pairwise(self._classes):
             random.shuffle(dealt[start:end])
         return [dealt[slots] for slots in self.slots]
@@ -176,7 +180,7 @@ class TrainBatches(Sampler[Batch]):
         rank, world: which process this is, of how many.
         position: asked at every start of an epoch.
         packs: the rows of a micro-batch by a budget of tokens; ``batch_size`` and ``grouped`` then count for nothing.
-        mixture: draws the rows of an epoch; None: each once. (Not with packs.)
+        mixture: draws the rows of an epoch; None: each once. (Packs draw by themselves.)
     """
 
     def __init__(
@@ -211,8 +215,9 @@ class TrainBatches(Sampler[Batch]):
         # what a step is made of: rows, or packs of them
         lengths, loss_tokens, size, grouped = self.lengths, self.loss_tokens, self.batch_size, self.grouped
         packs = None
-        drawn = np.arange(len(lengths)) if self.mixture is None else self.mixture.rows(self.seed, at.epoch)
-        if self.packs is not None:
+        if self.packs is None:
+            drawn = np.arange(len(lengths)) if self.mixture is None else self.mixture.rows(self.seed, at.epoch)
+        else:
             packs = self.packs.rows(self.seed, at.epoch)
             lengths, loss_tokens = (np.array([of[rows].sum() for rows in packs]) for of in (lengths, loss_tokens))
             size, grouped, drawn = 1, False, np.arange(len(packs))

@@ -193,12 +193,17 @@ class StreamLoader:
         stream: gives them.
         workers: processes that make them.
         accumulate: micro-batches of a step.
+        layout: options that a run which goes on must have in common with this one.
         step: the first.
     """
 
-    def __init__(self, stream: Stream, workers: int, accumulate: int, step: int = 0) -> None:
-        self.stream, self.workers, self.accumulate, self.step = stream, workers, accumulate, step
+    def __init__(self, stream: Stream, workers: int, accumulate: int, layout: dict[str, Any], step: int = 0) -> None:
+        self.stream, self.workers, self.accumulate, self.layout, self.step = stream, workers, accumulate, layout, step
         self.places = {step: dict(stream.places)}
+
+    def state(self, step: int) -> dict[str, Any]:
+        """What a checkpoint keeps after a step, the same on every rank; see :func:`places_of`."""
+        return {**self.layout, "places": every_rank(self.places.get(step))}
 
     def __iter__(self) -> Iterator[dict[str, Any]]:
         step, places = self.step, dict(self.stream.places)
@@ -217,6 +222,23 @@ class StreamLoader:
             tokens = sum(batch["step_tokens"] for batch in group)
             for batch in group:
                 yield batch | {"step_tokens": tokens, "micro_steps": self.accumulate}
+
+
+def places_of(state: dict[str, Any], layout: dict[str, Any], rank: int) -> dict[int, Place]:
+    """Where the readers of a rank go on.
+
+    Args:
+        state: :meth:`StreamLoader.state` of the run that stopped.
+        layout: of the one that goes on.
+        rank: whose readers.
+
+    Raises:
+        UserError: the layouts are not the same.
+    """
+    if wrong := [f"{name} {state[name]} (now {value})" for name, value in layout.items() if state[name] != value]:
+        raise UserError(f"data.streaming: the run can only go on as it was begun: with {', '.join(wrong)}.")
+    places: dict[int, Place] = state["places"][rank]
+    return places
 
 
 def every_rank(value: Any) -> list[Any]:

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from talklora_pl.adapter.host import adapter_set, get_adapter, remove_adapter
+from talklora_pl.adapter.adapters import adapter_set, get_adapter, remove_adapter
 from talklora_pl.errors import UserError
 from talklora_pl.sites import LowRank
 from talklora_pl.sites.base_experts import is_mixture

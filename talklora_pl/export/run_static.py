@@ -18,8 +18,8 @@ from torch import nn
 from transformers import AutoTokenizer
 
 from talklora_pl.adapter import disable_adapter, set_adapter
+from talklora_pl.adapter.adapters import adapter_set, get_adapter, remove_adapter
 from talklora_pl.adapter.files import write_json
-from talklora_pl.adapter.host import adapter_set, get_adapter, remove_adapter
 from talklora_pl.adapter.hub import is_repository_name
 from talklora_pl.adapter.metadata import AdapterMetadata, read_metadata
 from talklora_pl.base import BaseModel, load_tokenizer

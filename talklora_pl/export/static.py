@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from talklora_pl.adapter import Adapter, AdapterConfig, RoutingCollector, inject
-from talklora_pl.adapter.host import adapter_set
+from talklora_pl.adapter.adapters import adapter_set
 from talklora_pl.communication.identity import NoCommunication
 from talklora_pl.errors import UserError
 from talklora_pl.experts.lora import LoRA

@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor, nn
 
-from talklora_pl.adapter.host import active_adapter
+from talklora_pl.adapter.adapters import active_adapter
 from talklora_pl.adapter.inject import frozen_copy
 from talklora_pl.errors import UserError
 from talklora_pl.evaluation import BatchScores, Generation, answer_nll, score_answers

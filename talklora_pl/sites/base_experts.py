@@ -18,6 +18,7 @@ from talklora_pl.errors import UserError
 from talklora_pl.internals.transformers import gate
 from talklora_pl.names import in_base
 from talklora_pl.sites import LowRank
+from talklora_pl.sites.grouped import Pairs, can_group
 from talklora_pl.sites.mixture import Mixture
 from talklora_pl.spec import Bank, LayerOptions, LayerSpec
 
@@ -60,12 +61,17 @@ def part_widths(module: Any, part: str) -> tuple[int, int]:
 class AdaptedExperts(Mixture):
     """Each expert e of the base computes with W_e + s B_e A_e, in both of its projections.
 
-    One expert after the other works on the tokens that the base's router sends to it; no matrix W_e + s B_e A_e is
-    made. An expert that got no token has a zero gradient.
+    Every expert works on the tokens that the base's router sends to it, all in one grouped product where there is one;
+    no matrix W_e + s B_e A_e is made. An expert that got no token has a zero gradient.
+
+    Attributes:
+        grouped: the experts work at once where the dtype allows; off, one after the other.
 
     Raises:
         UserError: the adapter's experts are more than plain LoRA.
     """
+
+    grouped = True
 
     def __init__(self, layer: LayerSpec, config: LayerOptions, bank: Bank, frozen: Any) -> None:
         super().__init__(layer, config)
@@ -86,6 +92,11 @@ class AdaptedExperts(Mixture):
 
     def forward(self, frozen: Any, x_TD: Tensor, index_TK: Tensor, weights_TK: Tensor) -> Tensor:
         """Output (T, D) of the base's experts for the tokens x, the chosen experts and their weights."""
+        if self.grouped and can_group(x_TD.dtype):
+            return self._grouped(frozen, x_TD, index_TK, weights_TK)
+        return self._one_by_one(frozen, x_TD, index_TK, weights_TK)
+
+    def _one_by_one(self, frozen: Any, x_TD: Tensor, index_TK: Tensor, weights_TK: Tensor) -> Tensor:
         T, K = index_TK.shape
         expert_S, order_S = index_TK.reshape(-1).sort(stable=True)
         # a number past the last expert marks a pair that another process computes; they are last
@@ -93,13 +104,30 @@ class AdaptedExperts(Mixture):
         order_S = order_S[: sum(counts_E)]
         first, second = parts(frozen)
         h_SG = self._project(frozen, first, x_TD[order_S // K], counts_E)
-        z_SH = gate(frozen, h_SG) if frozen.has_gate else frozen.act_fn(h_SG)
-        y_SD = self._project(frozen, second, z_SH, counts_E)
-        if frozen.has_post_expert_norm:
-            y_SD = frozen.post_expert_norm(y_SD)
-        y_SD = y_SD * weights_TK.reshape(-1)[order_S].unsqueeze(-1)
+        y_SD = self._project(frozen, second, self._activation(frozen, h_SG), counts_E)
+        y_SD = self._weighed(frozen, y_SD, weights_TK.reshape(-1)[order_S])
         pairs_SD = y_SD.new_zeros(T * K, y_SD.shape[-1]).index_copy(0, order_S, y_SD)
         return pairs_SD.view(T, K, -1).sum(1).to(x_TD.dtype)
+
+    def _grouped(self, frozen: Any, x_TD: Tensor, index_TK: Tensor, weights_TK: Tensor) -> Tensor:
+        """The same for all experts at once, without a question to the device how many tokens each has."""
+        pairs, (first, second) = Pairs(index_TK, frozen.num_experts), parts(frozen)
+        # zero before and after, so that neither values nor gradients of pairs that are not here count
+        x_SD = torch.where(pairs.here_S1, pairs.of_tokens(x_TD), 0)
+        h_SG = self._project_grouped(frozen, first, x_SD, pairs)
+        z_SH = self._activation(frozen, torch.where(pairs.here_S1, h_SG, 0))
+        y_SD = torch.where(pairs.here_S1, self._project_grouped(frozen, second, z_SH, pairs), 0)
+        y_SD = self._weighed(frozen, y_SD, weights_TK.reshape(-1).index_select(0, pairs.order_S))
+        return pairs.sum_over_experts(y_SD).to(x_TD.dtype)
+
+    def _activation(self, frozen: Any, h_SG: Tensor) -> Tensor:
+        z_SH: Tensor = gate(frozen, h_SG) if frozen.has_gate else frozen.act_fn(h_SG)
+        return z_SH
+
+    def _weighed(self, frozen: Any, y_SD: Tensor, weights_S: Tensor) -> Tensor:
+        if frozen.has_post_expert_norm:
+            y_SD = frozen.post_expert_norm(y_SD)
+        return y_SD * weights_S.unsqueeze(-1)
 
     def _project(self, frozen: Any, part: str, x_SD: Tensor, counts_E: Sequence[int]) -> Tensor:
         """(W_e + s B_e A_e) x + b_e, the pairs in the order of their experts."""
@@ -113,14 +141,22 @@ class AdaptedExperts(Mixture):
                 continue
             W_OD = W_EOD[e].t() if frozen.is_transposed else W_EOD[e]
             y_tO = F.linear(x_tD, W_OD, None if b_EO is None else b_EO[e])
-            r_tR = F.linear(self._drop(x_tD, self.dropout_input), A_ERD[e].to(x_tD.dtype))
-            if self.dropout_output > 0 and self.training:
-                delta_tO = r_tR.to(y_tO.dtype) @ B_ERO[e].to(y_tO.dtype)
-                y_tO = y_tO + self.scale * self._drop(delta_tO, self.dropout_output)
-            else:
-                y_tO = torch.addmm(y_tO, r_tR.to(y_tO.dtype), B_ERO[e].to(y_tO.dtype), alpha=self.scale)
-            out.append(y_tO)
+            r_tR = F.linear(self._drop(x_tD, self.dropout_input), A_ERD[e].to(x_tD.dtype)).to(y_tO.dtype)
+            delta_tO = self._drop(r_tR @ B_ERO[e].to(y_tO.dtype), self.dropout_output)
+            out.append(torch.add(y_tO, delta_tO, alpha=self.scale))
         return torch.cat(out)
+
+    def _project_grouped(self, frozen: Any, part: str, x_SD: Tensor, pairs: Pairs) -> Tensor:
+        """What :meth:`_project` computes."""
+        lora: Any = self.get_submodule(part)
+        W_EXX = getattr(frozen, part)
+        y_SO = pairs.frozen_product(x_SD, W_EXX if frozen.is_transposed else W_EXX.mT)
+        if frozen.has_bias:
+            b_EO = getattr(frozen, f"{part}_bias")
+            y_SO = y_SO + b_EO.index_select(0, pairs.expert_S.clamp(max=len(b_EO) - 1))
+        r_SR = pairs.product(self._drop(x_SD, self.dropout_input), lora.A.to(x_SD.dtype).mT)
+        delta_SO = self._drop(pairs.product(r_SR, lora.B.to(r_SR.dtype)), self.dropout_output)
+        return torch.add(y_SO, delta_SO, alpha=self.scale)
 
     def _drop(self, v: Tensor, p: float) -> Tensor:
         return F.dropout(v, p) if self.training and p > 0 else v

@@ -14,6 +14,8 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from transformers.pytorch_utils import Conv1D
 
+from talklora_pl.sites.dropped import drop, dropped
+
 
 class _FrozenDown(torch.autograd.Function):
     """(x Wᵀ + b, drop(x) Aᵀ) as one node, so that dx is made in one pass: dx = dy W, then dx += dh A in place.
@@ -27,7 +29,7 @@ class _FrozenDown(torch.autograd.Function):
         ctx: Any, x_TD: Tensor, dropout: float, W_OD: Tensor, b_O: Tensor | None, A_PD: Tensor, whole: int
     ) -> tuple[Tensor, Tensor]:
         ctx.dropout, ctx.whole = dropout, whole
-        drop_TD, mask_TD = _drop(x_TD, dropout)
+        drop_TD, mask_TD = drop(x_TD, dropout) if dropout else (x_TD, None)
         ctx.save_for_backward(x_TD if ctx.needs_input_grad[4] else None, mask_TD, W_OD, A_PD)
         return F.linear(x_TD, W_OD, b_O), _down(x_TD, drop_TD, A_PD, whole)
 
@@ -53,7 +55,7 @@ class _DroppedDown(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x_TD: Tensor, dropout: float, A_PD: Tensor, whole: int) -> Tensor:
         ctx.dropout, ctx.whole = dropout, whole
-        drop_TD, mask_TD = _drop(x_TD, dropout)
+        drop_TD, mask_TD = drop(x_TD, dropout) if dropout else (x_TD, None)
         ctx.save_for_backward(x_TD, mask_TD, A_PD)
         return _down(x_TD, drop_TD, A_PD, whole)
 
@@ -77,33 +79,20 @@ def _down(x_TD: Tensor, drop_TD: Tensor, A_PD: Tensor, whole: int) -> Tensor:
 def _add_dx(dx_TD: Tensor | None, dh_TP: Tensor, A_PD: Tensor, mask_TD: Tensor, dropout: float, whole: int) -> Tensor:
     """The gradient of x from :func:`_down`, added in place to ``dx_TD``."""
     rest = dh_TP.shape[1] - whole
-    more_TD = _dropped(dh_TP[:, :rest] @ A_PD[:rest], mask_TD, dropout)
-    dx_TD = more_TD if dx_TD is None else dx_TD.add_(more_TD)
+    dr_TD, scale = dh_TP[:, :rest] @ A_PD[:rest], 1 / (1 - dropout)
+    dx_TD = dropped(dr_TD, mask_TD, scale) if dx_TD is None else dx_TD.add_(dropped(dr_TD, mask_TD, 1), alpha=scale)
     return dx_TD.addmm_(dh_TP[:, rest:], A_PD[rest:]) if whole else dx_TD
 
 
 def _dA(dh_TP: Tensor, x_TD: Tensor, mask_TD: Tensor | None, dropout: float, whole: int) -> Tensor:
     """The gradient of A from :func:`_down`."""
-    drop_TD = _dropped(x_TD, mask_TD, dropout)
+    drop_TD = x_TD if mask_TD is None else dropped(x_TD, mask_TD, 1 / (1 - dropout))
     if whole == 0:
         return dh_TP.t() @ drop_TD
     dA_PD = x_TD.new_empty(dh_TP.shape[1], x_TD.shape[1])
     torch.mm(dh_TP[:, :-whole].t(), drop_TD, out=dA_PD[:-whole])
     torch.mm(dh_TP[:, -whole:].t(), x_TD, out=dA_PD[-whole:])
     return dA_PD
-
-
-def _drop(x_TD: Tensor, dropout: float) -> tuple[Tensor, Tensor | None]:
-    """What dropout leaves of x, and where it leaves something."""
-    return (x_TD, None) if dropout == 0 else torch.native_dropout(x_TD, dropout, True)
-
-
-def _dropped(v_TD: Tensor, mask_TD: Tensor | None, dropout: float) -> Tensor:
-    """The same again, also of a gradient."""
-    if mask_TD is None:
-        return v_TD
-    out_TD: Tensor = torch.ops.aten.native_dropout_backward(v_TD, mask_TD, 1 / (1 - dropout))
-    return out_TD
 
 
 def at_least_float32(dtype: torch.dtype) -> torch.dtype:
@@ -131,8 +120,8 @@ def product_dtype(x_TD: Tensor) -> torch.dtype:
     return torch.float32
 
 
-def _plain_weight(layer: Any) -> Tensor | None:
-    """W_OD of a layer that is nothing but ``x Wᵀ + b`` with a frozen floating-point weight, else None.
+def plain_weight(layer: Any, dtype: torch.dtype) -> Tensor | None:
+    """W_OD of a layer that is nothing but ``x Wᵀ + b`` with a frozen weight in ``dtype`` and no autocast, else None.
 
     Quantised layers, layers whose forward was replaced and layers that are being trained take the ordinary path.
     """
@@ -142,7 +131,9 @@ def _plain_weight(layer: Any) -> Tensor | None:
     if own not in (nn.Linear, Conv1D):
         return None
     weight, bias = layer.weight, layer.bias
-    if type(weight) not in (nn.Parameter, Tensor) or not weight.is_floating_point():
+    if type(weight) not in (nn.Parameter, Tensor) or weight.dtype != dtype:
+        return None
+    if torch.is_autocast_enabled(weight.device.type):
         return None
     if weight.requires_grad or (bias is not None and bias.requires_grad):
         return None
@@ -166,17 +157,16 @@ def frozen_and_down(
     whole = whole if dropout > 0 else 0
     dtype = product_dtype(x_TD)
     if dtype != x_TD.dtype and dropout == 0:
-        W_OD = _plain_weight(layer)
-        plain = W_OD is not None and W_OD.dtype == x_TD.dtype
-        y_TO = F.linear(x_TD, W_OD, layer.bias) if plain else frozen(x_TD).clone()  # type: ignore[arg-type] # as asked
+        W_OD = plain_weight(layer, x_TD.dtype)
+        y_TO = frozen(x_TD).clone() if W_OD is None else F.linear(x_TD, W_OD, layer.bias)
         return y_TO, F.linear(x_TD.to(dtype), A_PD.to(dtype))
     if torch.compiler.is_compiling():  # the compiler fuses plain code, and regenerates masks
         source_TD = F.dropout(x_TD, dropout) if dropout > 0 else x_TD
         return frozen(x_TD), _down(x_TD, source_TD, A_PD.to(source_TD.dtype), whole)
     kind = x_TD.device.type
     autocast = torch.is_autocast_enabled(kind)
-    W_OD = None if autocast else _plain_weight(layer)
-    if W_OD is not None and W_OD.dtype == x_TD.dtype:
+    W_OD = plain_weight(layer, x_TD.dtype)
+    if W_OD is not None:
         if not torch.is_grad_enabled() and dropout == 0:
             return F.linear(x_TD, W_OD, layer.bias), F.linear(x_TD, A_PD.to(x_TD.dtype))
         y_TO, h_TP = _FrozenDown.apply(x_TD, dropout, W_OD, layer.bias, A_PD.to(x_TD.dtype), whole)

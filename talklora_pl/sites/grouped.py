@@ -21,6 +21,8 @@ class Pairs:
 
     Attributes:
         expert_S, token_S: of every pair.
+        order_S: its place among the pairs as they were chosen.
+        here_S1: whether the pair's expert is one of these; a number past the last marks one of another process.
         ends_E: where the pairs of every expert end, int32.
         used_E: whether an expert has pairs.
     """
@@ -30,6 +32,7 @@ class Pairs:
         self.expert_S, self.order_S = expert_S.sort(stable=True)
         self.K = selected_TK.shape[1]
         self.token_S = self.order_S // self.K
+        self.here_S1 = (self.expert_S < num_experts).unsqueeze(1)
         self.place_S = torch.empty_like(self.order_S)  # of every pair among the sorted ones
         self.place_S[self.order_S] = torch.arange(len(expert_S), device=expert_S.device)
         one_E = torch.arange(num_experts, device=expert_S.device)
@@ -60,11 +63,15 @@ class Pairs:
     def product(self, v_SM: Tensor, weight_EMN: Tensor) -> Tensor:
         """v_SM times the weight of the pair's expert, (S,N)."""
         # the gradient of a group without rows may be whatever lay in memory
-        weight_EMN = torch.where(self.used_E[:, None, None], weight_EMN, 0)
+        return self.frozen_product(v_SM, torch.where(self.used_E[:, None, None], weight_EMN, 0))
+
+    def frozen_product(self, v_SM: Tensor, weight_EMN: Tensor) -> Tensor:
+        """The same with a weight that has no gradient; rows of pairs that are not here are whatever lay in memory."""
         M, N = weight_EMN.shape[1:]
         more_M, more_N = (-width % (BYTES // v_SM.element_size()) for width in (M, N))
-        out_SN = F.grouped_mm(F.pad(v_SM, (0, more_M)), F.pad(weight_EMN, (0, more_N, 0, more_M)), offs=self.ends_E)
-        return out_SN[:, :N]
+        if more_M or more_N:
+            v_SM, weight_EMN = F.pad(v_SM, (0, more_M)), F.pad(weight_EMN, (0, more_N, 0, more_M))
+        return F.grouped_mm(v_SM, weight_EMN, offs=self.ends_E)[:, :N]
 
 
 def can_group(dtype: torch.dtype) -> bool:

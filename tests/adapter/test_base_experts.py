@@ -16,6 +16,7 @@ from talklora_pl.experts.lora import LoRA
 from talklora_pl.routers.softmax import Uniform
 from talklora_pl.sites.base_experts import AdaptedExperts, is_mixture, parts, why_not
 from talklora_pl.spec import Bank, LayerSpec
+from tests.monitoring.test_waits import Waits
 
 TINY = {
     "vocab_size": 64,
@@ -131,6 +132,34 @@ def test_pairs_of_another_process_are_left_out() -> None:
     want_TD = layer(frozen, x_TD, index_TK, weights_TK)
     index_TK[:, 1] = frozen.num_experts
     torch.testing.assert_close(layer(frozen, x_TD, index_TK, weights_TK), want_TD)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_all_experts_at_once_are_one_after_the_other(family: str, dtype: torch.dtype) -> None:
+    """Also where an expert has no token, and where some pairs are those of another process."""
+    frozen = experts_of(family).to(dtype)
+    layer = adapted(frozen).float()
+    x_TD, index_TK, weights_TK = inputs()
+    index_TK[2, 1] = index_TK[5, 0] = frozen.num_experts
+    results = []
+    for layer.grouped in (True, False):
+        layer.zero_grad(set_to_none=True)
+        x, w = (v.detach().to(dtype).requires_grad_() for v in (x_TD, weights_TK))
+        y = layer(frozen, x, index_TK, w)
+        y.float().square().sum().backward()
+        results.append({"y": y, "x": x.grad, "w": w.grad} | {n: p.grad for n, p in layer.named_parameters()})
+    for name, want in results[1].items():
+        tolerance = (1e-5 if dtype == torch.float32 else 3e-2) * want.detach().abs().max().item()
+        torch.testing.assert_close(results[0][name], want, rtol=0, atol=tolerance, msg=name)
+
+
+def test_all_experts_at_once_ask_nothing_of_the_device() -> None:
+    frozen = experts_of("Mixtral").float()
+    layer, (x_TD, index_TK, weights_TK) = adapted(frozen).float(), inputs()
+    with Waits() as waits:
+        layer(frozen, x_TD.float(), index_TK, weights_TK.float()).sum().backward()
+    assert waits.names == []
 
 
 def test_what_cannot_be_adapted_says_why() -> None:

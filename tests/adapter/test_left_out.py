@@ -13,8 +13,8 @@ import torch
 from torch import nn
 
 from talklora_pl import AdapterConfig, UserError, inject, load_adapter, save_adapter
+from talklora_pl.adapter.adapters import remove_adapter
 from talklora_pl.adapter.config import PlainLoRA
-from talklora_pl.adapter.host import remove_adapter
 from talklora_pl.base.weights import SafetensorsWeights
 from talklora_pl.export.merge import merge_adapter
 from talklora_pl.sites import left_out

@@ -15,8 +15,8 @@ from transformers import AutoModelForCausalLM
 
 from talklora_pl import export_adapter
 from talklora_pl.adapter.io import load_adapter
-from talklora_pl.cli import chat as verb
 from talklora_pl.cli import main
+from talklora_pl.cli import talk as module
 from tests.data.tiny import save_model, tokenizer
 from tests.export.models import train
 from tests.methods.test_configs import config_of
@@ -35,7 +35,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def talk(monkeypatch: pytest.MonkeyPatch, lines: str, *args: str) -> str:
     out = io.StringIO()
-    monkeypatch.setattr(verb, "Console", lambda **options: Console(file=out, width=10_000, **options))
+    monkeypatch.setattr(module, "Console", lambda **options: Console(file=out, width=10_000, **options))
     monkeypatch.setattr("sys.stdin", io.StringIO(lines))
     assert main(["chat", *args, "--dtype", "float32", "--max_new_tokens", "6"]) == 0
     return out.getvalue()
@@ -95,7 +95,7 @@ def test_every_token_has_its_strongest_expert(folder: Path, monkeypatch: pytest.
 def test_an_answer_of_one_token_has_no_colour_and_says_so() -> None:
     from rich.console import Console
 
-    from talklora_pl.cli.chat import Streamer
+    from talklora_pl.cli.talk import Streamer
 
     assert "too short" in Streamer(tokenizer(), Console()).legend().plain
 

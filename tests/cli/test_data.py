@@ -9,7 +9,7 @@ import pytest
 from rich.text import Span
 
 from talklora_pl.cli import main
-from talklora_pl.cli.data import marked, pieces
+from talklora_pl.cli.preview import marked, pieces
 from tests.data.tiny import save_model, tokenizer
 
 

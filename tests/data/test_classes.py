@@ -99,7 +99,7 @@ def classifier(base: BaseModel) -> BaseModel:
 
 def test_words_become_classes(classifier: BaseModel, jsonl: Jsonl, monkeypatch: pytest.MonkeyPatch) -> None:
     said: list[str] = []
-    monkeypatch.setattr("talklora_pl.data.module.rank_zero_info", said.append)
+    monkeypatch.setattr("talklora_pl.data.report.rank_zero_info", said.append)
     module = data(classifier, train=jsonl(rows("no", "yes", "maybe")), val=jsonl(rows("yes"), "val.jsonl"))
     assert list(module.tables["train"]["label"]) == [1, 2, 0] and list(module.tables["val"]["label"]) == [2]
     assert (module.num_classes, module.class_names) == (3, ["maybe", "no", "yes"])

@@ -8,7 +8,7 @@ import pytest
 
 from talklora_pl.adapter.files import read_json
 from talklora_pl.allocation.rules import File
-from talklora_pl.data import TextData
+from talklora_pl.data.classes import listed
 from talklora_pl.data.rows.chat import _parsed
 from talklora_pl.data.source import BadRow, Reader, Source
 from talklora_pl.errors import UserError
@@ -35,7 +35,7 @@ def test_in_files_beside_rows(tmp_path: Path, value: str) -> None:
     file = tmp_path / "file.json"
     file.write_text(f'{{"names": {value}}}')
     with pytest.raises(UserError, match=r"data\.labels: .*file\.json"):
-        TextData(labels=str(file))._classes()
+        listed(str(file))
     with pytest.raises(UserError, match=r"file\.json: not valid"):
         File(str(file)).allocate([], 4)
     with pytest.raises(UserError, match=r"file\.json is not readable as JSON"):

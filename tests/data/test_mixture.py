@@ -4,19 +4,19 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable
-from itertools import chain
+from itertools import chain, pairwise
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from talklora_pl.base import BaseModel
 from talklora_pl.data import Source, TextData
 from talklora_pl.data.mixture import Mixture, counts, shares
-from talklora_pl.data.sampler import Position, TrainBatches
+from talklora_pl.data.sampler import Batch, Packs, Position, TrainBatches
 from talklora_pl.errors import UserError
 
 Jsonl = Callable[..., str]
@@ -74,6 +74,50 @@ def test_batches_of_a_mixture_are_one_order_for_all_ranks_and_positions() -> Non
     assert batches(0, 1, 4, start=3) == whole[3:]
 
 
+@settings(max_examples=60, deadline=None)
+@given(
+    sizes=st.lists(st.integers(1, 40), min_size=1, max_size=3),
+    weights=st.lists(st.integers(1, 9), min_size=3, max_size=3),
+    padded=st.booleans(),
+    accumulate=st.integers(1, 2),
+)
+def test_packs_of_a_mixture(sizes: list[int], weights: list[int], padded: bool, accumulate: int) -> None:
+    source_of = np.repeat(np.arange(len(sizes)), sizes)
+    lengths = np.random.default_rng(0).integers(3, 50, len(source_of))
+    share = shares(sizes, weights[: len(sizes)], None)
+    mixture = Mixture(source_of, share)
+    packs = Packs(lengths, 60, padded, mixture)
+
+    def batches(epoch: int, rank: int, start: int = 0) -> list[Batch]:
+        at = Position(epoch, start, accumulate)
+        return list(TrainBatches(lengths, lengths - 2, 1, 5, True, rank, 2, lambda: at, packs, mixture))
+
+    for epoch in range(3):
+        first, second = batches(epoch, 0), batches(epoch, 1)
+        assert len(first) == len(second) == -(-len(packs) // 2)
+        assert batches(epoch, 0, start=1) == first[1:]
+        real = [batch.rows for batch in (*first, *second) if not batch.filler]
+        assert max(len(r) * lengths[r].max() if padded else lengths[r].sum() for r in real) <= 60
+        times = Counter(chain.from_iterable(real))
+        for source, count in enumerate(counts(len(source_of), share)):
+            of = [times[i] for i in np.flatnonzero(source_of == source)]
+            assert sum(of) == count and max(of) - min(of) <= 1  # the ranks have together what is drawn, once
+
+
+def test_packs_of_a_mixture_draw_all_rows_alike_and_waste_little() -> None:
+    lengths = np.random.default_rng(1).integers(20, 300, 1200)
+    mixture = Mixture(np.repeat([0, 1], [300, 900]), np.array([0.7, 0.3]))
+    packs = Packs(lengths, 1024, mixture=mixture)
+    drawn = [np.concatenate(packs.rows(0, epoch)) for epoch in range(200)]
+    assert all(len(packs) <= 1.03 * lengths[rows].sum() / 1024 + 1 for rows in drawn)
+    times = np.bincount(np.concatenate(drawn), minlength=1200) / 200
+    for part, expected in ((slice(0, 300), 2.8), (slice(300, 1200), 0.4)):
+        assert abs(times[part].mean() - expected) < 1e-9
+        assert abs(times[part] - expected).max() < 5 * 0.5 / 200**0.5  # five standard deviations, at most
+    again = [set(a[a >= 300]) & set(b[b >= 300]) for a, b in pairwise(drawn)]
+    assert max(map(len, again)) < 200  # of 360: each epoch draws anew
+
+
 def test_weights_of_sources(base: BaseModel, jsonl: Jsonl, caplog: pytest.LogCaptureFixture) -> None:
     a, b = jsonl(rows("a", 6), "a.jsonl"), jsonl(rows("b", 24), "b.jsonl")
     with caplog.at_level("INFO"):
@@ -84,6 +128,8 @@ def test_weights_of_sources(base: BaseModel, jsonl: Jsonl, caplog: pytest.LogCap
     assert tasks == {"one": 24, "two": 6}
     tasks = Counter(t for batch in module(base, train=[a, b], temperature=2).train_dataloader() for t in batch["task"])
     assert tasks == {"a": 10, "b": 20}
+    packed = module(base, train=[a, b], temperature=2, max_tokens=60, max_length=30)
+    assert Counter(task for batch in packed.train_dataloader() for task in batch["task"]) == {"a": 10, "b": 20}
 
 
 @pytest.mark.parametrize(

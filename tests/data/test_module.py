@@ -235,7 +235,7 @@ def test_skipping_bad_rows_writes_a_report(
     base: BaseModel, jsonl: Jsonl, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     said: list[str] = []
-    monkeypatch.setattr("talklora_pl.data.module.rank_zero_info", said.append)
+    monkeypatch.setattr("talklora_pl.data.report.rank_zero_info", said.append)
     path = jsonl([*QA, {"prompt": "p"}])
     options: dict[str, Any] = {"on_bad_row": "skip", "val_size": 0}
     for _ in range(2):  # from the cache as well
@@ -284,7 +284,7 @@ def test_a_cache_that_cannot_be_written(base: BaseModel, jsonl: Jsonl, tmp_path:
 
 def test_what_is_trained_on_is_said(base: BaseModel, jsonl: Jsonl, monkeypatch: pytest.MonkeyPatch) -> None:
     said: list[str] = []
-    monkeypatch.setattr("talklora_pl.data.module.rank_zero_info", said.append)
+    monkeypatch.setattr("talklora_pl.data.report.rank_zero_info", said.append)
     module = data(base, train=jsonl(QA), val_size=3)
     assert said == ["data.train: rows: 20 rows", "data.val_size: 3 of these 20 rows validate, 17 train"]
     assert (len(module.tables["val"]), len(module.tables["train"])) == (3, 17)

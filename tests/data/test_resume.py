@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -11,7 +12,7 @@ import pytest
 import torch
 
 from talklora_pl.base import BaseModel
-from talklora_pl.data import TextData
+from talklora_pl.data import Source, TextData
 
 
 class Recorder(L.LightningModule):
@@ -54,10 +55,10 @@ class SaveEverywhere(L.Callback):
             self.save(trainer, "val")
 
 
-def run(path: str, base: BaseModel, folder: Path, resume: Path | None = None, **options: Any) -> Recorder:
-    workers = options.pop("workers", 0)
+def run(train: Any, base: BaseModel, folder: Path, resume: Path | None = None, **options: Any) -> Recorder:
+    more = {"num_workers": options.pop("workers", 0), "max_tokens": options.pop("max_tokens", None)}
     module = Recorder()
-    data = TextData(path, base=base, batch_size=3, max_length=40, val_size=2, num_workers=workers)
+    data = TextData(train, base=base, batch_size=3, max_length=40, val_size=2, **more)
     trainer = L.Trainer(
         default_root_dir=folder,
         max_epochs=3,
@@ -100,6 +101,21 @@ def test_every_checkpoint_continues_exactly(
         done = torch.load(file)["loops"]["fit_loop"]["epoch_loop.batch_progress"]["total"]["processed"]
         rest = run(path, base, tmp_path / "rest", file, **options).seen
         assert rest == whole[done:], file
+
+
+def test_packs_of_a_mixture_continue_exactly(base: BaseModel, jsonl: Callable[..., str], tmp_path: Path) -> None:
+    rows = [{"prompt": "p" * (i % 9 + 1), "completion": str(i)} for i in range(24)]
+    paths = [jsonl(rows[:6], "few.jsonl"), jsonl(rows[6:], "many.jsonl")]
+    train = [Source(path, weight=weight) for path, weight in zip(paths, (2, 1))]
+    whole = run(train, base, tmp_path / "whole", max_tokens=40, accumulate_grad_batches=2).seen
+    per_epoch = len(whole) // 3
+    epochs = [
+        Counter(name for _, ids, _ in whole[i : i + per_epoch] for name in ids) for i in range(0, len(whole), per_epoch)
+    ]
+    assert epochs[0] != epochs[1] and len({sum(epoch.values()) for epoch in epochs}) == 1
+    for file in sorted((tmp_path / "whole").rglob("*.ckpt"))[::3]:
+        done = torch.load(file)["loops"]["fit_loop"]["epoch_loop.batch_progress"]["total"]["processed"]
+        assert run(train, base, tmp_path / "rest", file, max_tokens=40, accumulate_grad_batches=2).seen == whole[done:]
 
 
 def test_tokens_of_a_step_are_those_of_its_micro_batches(

@@ -10,10 +10,11 @@ from tests.distributed.runs import curves, fit
 
 
 @pytest.mark.slow
-def test_a_fit(config: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("strategy", ["ddp", "fsdp"])
+def test_a_fit(config: Path, tmp_path: Path, strategy: str) -> None:
     """Two processes, accumulation and checkpointing, by the command line."""
     options = ("--trainer.max_steps", "3", "--trainer.accumulate_grad_batches", "2", "--model.gradient_checkpointing")
-    options = (*options, "true", "--trainer.strategy", "ddp", "--data.batch_size", "2")
+    options = (*options, "true", "--trainer.strategy", strategy, "--data.batch_size", "2")
     fit(config, tmp_path / "eager", *options, ranks=2)
     fit(config, tmp_path / "compiled", *options, "--model.compile", "layers", ranks=2)
     said = (tmp_path / "compiled" / "log0").read_text()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import subprocess
 import sys
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import pytest
@@ -12,6 +13,8 @@ import torch
 from torch import Tensor, nn
 
 from talklora_pl.adapter import inject
+from talklora_pl.sites import fused
+from talklora_pl.sites.dropped import drop, dropped
 from talklora_pl.sites.fused import frozen_and_down
 from tests.methods.test_configs import config_of
 from tests.operators import forward_and_backward
@@ -34,6 +37,14 @@ def count(method: str, dropout: float = 0.0) -> int:
     return len(forward_and_backward(model.train(), x, torch.randn(2, 16, 48, dtype=torch.bfloat16)))
 
 
+def check_dropout(method: str, operators: int, most: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """``most`` more where dropout has a kernel of its own; a CPU has several that together are faster."""
+    assert count(method, dropout=0.05) <= operators + most + 4
+    monkeypatch.setattr(fused, "drop", partial(torch.native_dropout, train=True))
+    monkeypatch.setattr(fused, "dropped", torch.ops.aten.native_dropout_backward)
+    assert count(method, dropout=0.05) <= operators + most
+
+
 def test_counter() -> None:
     model = One().requires_grad_(False)
     x = torch.randn(2, 16, 64, dtype=torch.bfloat16, requires_grad=True)
@@ -41,18 +52,18 @@ def test_counter() -> None:
 
 
 @pytest.mark.parametrize("method, most", [("lora", 12), ("talklora", 31), ("talklora_no_talk", 26), ("moelora", 21)])
-def test_linear_methods(method: str, most: int) -> None:
+def test_linear_methods(method: str, most: int, monkeypatch: pytest.MonkeyPatch) -> None:
     n = count(method)
     assert n <= most
     # with dropout, scores that come from x itself are a product of their own
-    assert count(method, dropout=0.05) <= n + (8 if method == "moelora" else 4)
+    check_dropout(method, n, 8 if method == "moelora" else 4, monkeypatch)
 
 
 @pytest.mark.parametrize("method, most", [("talklora_gnn", 41), ("talklora_attention", 44), ("talklora_mlp_mixer", 49)])
-def test_communication(method: str, most: int) -> None:
+def test_communication(method: str, most: int, monkeypatch: pytest.MonkeyPatch) -> None:
     n = count(method)
     assert n <= most and n <= 1.6 * count("talklora")
-    assert count(method, dropout=0.05) <= n + 4
+    check_dropout(method, n, 4, monkeypatch)
 
 
 class Three(nn.Module):
@@ -116,21 +127,36 @@ def test_dropout_keeps_no_more_than_peft() -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
-def test_mask_of_dropout_is_that_of_the_plain_operator(dtype: torch.dtype) -> None:
-    """Same seed, same mask, same gradients as dropout and a product by themselves."""
+def test_dropout_is_that_of_a_plain_product(dtype: torch.dtype) -> None:
+    """Same seed, same mask, same gradients as the masked input times A."""
     x_TD, A_PD = torch.randn(40, 64, dtype=dtype), torch.randn(8, 64, dtype=dtype)
     layer = nn.Linear(64, 16, bias=False, dtype=dtype).requires_grad_(False)
     layer.frozen_class = nn.Linear
     results = []
-    for fused in (True, False):
+    for fast in (True, False):
         x, A = x_TD.clone().requires_grad_(), A_PD.clone().requires_grad_()
         torch.manual_seed(3)
-        if fused:
+        if fast:
             y, h = frozen_and_down(layer, layer, x, 0.25, A)
         else:
-            y, h = layer(x), nn.functional.linear(nn.functional.dropout(x, 0.25), A)
+            y, h = layer(x), nn.functional.linear(x * drop(x.detach(), 0.25)[1] / 0.75, A)
         (y.sum() + h.square().sum()).backward()
         results.append((y, h, x.grad, A.grad))
     for got, want in zip(*results, strict=True):
         rounding = torch.finfo(dtype).eps * want.abs().max().item()
         torch.testing.assert_close(got, want, rtol=0, atol=2 * rounding)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("p", [0.0005, 0.05, 0.5])
+def test_dropout_drops_each_number_by_itself(dtype: torch.dtype, p: float) -> None:
+    torch.manual_seed(0)
+    x_TD = torch.randn(1001, 999, dtype=dtype)
+    left_TD, mask_TD = drop(x_TD, p)
+    assert torch.equal(left_TD, dropped(x_TD, mask_TD, 1 / (1 - p)))
+    assert torch.equal(left_TD, torch.ops.aten.native_dropout_backward(x_TD, mask_TD, 1 / (1 - p)))
+    gone_N = (~mask_TD).double().flatten()
+    few = 5 / gone_N.numel()
+    assert gone_N.mean().item() == pytest.approx(p, abs=5 * (p / gone_N.numel()) ** 0.5)
+    for k in range(1, 9):  # numbers that come from one draw are as independent as others
+        assert (gone_N[k:] * gone_N[:-k]).mean().item() == pytest.approx(p * p, abs=5 * p / gone_N.numel() ** 0.5 + few)

@@ -14,10 +14,14 @@ from typing import Any
 import lightning as L
 import pytest
 import torch
-from torch.utils._python_dispatch import TorchDispatchMode
+from lightning.pytorch.loops.training_epoch_loop import _TrainingEpochLoop
+from rich.console import Console
+from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 
-from callbacks import LoadBalance
 from talklora_pl.adapter.inject import Adapter
+from talklora_pl.callbacks import LoadBalance, RunMetrics, progress
+from talklora_pl.callbacks.progress import EpochProgress
+from talklora_pl.data.batches import Batches
 from talklora_pl.module import FineTuner
 from tests.methods.test_configs import config_of
 
@@ -108,3 +112,37 @@ def test_a_step_that_logs_nothing(method: str, fit: Callable[..., L.Trainer], mo
         logger=False,
     )
     assert trainer.global_step == 2 and waits.names == []
+
+
+def test_whole_steps_with_all_that_watches_them(fit: Callable[..., L.Trainer], monkeypatch: pytest.MonkeyPatch) -> None:
+    """With the bar and all metrics: a step that logs nothing asks nothing; one that logs asks when all is under way."""
+    asked: dict[int, list[str]] = {}
+    monkeypatch.setattr(progress, "waits", lambda device: True)
+    advance, step, fetch = _TrainingEpochLoop.advance, torch.optim.SGD.step, Batches.__getitem__
+
+    def watched(loop: Any, *args: Any) -> None:
+        with Waits() as waits:
+            monkeypatch.setattr(torch.optim.SGD, "step", lambda *a, **k: (step(*a, **k), waits.names.append("step"))[0])
+            advance(loop, *args)
+        asked[loop.trainer.global_step] = waits.names
+
+    def fetched(*args: Any) -> Any:  # on the host, before the device is involved
+        with _disable_current_modes():
+            return fetch(*args)
+
+    monkeypatch.setattr(Batches, "__getitem__", fetched)
+    monkeypatch.setattr(_TrainingEpochLoop, "advance", watched)
+    monkeypatch.setattr(Console, "is_terminal", True)
+    fit(
+        LoadBalance(),
+        RunMetrics(),
+        EpochProgress(),
+        module={"optimizer": lambda parameters: torch.optim.SGD(parameters, lr=0.1)},
+        max_steps=6,
+        log_every_n_steps=3,
+        limit_val_batches=0,
+        enable_progress_bar=True,
+    )
+    for at, names in asked.items():
+        assert names[0] == "step", at
+        assert (len(names) > 1) == (at in (3, 6))

@@ -17,7 +17,7 @@ from torch.utils.data import DataLoader
 from talklora_pl import AdapterConfig, FineTuner, TextData
 from talklora_pl.base import BaseModel, load_base
 from talklora_pl.cli import main
-from talklora_pl.cli.components import components
+from talklora_pl.cli.parts import components
 from talklora_pl.data import Source
 from talklora_pl.data.sampler import Batch
 from talklora_pl.errors import UserError
