@@ -306,6 +306,8 @@ class FineTuner(AdapterModule):
 
     def training_step(self, batch: dict[str, Any], batch_idx: int) -> Tensor:
         """Task loss over all tokens of the optimiser step, plus balance losses averaged over its micro-steps."""
+        if self._compiled and not self._compared:
+            self._compare_compiled(self._compiled, batch)
         with self._collector(batch) as collector:
             loss_sum, count, *observed = self.objective.loss(self.model, batch)
         self.routing = collector.records

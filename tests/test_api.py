@@ -243,9 +243,7 @@ def test_a_mistake_is_one_user_error(base: str, llama: Any) -> None:
 def test_a_full_disk_is_a_user_error(base: str, monkeypatch: pytest.MonkeyPatch) -> None:
     full = OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), b"runs/events")
     monkeypatch.setattr("talklora_pl.api.command_line.run", Mock(side_effect=full))
-    with pytest.raises(
-        UserError, match=r"^runs/events: No space left on device\. What was whole before"
-    ):
+    with pytest.raises(UserError, match=r"^runs/events: No space left on device\. What was whole before"):
         fit(base)
 
 

@@ -396,6 +396,11 @@ class Reader:
                     header = row
                     if twice := sorted({name for name in header if header.count(name) > 1}):
                         raise UserError(f"{self.file}, {where}: more than one column has the name {twice[0]!r}.")
+                    if len(row) == 1 and (other := {";", "\t"} & {*row[0]}):
+                        raise UserError(
+                            f"{self.file}, {where}: columns seem to be separated by {other.pop()!r}. A .csv has commas "
+                            "between its columns and a .tsv tabs: save it as one of them."
+                        )
                 elif len(row) != len(header):
                     yield where, BadRow(f"{len(header)} columns expected, got {len(row)}")
                 else:

@@ -73,6 +73,7 @@ def test_variables_in_paths(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
         ),
         ("a.csv", b'a,b\n1,"x"y\n', r"a.csv, line 2: the row that begins here is broken CSV"),
         ("a.csv", b"a,b,a\n1,2,3\n", r"a.csv, line 1: more than one column has the name 'a'"),
+        ("a.csv", b"a;b\n1;2\n", r"a.csv, line 1: columns seem to be separated by ';'"),
         ("a.pdf", b"text", r"unknown file type '.pdf'. Known: .jsonl"),
         ("a.parquet.gz", b"text", r"unknown file type '.parquet.gz'. .*all but .parquet compressed"),
     ],

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -10,6 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 
+from talklora_pl import fit
 from talklora_pl.adapter import AdapterConfig, RoutingCollector, inject
 from talklora_pl.balance import balance_losses
 from talklora_pl.compiled import CompiledLayers
@@ -18,6 +20,7 @@ from talklora_pl.errors import UserError
 from talklora_pl.inputs import labelled, packed, packed_rows
 from talklora_pl.objectives.sft import SFT
 from tests.conftest import tiny_llama
+from tests.data.tiny import save_model
 from tests.distributed.runs import free_port
 from tests.methods.matrix import adapted, config_of, randomise
 from tests.methods.test_configs import METHODS
@@ -212,3 +215,30 @@ def test_a_model_compiled_as_a_whole_equals_eager(experts: str, communication: s
     torch.testing.assert_close(z, y)
     for name, p in adapter.named_parameters():
         torch.testing.assert_close(p.grad, want[name], rtol=1e-4, atol=1e-5)
+
+
+def test_a_fit_compares_once_and_does_without_layers_that_differ(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    losses: list[Tensor] = []
+
+    def differ(layers: CompiledLayers, trained: list[nn.Parameter], loss: Callable[[], Tensor]) -> str:
+        assert layers.on and trained
+        layers.on = False  # nothing is compiled here
+        losses.append(loss())
+        return "they differ"
+
+    monkeypatch.setattr(CompiledLayers, "why_not_trusted", differ)
+    monkeypatch.chdir(tmp_path)
+    rows = [{"prompt": f"{i} is", "completion": " a number"} for i in range(8)]
+    trainer = {"max_steps": 3, "accelerator": "cpu", "devices": 1}
+    with pytest.warns(UserWarning, match="the layers are not compiled: they differ"):
+        run = fit(
+            save_model(tmp_path / "model").path,
+            rows,
+            model={"compile": "layers"},
+            data={"batch_size": 2, "max_length": 64},
+            trainer=trainer,
+        )
+    assert len(losses) == 1 and losses[0].isfinite()
+    assert run.tuner._compiled is not None and not run.tuner._compiled.on
