@@ -54,6 +54,9 @@ class SampleOutputs(L.Callback):
             if q < self.count and length and batch["real"][q]:
                 self._asked.append(batch["input_ids"][groups.index(q), :length])
                 self._right.append(batch["answers"][q][answer] if answer >= 0 else None)
+        if not self._asked and pl_module.device_mesh is not None:
+            # of few questions this rank has none, but the others need its part of the model to answer theirs
+            self._asked = [batch["input_ids"][0, :1]]
 
     def on_validation_epoch_end(self, trainer: L.Trainer, pl_module: AdapterModule) -> None:
         if not self._asked:
@@ -61,7 +64,7 @@ class SampleOutputs(L.Callback):
         asked, self._asked = self._asked, []
         answers = pl_module.generation(self.max_new_tokens)(asked)
         shown = []
-        for ids, (answer, _), right in zip(asked, answers, self._right, strict=True):
+        for ids, (answer, _), right in zip(asked, answers, self._right):
             prompt = pl_module.tokenizer.decode(ids, skip_special_tokens=False)
             shown.append({"prompt": prompt, "answer": answer} | ({"right": right} if right is not None else {}))
         Board(trainer).samples(shown)

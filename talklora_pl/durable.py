@@ -11,6 +11,8 @@ import os
 import re
 import shutil
 import socket
+import sys
+import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -87,6 +89,32 @@ def no_room(error: BaseException | None) -> OSError | None:
             return error if isinstance(error, OSError) else OSError(number, os.strerror(number))
         error = error.__cause__ or error.__context__
     return None
+
+
+def in_a_line(error: OSError) -> str:
+    """A failed write in one line, with the file if it is known."""
+    where = f"{os.fsdecode(error.filename)}: " if error.filename else "A file could not be written: "
+    return f"{where}{error.strerror}."
+
+
+@contextmanager
+def in_short() -> Iterator[None]:
+    """Inside of it a failed write in a thread, such as that of TensorBoard, is said in one line; whoever waits for the
+    thread has an error of his own to raise."""
+    before = threading.excepthook
+
+    def say(args: threading.ExceptHookArgs) -> None:
+        cause = no_room(args.exc_value)
+        if cause is None:
+            before(args)
+        else:
+            print(f"Warning: {in_a_line(cause)}", file=sys.stderr)
+
+    threading.excepthook = say
+    try:
+        yield
+    finally:
+        threading.excepthook = before
 
 
 def beside(path: Path) -> Path:

@@ -6,3 +6,7 @@ class UserError(Exception):
 
     The message names the place and the remedy.
     """
+
+    def _render_traceback_(self) -> list[str]:
+        """What IPython and notebooks show: the message is all that helps."""
+        return [f"{type(self).__name__}: {self}"]

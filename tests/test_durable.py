@@ -8,13 +8,15 @@ import resource
 import stat
 import subprocess
 import sys
+import threading
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from safetensors.torch import save_file
 
-from talklora_pl.durable import alive, beside, folder_beside, no_room, put, write_whole
+from talklora_pl.durable import alive, beside, folder_beside, in_short, no_room, put, write_whole
 
 
 def test_a_failed_write_leaves_the_file_from_before(tmp_path: Path) -> None:
@@ -107,3 +109,24 @@ def test_a_failed_write_is_known_whoever_wrote(tmp_path: Path) -> None:
     circle.__context__ = KeyError()
     circle.__context__.__context__ = circle
     assert no_room(circle) is None and no_room(FileNotFoundError(errno.ENOENT, "no")) is None
+
+
+def test_a_write_that_fails_in_a_thread_is_one_line(capsys: pytest.CaptureFixture[str]) -> None:
+    """TensorBoard writes in a thread, and names its files in bytes."""
+
+    def write(number: int) -> None:
+        raise OSError(number, os.strerror(number), b"/full/events")
+
+    others: list[Any] = []
+    before, threading.excepthook = threading.excepthook, others.append
+    try:
+        with in_short():
+            for number in (errno.ENOSPC, errno.ENOENT):
+                thread = threading.Thread(target=write, args=(number,))
+                thread.start()
+                thread.join()
+        assert threading.excepthook == others.append
+    finally:
+        threading.excepthook = before
+    assert capsys.readouterr().err == "Warning: /full/events: No space left on device.\n"
+    assert [type(args.exc_value) for args in others] == [FileNotFoundError]

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -37,3 +39,20 @@ def test_the_notebook_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
     nbclient.NotebookClient(notebook, timeout=300, resources={"metadata": {"path": str(tmp_path)}}).execute()
     assert printed(code[-1]) == shown and "trainer.max_stps" in shown
     assert (tmp_path / "sums-adapter" / "talklora.json").is_file()
+
+
+@pytest.mark.slow
+def test_a_mistake_in_a_cell_is_its_message(tmp_path: Path) -> None:
+    pytest.importorskip("IPython")
+    code = (
+        "from talklora_pl.errors import UserError\n"
+        "try: 1 / 0\nexcept Exception as e: raise UserError('data.train: wrong') from e"
+    )
+    done = subprocess.run(
+        [sys.executable, "-m", "IPython", "--quick", "--colors=nocolor", "-c", code],
+        env=os.environ | {"PYTHONPATH": str(FILE.parents[1]), "IPYTHONDIR": str(tmp_path)},
+        capture_output=True,
+        text=True,
+    )
+    assert "UserError: data.train: wrong" in done.stdout + done.stderr
+    assert "Traceback" not in done.stdout + done.stderr and "1 / 0" not in done.stdout + done.stderr

@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from contextlib import nullcontext
 
 from talklora_pl import cache, stopping
-from talklora_pl.durable import no_room
+from talklora_pl.durable import in_a_line, in_short, no_room
 from talklora_pl.errors import UserError
 
 VERBS = {
@@ -60,7 +60,7 @@ def main(argv: list[str] | None = None, early: Sequence[int] = ()) -> int:
         elif verb in VERBS:
             # a signal may come at any time from here on
             stopping.requeues = "--preemption.requeue=false" not in "=".join(rest).lower()
-            with stopping.nothing_to_keep(early) if verb == "fit" else nullcontext():
+            with in_short(), stopping.nothing_to_keep(early) if verb == "fit" else nullcontext():
                 importlib.import_module(f"talklora_pl.cli.{VERBS[verb][0]}").main(verb, rest)
         else:
             from talklora_pl.registry import did_you_mean
@@ -72,8 +72,7 @@ def main(argv: list[str] | None = None, early: Sequence[int] = ()) -> int:
         cause = no_room(e) if isinstance(e, OSError) or "os error" in str(e) else None
         if cause is None:
             raise
-        where = f"{cause.filename}: " if cause.filename else "A file could not be written: "
-        return _refuse(f"{where}{cause.strerror}. What was whole before is as it was.")
+        return _refuse(f"{in_a_line(cause)} What was whole before is as it was.")
     return 0
 
 

@@ -298,6 +298,8 @@ def quiet() -> None:
         "ignore", "When using `Trainer\\(accumulate_grad_batches"
     )  # the hooks are per step on purpose
     warnings.filterwarnings("ignore", "The `srun` command is available")  # docs/distributed.md says when to use it
+    warnings.filterwarnings("ignore", "Checkpoint directory .* exists and is not empty")  # only that of this run does
+    warnings.filterwarnings("once", 'install "ipywidgets"')  # rich, of each of its bars in a notebook
     warnings.formatwarning = _one_line
     logging.getLogger("lightning.pytorch.utilities.rank_zero").addFilter(_is_news)
     log = logging.getLogger("lightning.pytorch")
@@ -371,4 +373,6 @@ _with_place = warnings.formatwarning
 
 def _one_line(message: Any, category: type[Warning], *place: Any, **line: Any) -> str:
     """What is for a user, without the line of code that says it."""
-    return f"warning: {message}\n" if category is UserWarning else _with_place(message, category, *place, **line)
+    return (
+        f"warning: {message}\n" if issubclass(category, UserWarning) else _with_place(message, category, *place, **line)
+    )

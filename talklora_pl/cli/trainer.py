@@ -81,6 +81,11 @@ class RunPlace:
                 locks.append((elsewhere, elsewhere.lock()))
             self.check()
             new = self.run is None
+            if self.run is not None and not self.writes and not os.access(self.run.folder, os.W_OK):
+                raise UserError(
+                    f"The run {self.run.folder} cannot be written to, and an evaluation keeps its scores and logs "
+                    "there. --trainer.default_root_dir FOLDER keeps them elsewhere."
+                )
             self.run = self.run or new_run(self.root, self.name)
             if self.writes:
                 locks.append((self.run, self.run.lock()))

@@ -22,8 +22,7 @@ if TYPE_CHECKING:
 SPELLED, WRITTEN, END = 0x100000, 0x108000, 0x10FFFD
 _PRIVATE = re.compile(f"[{chr(SPELLED)}-{chr(END)}]")
 
-# Patterns of byte-level tokenizers (GPT-2, Llama 3, Qwen 2 and 3.5, GPT-4o; digits by one or three), all of which
-# divide a text before a space that follows anything but white space, whatever else is in it
+# Patterns of byte-level tokenizers (GPT-2; Llama 3, Qwen 2 and 3.5, GPT-4o; digits by one or three)
 _WORDS = (
     r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+",
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+",
@@ -33,7 +32,12 @@ _WORDS = (
     r"|[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]+[\p{Ll}\p{Lm}\p{Lo}\p{M}]*(?i:'s|'t|'re|'ve|'m|'ll|'d)?"
     r"|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+",
 )
-_WORD = re.compile(r"\s*\S+(?:[^\S ]\s*(?:\S+|\Z))*|\s+")  # the parts of a text that is divided there
+# The words that a text falls into, whose ids do not depend on each other. All of them divide it before a space that
+# follows anything but white space. GPT-2's also does before any other white space there, and around a single line
+# break; the others let line breaks end what is before them, and divide after those.
+_BY_GPT2 = re.compile(r"\n(?=\S)|\s*\S+(?:[^\S \t\r\n]\s*(?:\S+|\Z))*|\s+")
+_AFTER_BREAK = r"[^\S ]\s*(?<=[\r\n])(?=[^\s/])"
+_BY_OTHERS = re.compile(rf"\s*\S+(?:(?!{_AFTER_BREAK})[^\S ]\s*(?:\S+|\Z))*(?:{_AFTER_BREAK})?|\s+")
 MANY = 200_000  # words whose ids are remembered
 
 
@@ -52,7 +56,7 @@ class Encoder:
         self, tokenizer: PreTrainedTokenizerBase, special_tokens_in_data: Literal["text", "control"] = "text"
     ) -> None:
         self.tokenizer, self.as_text = tokenizer, special_tokens_in_data == "text"
-        self._words: dict[str, list[int]] = {}
+        self._words: dict[str, tuple[int, ...]] = {}  # tuples of numbers are no work for the garbage collector
         added = tokenizer.added_tokens_decoder
         special: dict[str, Any] = {token.content: i for i, token in added.items() if token.special}
         special |= {name: tokenizer.convert_tokens_to_ids(name) for name in tokenizer.all_special_tokens}
@@ -69,13 +73,15 @@ class Encoder:
             BadRow: the data hold such characters themselves.
         """
         if isinstance(value, str):
-            if _PRIVATE.search(value):
+            if _reserved(value):
                 raise BadRow("holds characters from the end of Unicode's private use area, which are reserved here")
             try:
                 value.encode()
             except UnicodeEncodeError:  # "\ud800" is valid in JSON
                 raise BadRow("holds half a surrogate pair, which is no text") from None
-            return self._special.sub(lambda match: self._char[match[0]], value) if self.as_text else value
+            if self.as_text and self._special.search(value):
+                return self._special.sub(lambda match: self._char[match[0]], value)
+            return value
         if isinstance(value, dict):
             return {key: self.protect(item) for key, item in value.items()}
         return [self.protect(item) for item in value] if isinstance(value, list) else value
@@ -86,6 +92,8 @@ class Encoder:
 
     def notices(self, text: str) -> list[str]:
         """What is to be said of a protected text."""
+        if not _reserved(text):
+            return []
         remedy = "data.special_tokens_in_data: control reads it as the token"
         return [f"spells the special token {name!r}, which is read as text ({remedy})" for name in self.spelled(text)]
 
@@ -95,7 +103,7 @@ class Encoder:
 
     def ids(self, text: str) -> list[int]:
         """Ids of a protected text. Raises BadRow: the tokenizer cannot read a special token as text."""
-        if _PRIVATE.search(text):
+        if _reserved(text):
             return self._as_text(text)[0]
         if not text:
             return []
@@ -109,36 +117,41 @@ class Encoder:
     def _by_words(self, text: str) -> list[int]:
         """The ids word by word, most of which were seen before."""
         words = self._divided(text)
-        self._learn(words)
+        try:
+            return list(chain.from_iterable(map(self._words.__getitem__, words)))
+        except KeyError:
+            self._learn(set(words))
         return list(chain.from_iterable(map(self._words.__getitem__, words)))
 
     def _divided(self, text: str) -> list[str]:
         """The parts of a text whose ids do not depend on each other: words, and added tokens where those are cut out
         first."""
-        if self._cut is None:
-            return _WORD.findall(text)
+        words = self._divides.findall  # type: ignore[union-attr]
+        if self._cut is None or self._cut.search(text) is None:
+            return words(text)
         parts = self._cut.split(text)  # every other one is a token
-        return [word for part in parts for word in (_WORD.findall(part) if part not in self.added else (part,))]
+        return [word for part in parts for word in (words(part) if part not in self.added else (part,))]
 
     def meet(self, texts: Iterable[str]) -> None:
         """Ask for the ids of all words of many texts that come next: for many at once the tokenizer takes half as long
         as for a few."""
         if self._divides:
-            with suppress(UnicodeEncodeError):  # half a surrogate pair: its row is refused when it is read
-                self._learn([word for text in texts for word in self._divided(text)])
+            # half a surrogate pair: its row is refused when it is read
+            with suppress(UnicodeEncodeError, TypeError):
+                self._learn(set().union(*map(self._divided, texts)))
 
-    def _learn(self, words: list[str]) -> None:
+    def _learn(self, words: set[str]) -> None:
         """Ask for the ids of words that are new."""
         known = self._words
-        if new := list(set(words).difference(known)):
+        if new := list(words.difference(known)):
             if len(known) > MANY:
                 known.clear()
-                new = list(set(words))
-            known.update(zip(new, self._encode(new)))
+                new = list(words)
+            known.update(zip(new, map(tuple, self._encode(new))))
 
     def settled(self, text: str) -> int:
         """How many first characters of a protected text have their ids whatever is written after it."""
-        if _PRIVATE.search(text) or not self._by_word(text):
+        if _reserved(text) or not self._by_word(text):
             return 0
         at = text.rfind(" ")
         while at > 0 and text[at - 1].isspace():
@@ -154,7 +167,7 @@ class Encoder:
         Raises:
             BadRow: the tokenizer cannot read a special token as text.
         """
-        if not _PRIVATE.search(text) and self._by_word(text):
+        if not _reserved(text) and self._by_word(text):
             return self._spans_by_words(text, spans)
         if self._backend is not None:
             ids, offsets = self._as_text(text)
@@ -169,7 +182,7 @@ class Encoder:
     def _spans_by_words(self, text: str, spans: list[tuple[int, int]]) -> tuple[list[int], list[tuple[int, int]]]:
         """As :meth:`spans`: only the words in which one begins or ends are asked for the places of their tokens."""
         words = self._divided(text)
-        self._learn(words)
+        self._learn(set(words))
         parts = [self._words[word] for word in words]
         starts = list(accumulate(map(len, words), initial=0))  # of the words, in characters
         firsts = list(accumulate(map(len, parts), initial=0))  # and in tokens
@@ -207,32 +220,35 @@ class Encoder:
         return copy
 
     @cached_property
-    def _divides(self) -> bool:
-        """Whether every text is divided for sure before a space that follows anything but white space."""
+    def _divides(self) -> re.Pattern[str] | None:
+        """Finds the words of a text; None: its ids may depend on each other wherever it is divided."""
         if self._fast is None:
-            return False
+            return None
         core = self._core
         steps = core["pre_tokenizer"] or {}
         steps = steps.get("pretokenizers", [steps])
         normalizer = (core["normalizer"] or {}).get("type", "NFC")
         if core["model"]["type"] != "BPE" or core["model"].get("dropout") or normalizer != "NFC":
-            return False
+            return None
         for token in core["added_tokens"]:
             text = token["content"]
-            if " " in text or (_swallows(token) and (text[0].isalnum() or text[-1].isalnum())):
-                return False
+            if len(text.split()) != 1 or (_swallows(token) and (text[0].isalnum() or text[-1].isalnum())):
+                return None
         patterns = [s["pattern"].get("Regex", "").replace("{1,3}", "") for s in steps if s.get("type") == "Split"]
         patterns += [_WORDS[0] for s in steps if s.get("type") == "ByteLevel" and s["use_regex"]]
         others = {s.get("type") for s in steps} - {"Split", "ByteLevel", "Digits"}
-        return not others and bool(patterns) and set(patterns) <= set(_WORDS)
+        if others or not patterns or not set(patterns) <= set(_WORDS):
+            return None
+        return _BY_GPT2 if patterns[0] == _WORDS[0] else _BY_OTHERS
 
     def _by_word(self, text: str) -> bool:
         """Whether a text is divided so: the tokenizer does, and the text holds no token that takes spaces beside it."""
-        return self._divides and not self._greedy.search(text)
+        return bool(self._divides) and not (self._greedy and self._greedy.search(text))
 
     @cached_property
-    def _greedy(self) -> re.Pattern[str]:
-        return alternatives(token["content"] for token in self._core["added_tokens"] if _swallows(token))
+    def _greedy(self) -> re.Pattern[str] | None:
+        greedy = [token["content"] for token in self._core["added_tokens"] if _swallows(token)]
+        return alternatives(greedy) if greedy else None
 
     @cached_property
     def _cut(self) -> re.Pattern[str] | None:
@@ -287,6 +303,11 @@ class Encoder:
         if names and not set(encoding.ids).isdisjoint(set(original.values()) - {self.tokenizer.unk_token_id}):
             raise BadRow(f"spells the special token {names}, which the tokenizer makes of plain text too{remedy}")
         return [original.get(i, i) for i in encoding.ids], encoding.offsets
+
+
+def _reserved(text: str) -> bool:
+    """Whether a text holds any of the private characters."""
+    return not text.isascii() and _PRIVATE.search(text) is not None
 
 
 def _swallows(token: dict[str, Any]) -> bool:

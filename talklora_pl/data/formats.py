@@ -8,6 +8,7 @@ it.
 from __future__ import annotations
 
 import re
+from functools import cache
 from typing import TYPE_CHECKING, NamedTuple
 
 if TYPE_CHECKING:
@@ -48,7 +49,19 @@ def write(example: Example, name: str) -> Written:
     values = {"prompt": example.prompt, "input": example.input}
     if example.input and "{input}" not in template:
         values["prompt"] += "\n" + example.input
-    prompt = _PLACES.sub(lambda match: f"{{{match[1]}}}" if match[1] else values[match[2]], template)
-    marker = template[max((m.end() for m in _PLACES.finditer(template) if m[2]), default=0) :]
+    parts, marker = _parts(template)
+    prompt = "".join([values[part] if place else part for part, place in parts])
     space = " " if name != "plain" and not template[-1].isspace() else ""
     return Written(prompt, [space + answer for answer in example.answers], marker)
+
+
+@cache
+def _parts(template: str) -> tuple[list[tuple[str, bool]], str]:
+    """The parts of a template, each with whether it is the name of a place, and what comes after the last place."""
+    parts: list[tuple[str, bool]] = []
+    at = last = 0
+    for match in _PLACES.finditer(template):
+        parts += [(template[at : match.start()], False), (f"{{{match[1]}}}", False) if match[1] else (match[2], True)]
+        at = match.end()
+        last = at if match[2] else last
+    return [*parts, (template[at:], False)], template[last:]

@@ -28,7 +28,7 @@ def digest(example: Example) -> int:
     said = [example.prompt, example.input, example.pair, *example.answers]
     if example.messages:
         said.append(json.dumps(example.messages, ensure_ascii=False, sort_keys=True, default=str))
-    text = "\0".join(" ".join(part.split()).casefold() for part in said)
+    text = "\0".join([" ".join(part.split()) for part in said]).casefold()
     made = hashlib.blake2b(text.encode("utf-8", "surrogatepass"), digest_size=8).digest()
     return int.from_bytes(made, "little", signed=True)
 

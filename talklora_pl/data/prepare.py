@@ -328,7 +328,7 @@ class Report:
     Attributes:
         rows: how many were read.
         absent: columns that the user has mapped and that no row has had -> fields.
-        columns: what the rows have.
+        columns: what the rows have, as long as any of `absent` is not found.
         with_input: whether any has an `input`.
         unused: columns that nothing is read from, in how many rows.
     """
@@ -354,9 +354,17 @@ class Report:
 
     def kept(self) -> dict[str, Any]:
         """What the cache keeps."""
-        unused = {f"the column {column!r} is not used": count for column, count in self.unused.items()}
         names = ("bad", "cut_rows", "cut_tokens", "documents")
-        return {name: getattr(self, name) for name in names} | {"notices": {**self.notices, **unused}}
+        return {name: getattr(self, name) for name in names} | {"notices": {**self.notices, **_unused(self.unused)}}
+
+
+def _unused(columns: Counter[str]) -> dict[str, int]:
+    """One notice of all columns that are not used, and in how many rows those are that most rows have."""
+    if not columns:
+        return {}
+    most = max(columns.values())
+    named = [repr(c) + (f" (in {count} rows)" if count < most else "") for c, count in columns.most_common()]
+    return {f"the column{'s' * (len(named) > 1)} {', '.join(named)} {'are' if len(named) > 1 else 'is'} not used": most}
 
 
 @dataclass
@@ -370,27 +378,28 @@ class Work:
     read: RowReader
 
     def __call__(self, chunk: Chunk) -> tuple[Report, bytes]:
-        number, raw = chunk
         report = Report(absent=self.read.mapped())
-        used, task = self.read.used(), self.source.task_name
-        parsed = [(where, self.rows.parse(item)) for where, item in raw]
-        self.tokenize.encoder.meet(text for _, item in parsed for text in _texts(item))
-        rows = enumerate(parsed, number)
-        table = [r for i, (where, item) in rows for r in self.row(i, where, item, used, task, report)]
-        return report, to_arrow(table, features())
+        return report, to_arrow(list(self.table(enumerate(chunk[1], chunk[0]), report)), features())
 
     def first(self, limit: int) -> list[dict[str, Any]]:
         """Rows of the table that the first raw rows become."""
         chunk = next(_chunks(self.rows, limit), (0, []))
         return from_arrow(self(chunk)[1])
 
-    def row(
-        self, number: int, where: str, item: Any, used: set[str], task_name: str, report: Report
+    def table(self, raw: Iterable[tuple[int, tuple[str, Any]]], report: Report) -> Iterator[dict[str, Any]]:
+        """Rows of the table that raw rows, each with its number, become; what is bad or cut goes into the report."""
+        used, task = self.read.used(), self.source.task_name
+        parsed = [(number, where, self.rows.parse(item)) for number, (where, item) in raw]
+        self.tokenize.encoder.meet(text for *_, row in parsed for text in _texts(row))
+        for number, where, row in parsed:
+            yield from self._row(number, where, row, used, task, report)
+
+    def _row(
+        self, number: int, where: str, row: Any, used: set[str], task_name: str, report: Report
     ) -> Iterator[dict[str, Any]]:
-        """Rows of the table that a raw row becomes; what is bad or cut goes into the report."""
-        row, source = self.rows.parse(item), self.source
+        source = self.source
         report.rows += 1
-        if isinstance(row, dict):
+        if isinstance(row, dict) and (report.absent or not report.columns):
             report.columns |= dict.fromkeys(_columns(row))
             absent = report.absent.items()
             report.absent = {column: name for column, name in absent if find(row, column) is ABSENT}
@@ -399,7 +408,8 @@ class Work:
                 raise row
             example = self.read(row)
             parts = list(self.read.kind.sequences(example, source.format or "", self.tokenize))
-            name, task = (Row(row, self.read).get(field, required=False) for field in ("id", "task"))
+            asked = Row(row, self.read)
+            name, task = asked.get("id", required=False), asked.get("task", required=False)
         except BadRow as e:
             report.bad.append({"problem": e.problem, "column": e.column, "where": where, "file": source.path})
             return

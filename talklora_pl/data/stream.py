@@ -177,11 +177,10 @@ class Stream(IterableDataset[Any]):
                 yield batches[Batch(part.tolist(), tokens)], own, {**here, "batch": done + 1}
 
     def _prepared(self, work: Work, rows: list[tuple[int, tuple[str, Any]]]) -> Iterator[dict[str, Any]]:
-        report, used, task = Report(absent={}), work.read.used(), work.source.task_name
-        for number, (where, raw) in rows:
-            yield from work.row(number, where, raw, used, task, report)
-            if report.bad and not self.recipe.skip_bad:
-                raise UserError(f"The data cannot be used:\n  {BadRow(**report.bad[0])}")
+        report = Report(absent={})
+        yield from work.table(rows, report)
+        if report.bad and not self.recipe.skip_bad:
+            raise UserError(f"The data cannot be used:\n  {BadRow(**report.bad[0])}")
         if report.bad and not self._told:
             self._told = True
             rank_zero_warn(f"A bad row is left out, as all others will be: {BadRow(**report.bad[0])}")

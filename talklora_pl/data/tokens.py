@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-from dataclasses import replace
 from functools import cached_property
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -117,7 +116,7 @@ class Tokenize:
 
     def _written(self, example: Example, format: str) -> tuple[formats.Written, list[str]]:
         prompt, more, answers = self.encoder.protect([example.prompt, example.input, example.answers])
-        text = formats.write(replace(example, prompt=prompt, input=more, answers=answers), format)
+        text = formats.write(Example(prompt, more, answers=answers), format)
         return text, self.encoder.notices("".join((prompt, more, *answers)))
 
     def _continue(self, before: str, before_ids: list[int], text: str) -> list[int]:

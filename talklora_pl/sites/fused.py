@@ -120,8 +120,8 @@ def product_dtype(x_TD: Tensor) -> torch.dtype:
     return torch.float32
 
 
-def _plain_weight(layer: Any) -> Tensor | None:
-    """W_OD of a layer that is nothing but ``x Wᵀ + b`` with a frozen floating-point weight, else None.
+def plain_weight(layer: Any, dtype: torch.dtype) -> Tensor | None:
+    """W_OD of a layer that is nothing but ``x Wᵀ + b`` with a frozen weight in ``dtype`` and no autocast, else None.
 
     Quantised layers, layers whose forward was replaced and layers that are being trained take the ordinary path.
     """
@@ -131,7 +131,9 @@ def _plain_weight(layer: Any) -> Tensor | None:
     if own not in (nn.Linear, Conv1D):
         return None
     weight, bias = layer.weight, layer.bias
-    if type(weight) not in (nn.Parameter, Tensor) or not weight.is_floating_point():
+    if type(weight) not in (nn.Parameter, Tensor) or weight.dtype != dtype:
+        return None
+    if torch.is_autocast_enabled(weight.device.type):
         return None
     if weight.requires_grad or (bias is not None and bias.requires_grad):
         return None
@@ -155,17 +157,16 @@ def frozen_and_down(
     whole = whole if dropout > 0 else 0
     dtype = product_dtype(x_TD)
     if dtype != x_TD.dtype and dropout == 0:
-        W_OD = _plain_weight(layer)
-        plain = W_OD is not None and W_OD.dtype == x_TD.dtype
-        y_TO = F.linear(x_TD, W_OD, layer.bias) if plain else frozen(x_TD).clone()  # type: ignore[arg-type] # as asked
+        W_OD = plain_weight(layer, x_TD.dtype)
+        y_TO = frozen(x_TD).clone() if W_OD is None else F.linear(x_TD, W_OD, layer.bias)
         return y_TO, F.linear(x_TD.to(dtype), A_PD.to(dtype))
     if torch.compiler.is_compiling():  # the compiler fuses plain code, and regenerates masks
         source_TD = F.dropout(x_TD, dropout) if dropout > 0 else x_TD
         return frozen(x_TD), _down(x_TD, source_TD, A_PD.to(source_TD.dtype), whole)
     kind = x_TD.device.type
     autocast = torch.is_autocast_enabled(kind)
-    W_OD = None if autocast else _plain_weight(layer)
-    if W_OD is not None and W_OD.dtype == x_TD.dtype:
+    W_OD = plain_weight(layer, x_TD.dtype)
+    if W_OD is not None:
         if not torch.is_grad_enabled() and dropout == 0:
             return F.linear(x_TD, W_OD, layer.bias), F.linear(x_TD, A_PD.to(x_TD.dtype))
         y_TO, h_TP = _FrozenDown.apply(x_TD, dropout, W_OD, layer.bias, A_PD.to(x_TD.dtype), whole)

@@ -133,9 +133,9 @@ class AdaptedLinear(Mixture):
 
     def _is_uniform(self) -> bool:
         """Whether no token needs weights of its own."""
-        if self._block or self.experts_see_talk or not folding.offers(self.experts, "fold"):
+        if self._block or self.experts_see_talk or self.router.share is None:
             return False
-        if self.router.share is None or (self.training and self.dropout_routing > 0):
+        if (self.training and self.dropout_routing > 0) or not folding.offers(self.experts, "fold"):
             return False
         return not (folding.is_watched(self.router) or folding.is_watched(self.communication))
 

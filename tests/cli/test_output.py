@@ -8,10 +8,13 @@ import os
 import pty
 import re
 import sys
+import warnings
 from pathlib import Path
 
 import lightning as L
 import pytest
+from lightning.fabric.utilities.warnings import PossibleUserWarning
+from lightning.pytorch.utilities import rank_zero_warn
 from rich.cells import cell_len
 
 from talklora_pl.callbacks.progress import EpochProgress
@@ -24,6 +27,18 @@ from tests.data.tiny import save_model
 class Terminal(io.StringIO):
     def isatty(self) -> bool:
         return True
+
+
+def test_warnings_of_lightning_are_one_line_without_its_source() -> None:
+    before = warnings.formatwarning
+    with warnings.catch_warnings(record=True) as said:
+        command_line.quiet()
+        shown = warnings.formatwarning
+        for text in ("Checkpoint directory runs/a exists and is not empty.", "The number of training batches"):
+            rank_zero_warn(text, category=PossibleUserWarning)
+    warnings.formatwarning = before
+    (line,) = [shown(w.message, w.category, w.filename, w.lineno) for w in said]  # a resumed run's folder is no news
+    assert line == "warning: The number of training batches\n"
 
 
 def test_a_line_goes_where_stderr_is_now(monkeypatch: pytest.MonkeyPatch) -> None:

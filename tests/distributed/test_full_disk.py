@@ -32,8 +32,8 @@ def test_nothing_is_lost_on_a_full_disk_or_one_that_may_only_be_read(config: Pat
     fit(config, tmp_path, "--trainer.default_root_dir", str(root), *again, "3")
     before = files(root)
 
-    def refused(message: str, *options: str) -> None:
-        run = Run.start(tmp_path / message, command(config, root, *options))
+    def refused(message: str, *options: str, verb: str = "fit") -> None:
+        run = Run.start(tmp_path / message, [verb, *command(config, root, *options)[1:]])
         assert run.wait() == [2] and message in run.log() and "Traceback" not in run.log(), run.log()
         now = files(root)
         kept = {name: digest for name, digest in before.items() if Path(name).name not in (".lock", "config.yaml")}
@@ -42,6 +42,8 @@ def test_nothing_is_lost_on_a_full_disk_or_one_that_may_only_be_read(config: Pat
     subprocess.run(["mount", "-o", "remount,ro", str(small)], check=True)
     refused("Read-only file system", *again, "6")
     refused("cannot be made: Read-only file system")
+    last = str(root / "mine/checkpoints/last.ckpt")
+    refused("an evaluation keeps its scores and logs there", "--ckpt_path", last, verb="validate")
     subprocess.run(["mount", "-o", "remount,rw", str(small)], check=True)
     with (small / "fill").open("wb", buffering=0) as fill, pytest.raises(OSError, match="No space left"):
         while fill.write(bytes(1 << 12)):

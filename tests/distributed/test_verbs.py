@@ -10,6 +10,7 @@ import pytest
 import torch
 import yaml
 from safetensors.torch import load_file
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from talklora_pl.cli import main
 from tests.distributed.runs import Run, fit
@@ -36,7 +37,14 @@ def test_two_processes_with_a_sharded_base_say_what_one_says(config: Path, tmp_p
     ]
     given["model"]["evaluation"] = {"max_new_tokens": 4}
     (tmp_path / "my.yaml").write_text(yaml.safe_dump(given))
-    last = fit(tmp_path / "my.yaml", tmp_path / "fit", "--trainer.strategy", "fsdp", "--data.batch_size", "2", ranks=2)
+    options = ["--trainer.strategy", "fsdp", "--data.batch_size", "2", "--data.eval_batch_size", "64"]
+    options += ["--trainer.callbacks+=SampleOutputs", "--trainer.callbacks.count", "2"]
+    last = fit(tmp_path / "my.yaml", tmp_path / "fit", *options, ranks=2)
+    events = EventAccumulator(str(last.parents[1]), size_guidance={"tensors": 0})
+    events.Reload()
+    # all questions are in a batch of the first process: the second has none, and works for the answers
+    (shown,) = [e.tensor_proto.string_val[0].decode() for e in events.Tensors("samples/text_summary")]
+    assert shown.count("prompt:") == shown.count("right:") == 2
     found: dict[int, list[Any]] = {1: [], 2: []}
     for ranks, said in found.items():
         for verb in ("validate", "test", "predict"):
