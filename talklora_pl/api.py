@@ -27,6 +27,7 @@ from talklora_pl.data import TextData
 from talklora_pl.data.objects import RowsInPython
 from talklora_pl.data.prepare import resolve_source
 from talklora_pl.data.source import Source
+from talklora_pl.durable import failed_write, in_short
 from talklora_pl.errors import UserError
 from talklora_pl.evaluation import predictions
 from talklora_pl.export.run import export_tensors, facts_of
@@ -62,7 +63,7 @@ def fit(
         the trained model and its run, whose folder holds what a run of the command line leaves.
 
     Raises:
-        UserError: all that is wrong, before anything is loaded.
+        UserError: all that is wrong, before anything is loaded; or the disk is full.
         KeyboardInterrupt: after an interrupt, once the state is saved.
     """
     if isinstance(base, nn.Module):
@@ -87,12 +88,16 @@ def fit(
     more = [*_one_device(), *_options(first | options, objects)]
     if objects:
         rank_zero_info(f"Python objects, which the run's config.yaml only names: {', '.join(objects)}.")
-    with _quietly():
+    with _quietly(), in_short():
         try:
             return Trained(command_line.run("fit", argv, partial(command_line.CLI, more=more, objects=objects)))
         except SystemExit as stop:
             if stop.code == 130:  # of a command line that was interrupted
                 raise KeyboardInterrupt from None
+            raise
+        except Exception as e:
+            if said := failed_write(e):
+                raise UserError(said) from e
             raise
 
 

@@ -97,6 +97,12 @@ def in_a_line(error: OSError) -> str:
     return f"{where}{error.strerror}."
 
 
+def failed_write(error: Exception) -> str | None:
+    """What to say of an error that is a failed write; None: it is another."""
+    cause = no_room(error) if isinstance(error, OSError) or "os error" in str(error) else None
+    return None if cause is None else f"{in_a_line(cause)} What was whole before is as it was."
+
+
 @contextmanager
 def in_short() -> Iterator[None]:
     """Inside of it a failed write in a thread, such as that of TensorBoard, is said in one line; whoever waits for the

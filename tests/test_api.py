@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import signal
@@ -9,6 +10,7 @@ import subprocess
 import sys
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock
 
 import lightning as L
 import pytest
@@ -236,6 +238,13 @@ def test_a_mistake_is_one_user_error(base: str, llama: Any) -> None:
         with pytest.raises(UserError, match=f"adapter: {next(iter(parts))} must be"):
             AdapterConfig(**parts)
     assert [str(p) for p in Path("runs").rglob("*")] == []
+
+
+def test_a_full_disk_is_a_user_error(base: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    full = OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), b"runs/events")
+    monkeypatch.setattr("talklora_pl.api.command_line.run", Mock(side_effect=full))
+    with pytest.raises(UserError, match=r"^runs/events: No space left on device\. What was whole before"):
+        fit(base)
 
 
 def test_options_without_a_method_file(base: str) -> None:

@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from contextlib import nullcontext
 
 from talklora_pl import cache, stopping
-from talklora_pl.durable import in_a_line, in_short, no_room
+from talklora_pl.durable import failed_write, in_short
 from talklora_pl.errors import UserError
 
 VERBS = {
@@ -69,10 +69,10 @@ def main(argv: list[str] | None = None, early: Sequence[int] = ()) -> int:
     except UserError as e:
         return _refuse(str(e))
     except Exception as e:
-        cause = no_room(e) if isinstance(e, OSError) or "os error" in str(e) else None
-        if cause is None:
+        said = failed_write(e)
+        if said is None:
             raise
-        return _refuse(f"{in_a_line(cause)} What was whole before is as it was.")
+        return _refuse(said)
     return 0
 
 

@@ -224,14 +224,13 @@ class Encoder:
         """Finds the words of a text; None: its ids may depend on each other wherever it is divided."""
         if self._fast is None:
             return None
-        core = self._core
-        steps = core["pre_tokenizer"] or {}
+        steps, model = _options(self._fast.pre_tokenizer), self._fast.model
         steps = steps.get("pretokenizers", [steps])
-        normalizer = (core["normalizer"] or {}).get("type", "NFC")
-        if core["model"]["type"] != "BPE" or core["model"].get("dropout") or normalizer != "NFC":
+        normalizer = _options(self._fast.normalizer).get("type", "NFC")
+        if type(model).__name__ != "BPE" or model.dropout or normalizer != "NFC":
             return None
-        for token in core["added_tokens"]:
-            text = token["content"]
+        for token in self._added:
+            text = token.content
             if len(text.split()) != 1 or (_swallows(token) and (text[0].isalnum() or text[-1].isalnum())):
                 return None
         patterns = [s["pattern"].get("Regex", "").replace("{1,3}", "") for s in steps if s.get("type") == "Split"]
@@ -247,20 +246,20 @@ class Encoder:
 
     @cached_property
     def _greedy(self) -> re.Pattern[str] | None:
-        greedy = [token["content"] for token in self._core["added_tokens"] if _swallows(token)]
+        greedy = [token.content for token in self._added if _swallows(token)]
         return alternatives(greedy) if greedy else None
 
     @cached_property
     def _cut(self) -> re.Pattern[str] | None:
         """Cuts added tokens out of a text, where the tokenizer does so before anything else; None: it may not."""
-        tokens = self._core["added_tokens"]
-        if not tokens or any(token["normalized"] for token in tokens) or self._fast.encode_special_tokens:
+        tokens = self._added
+        if not tokens or any(token.normalized for token in tokens) or self._fast.encode_special_tokens:
             return None
-        return re.compile(f"({alternatives(token['content'] for token in tokens).pattern})")
+        return re.compile(f"({alternatives(token.content for token in tokens).pattern})")
 
     @cached_property
-    def _core(self) -> Any:
-        return json.loads(self._fast.to_str())
+    def _added(self) -> list[Any]:
+        return list(self._fast.get_added_tokens_decoder().values())
 
     def _copy(self) -> Any:
         from tokenizers import Tokenizer
@@ -310,9 +309,14 @@ def _reserved(text: str) -> bool:
     return not text.isascii() and _PRIVATE.search(text) is not None
 
 
-def _swallows(token: dict[str, Any]) -> bool:
+def _options(part: Any) -> Any:
+    """Of a part of a tokenizer's core; those of the whole core hold its vocabulary, which takes half a second."""
+    return {} if part is None else json.loads(part.__getstate__())
+
+
+def _swallows(token: Any) -> bool:
     """Whether an added token depends on what stands beside it, or takes it."""
-    return bool(token["lstrip"] or token["rstrip"] or token["single_word"])
+    return bool(token.lstrip or token.rstrip or token.single_word)
 
 
 def alternatives(texts: Any) -> re.Pattern[str]:

@@ -108,7 +108,7 @@ def test_a_prompt_may_be_absent_in_some_rows(base: BaseModel) -> None:
 
 def test_packed_texts_are_joined_within_a_task(base: BaseModel, monkeypatch: pytest.MonkeyPatch) -> None:
     said: list[str] = []
-    monkeypatch.setattr("talklora_pl.data.module.rank_zero_info", said.append)
+    monkeypatch.setattr("talklora_pl.data.report.rank_zero_info", said.append)
     texts = ["aaaa", "bbbb", "cccc", "d" * 30, "ee", "ff"]
     rows = [{"text": text, "task": "one" if text < "f" else "two"} for text in texts]
     table = data(base, train=rows, rows="text", documents="packed").tables["train"]
