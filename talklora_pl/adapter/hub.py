@@ -11,6 +11,7 @@ from talklora_pl.adapter.files import CONFIG
 from talklora_pl.adapter.metadata import read_metadata
 from talklora_pl.errors import UserError
 from talklora_pl.paths import expand
+from talklora_pl.runs import RUNS
 
 # what a program needs of an adapter repository; nothing else is fetched
 PATTERNS = ["*.json", "adapter.safetensors", "*.txt", "*.model", "*.jinja", "README.md", "modeling_talklora.py"]
@@ -44,8 +45,9 @@ def local_folder(name: str | os.PathLike[str], revision: str | None = None, **hu
         return Path(snapshot_download(str(name), revision=revision, allow_patterns=PATTERNS, **hub))
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as e:
         first = next(iter(str(e).splitlines()), type(e).__name__)
+        run = f" Did you mean the run {RUNS}/{name}?" if Path(RUNS, path).is_dir() else ""
         raise UserError(
-            f"There is no adapter folder {str(name)!r}, and as a hub repository it cannot be had: {first}"
+            f"There is no adapter folder {str(name)!r}, and as a hub repository it cannot be had: {first}{run}"
         ) from e
 
 

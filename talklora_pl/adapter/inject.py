@@ -17,7 +17,7 @@ from talklora_pl.adapter.adapters import AdapterSet, get_adapter
 from talklora_pl.adapter.allocation import decide
 from talklora_pl.adapter.config import AdapterConfig
 from talklora_pl.adapter.dropouts import Dropouts
-from talklora_pl.adapter.host import Adapted, attach, check_attachable, check_no_peft, detach
+from talklora_pl.adapter.host import attach, check_attachable, check_no_peft, detach
 from talklora_pl.adapter.upcycle import Upcycled
 from talklora_pl.balance import Balance, balance_losses
 from talklora_pl.base import portable
@@ -428,8 +428,3 @@ def _register(root: nn.Module, name: str, module: nn.Module) -> None:
         for child, inside in root.get_submodule(last).named_children():
             module.add_module(child, inside)
     root.add_module(last, module)
-
-
-def adapted_modules(model: nn.Module) -> dict[str, Adapted]:
-    """The frozen modules that have an adapter, by name."""
-    return {n: m for n, m in model.named_modules() if isinstance(m, Adapted)}

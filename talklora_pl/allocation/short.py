@@ -37,4 +37,5 @@ def parse_rule(text: str, alpha: Alpha) -> Allocation:
         given[key] = yaml.safe_load(value)
     if name == Alpha.name:
         given = registry.to_dict(alpha) | given
-    return registry.from_dict(Allocation, given)
+    rule: Allocation = registry.from_dict(Allocation, given)
+    return rule

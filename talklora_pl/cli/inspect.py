@@ -38,7 +38,7 @@ def inspect(
     """See what the experts of an adapter do: a summary here, and one HTML file with pictures and coloured text.
 
     Args:
-        adapter: folder of the adapter.
+        adapter: folder of the adapter, folder of a run, or repository on the hub.
         base: hub name, folder, .gguf file or package:NAME/FILE of its base model; by default the one it remembers.
         data: files or data sets to run through it, one or several with commas between; each is a task.
         text: a text to run through it.
@@ -68,7 +68,7 @@ def inspect(
 
     import torch
 
-    from talklora_pl.adapter.hub import local_folder
+    from talklora_pl.adapter.hub import adapter_folder
     from talklora_pl.adapter.io import load_adapter
     from talklora_pl.adapter.metadata import read_metadata
     from talklora_pl.base import BaseModel, load_base, load_config, load_tokenizer
@@ -84,7 +84,7 @@ def inspect(
         torch.zeros(1, device=device)
     except (RuntimeError, AssertionError) as e:  # torch without CUDA asserts
         raise UserError(f"--device: {device!r} cannot be used here: {str(e).splitlines()[0]}") from e
-    folder = local_folder(adapter)
+    folder = adapter_folder(adapter)
     metadata = read_metadata(folder)
     path = base or metadata.base.name_or_path
     if not path:
@@ -113,7 +113,7 @@ def inspect(
         batches += list(module.predict_dataloader())
 
     model = load_base(model_of, device)
-    loaded = load_adapter(model, adapter)
+    loaded = load_adapter(model, folder)
     from talklora_pl.monitoring import inspection  # matplotlib, only now that it is needed
     from talklora_pl.monitoring import page as html_page
 

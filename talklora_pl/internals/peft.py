@@ -16,9 +16,6 @@ from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
 from peft.utils import register_peft_method
 from torch import Tensor, nn
 
-WRAPPER = "base_model.model."
-"""What a PeftModel puts before the names of the model's own tensors."""
-
 
 def add_type(name: str, config_class: type[PeftConfig], tuner: type[Tuner]) -> None:
     """Let PEFT know adapters of another type. Once; a second call does nothing.

@@ -189,7 +189,6 @@ class Load:
         load_LNE = torch.where((self.selected_L > 0)[:, None, None], choices_LNE, weights_LNE)
         self.task_share_LNE = _normalise(load_LNE[:, keep_N])
         self.share_LE = _normalise(load_LNE.sum(1))
-        self.first_choice_LE = _normalise(choices_LNE.sum(1))
         tokens_L = tokens_LN.sum(1)
         self.token_entropy = take(sums.entropy) / tokens_L
         self.margin = take(sums.margin) / tokens_L

@@ -14,7 +14,7 @@ import torch
 from transformers import AutoTokenizer
 
 from talklora_pl import AdapterConfig, UserError, export_adapter, load_adapter, push_adapter
-from talklora_pl.adapter.hub import is_repository_name
+from talklora_pl.adapter.hub import is_repository_name, local_folder
 from tests.export import models
 
 
@@ -95,3 +95,10 @@ def test_the_real_hub(exported: tuple[Path, Path, torch.Tensor]) -> None:
         assert torch.equal(models.logits(model), want)
     finally:
         huggingface_hub.HfApi().delete_repo(repository)
+
+
+def test_the_name_of_a_run_is_no_repository(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "runs/mine").mkdir(parents=True)
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(UserError, match=r"no adapter folder 'mine'.* Did you mean the run runs/mine\?"):
+        local_folder("mine", local_files_only=True)

@@ -120,8 +120,8 @@ def test_a_classifier_goes_with_its_head_and_its_class_names(tmp_path: Path) -> 
     assert model.config.id2label == {0: "even", 1: "odd"}
     answers = pipeline("text-classification", model=str(folder), trust_remote_code=True)(["4 is even", "5 is odd"])
     assert {a["label"] for a in answers} <= {"even", "odd"}
-    # the folder knows its task and its classes
-    assert main(["inspect", str(folder), "--text", "4 is even", "--output", str(tmp_path / "page.html")]) == 0
+    # a run stands for its adapter, which knows its task and its classes
+    assert main(["inspect", str(run), "--text", "4 is even", "--output", str(tmp_path / "page.html")]) == 0
 
 
 def test_export_leaves_what_it_cannot_replace(
