@@ -42,4 +42,5 @@ def _mask(shape: torch.Size, p: float) -> Tensor:
     bits, kind = (16, torch.int16) if 0.01 < p < 0.99 else (32, torch.int32)
     each = 64 // bits
     drawn = torch.empty(-(-shape.numel() // each), dtype=torch.int64).random_(torch.iinfo(torch.int64).min, None)
-    return drawn.view(kind)[: shape.numel()].view(shape) >= round(p * 2**bits) - 2 ** (bits - 1)
+    mask_TD: Tensor = drawn.view(kind)[: shape.numel()].view(shape) >= round(p * 2**bits) - 2 ** (bits - 1)
+    return mask_TD
