@@ -6,29 +6,44 @@ compute, matrix products and fused attention, and runs the rest of the layer twi
 
 from __future__ import annotations
 
+import inspect
 import weakref
 from contextlib import AbstractContextManager
 from typing import Any, Literal
 
 import torch
-from torch.utils.checkpoint import CheckpointPolicy, create_selective_checkpoint_contexts
+from torch.utils.checkpoint import (
+    CheckpointPolicy,
+    SelectiveCheckpointContext,
+    create_selective_checkpoint_contexts,
+)
 
 from talklora_pl.errors import UserError
 from talklora_pl.internals.torch import PRODUCTS
 
 Checkpointing = Literal["off", "full", "selective"]
 
+CAN_SELECT = "op_output" in inspect.signature(SelectiveCheckpointContext).parameters
+"""Whether this torch shows a policy what an operator has computed, which tells what is written into a kept product."""
+
+MODES: tuple[Checkpointing, ...] = ("off", "selective", "full") if CAN_SELECT else ("off", "full")
+"""What this torch can do, the most memory first."""
+
 
 def mode_of(value: bool | str) -> Checkpointing:
     """The mode that an option means; ``true`` is ``full``, and YAML reads ``off`` as false.
 
     Raises:
-        UserError: it is none.
+        UserError: it is none, or one that this torch cannot do.
     """
     modes: dict[bool | str, Checkpointing] = {False: "off", True: "full", "off": "off", "full": "full"}
     modes["selective"] = "selective"
     if value not in modes:
         raise UserError(f"model.gradient_checkpointing: {value!r} is none of off, full and selective.")
+    if modes[value] not in MODES:
+        raise UserError(
+            f"model.gradient_checkpointing: {value} needs torch 2.13 or newer; this is {torch.__version__}: use full."
+        )
     return modes[value]
 
 

@@ -23,8 +23,6 @@ from talklora_pl.internals.transformers import whole_classes
 from talklora_pl.memory.checkpointing import Checkpointing, checkpoint_layers
 from talklora_pl.memory.live import LiveBytes
 
-MODES: tuple[Checkpointing, ...] = ("off", "selective", "full")
-
 
 class Placement(NamedTuple):
     """How a run is spread: ``one`` device, ``ddp`` or ``fsdp`` over several; `offload`: shards are in main memory."""

