@@ -111,10 +111,10 @@ def adapted(model: Any, name: str, **options: Any) -> Any:
     return model.train()
 
 
-def peft_lora(model: Any, targets: list[str] | None = None, causal: bool = True) -> Any:
+def peft_lora(model: Any, targets: list[str] | None = None, causal: bool = True, dropout: float = 0.0) -> Any:
     """PEFT's LoRA of the same total rank; its adapters are float32."""
     from peft import LoraConfig, get_peft_model
 
     task = {"task_type": "CAUSAL_LM"} if causal else {}
-    options = LoraConfig(r=RANK, lora_alpha=2 * RANK, lora_dropout=0.0, target_modules=targets or TARGETS, **task)
+    options = LoraConfig(r=RANK, lora_alpha=2 * RANK, lora_dropout=dropout, target_modules=targets or TARGETS, **task)
     return get_peft_model(model, options).train()

@@ -51,7 +51,7 @@ def sizes(name: str, device: str, data: Path | None) -> Sizes:
         steps: Any = [("Llama-3-8B", None, 4, 512), ("Llama-3-8B", 8, 16, 512), ("SmolLM2-135M", None, 32, 64)]
         return Sizes(name, device, 8, layers, steps, 200, SMOLLM2, True, data)
     if name == "cpu":
-        layers = [(4096, 4096, 256), (1024, 1024, 512)]
+        layers = [(4096, 4096, 1024), (1024, 1024, 512)]
         return Sizes(name, device, 5, layers, [("SmolLM2-135M", 4, 4, 64)], 20, SMOLLM2, False, data)
     return Sizes(name, device, 2, [(64, 64, 16)], [("tiny", None, 2, 12)], 4, None, False, None)
 
@@ -73,6 +73,8 @@ def layers(s: Sizes) -> Iterator[Row]:
                 One(weight), "talklora", targets=["q_proj"], dropout_input=0.05
             )
             models |= _peers(lambda weight=weight: One(weight), ["q_proj"], s, causal=False)
+            if "PEFT LoRA" in models:
+                models["PEFT LoRA, dropout 0.05"] = peft_lora(One(weight), ["q_proj"], causal=False, dropout=0.05)
             if dtype == torch.float32:  # it would compute in bf16 and be another computation
                 models.pop("PEFT LoRA, autocast", None)
             models = {name: model.to(s.device) for name, model in models.items()}
