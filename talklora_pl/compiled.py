@@ -103,8 +103,8 @@ class CompiledLayers:
             with torch.no_grad():
                 for p, value in zip(trained, before, strict=True):
                     p.copy_(value)
-        # in half precision rounding alone moves the gradients of single small tensors by a seventh (30 layers, bfloat16);
-        # the ones of compiled layers are then as near to float32's as those of layers as they are
+        # in half precision rounding alone moves gradients of single small tensors by a seventh (30 layers, bfloat16):
+        # those of compiled layers are then as near to float32's as those of layers as they are
         tolerance = {torch.float64: 1e-6, torch.float32: 1e-2}.get(next(self.layers[0].parameters()).dtype, 0.5)
         size = max(float(g.norm()) for g in eager)
         for g, o, c in zip(eager, other, compiled, strict=True):
