@@ -8,10 +8,14 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
+from functools import partial
+
 import hypothesis
 import pytest
+import torch
 from transformers import PreTrainedModel
 
+from talklora_pl.sites import fused
 from tests.data import tiny
 
 hypothesis.settings.register_profile("untimed", deadline=None)  # how long an example takes is the machine's affair
@@ -42,6 +46,13 @@ def tiny_llama(**changes: int) -> PreTrainedModel:
         "use_cache": False,
     }
     return tiny.llama(attn_implementation="eager", **sizes | changes).eval()
+
+
+@pytest.fixture
+def plain_dropout(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Dropout by its own operator, as on a GPU; with its masks the numbers of earlier versions were written down."""
+    monkeypatch.setattr(fused, "drop", partial(torch.native_dropout, train=True))
+    monkeypatch.setattr(fused, "dropped", torch.ops.aten.native_dropout_backward)
 
 
 @pytest.fixture

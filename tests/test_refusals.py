@@ -63,13 +63,21 @@ STUDY = {
     "- method/lora": "a study is a mapping with methods, seeds and more",
     "seeds: 2": "methods: none is given",
 }
+FILES = {
+    read_study: STUDY,
+    read_file: {
+        "- a": "tasks are a mapping of names to entries",
+        "a: [": "is not readable as YAML",
+    },
+}
 
 
-@pytest.mark.parametrize("text", STUDY)
-def test_studies(text: str, tmp_path: Path) -> None:
-    (tmp_path / "study.yaml").write_text(text)
-    with pytest.raises(UserError, match=STUDY[text]):
-        read_study(str(tmp_path / "study.yaml"))
+@pytest.mark.parametrize("read, text", [(read, text) for read, texts in FILES.items() for text in texts])
+def test_files(read: Callable[[Path], Any], text: str, tmp_path: Path) -> None:
+    file = tmp_path / "file.yaml"
+    file.write_text(text)
+    with pytest.raises(UserError, match=FILES[read][text]):
+        read(file)
 
 
 COMMANDS: list[tuple[list[str], str]] = [
@@ -92,16 +100,3 @@ COMMANDS: list[tuple[list[str], str]] = [
 def test_commands(argv: list[str], said: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(argv) == 2
     assert said in " ".join(capsys.readouterr().err.split())
-
-
-TASKS = {
-    "- a": "tasks are a mapping of names to entries",
-    "a: [": "is not readable as YAML",
-}
-
-
-@pytest.mark.parametrize("text", TASKS)
-def test_task_files(text: str, tmp_path: Path) -> None:
-    (tmp_path / "tasks.yaml").write_text(text)
-    with pytest.raises(UserError, match=TASKS[text]):
-        read_file(tmp_path / "tasks.yaml")

@@ -16,7 +16,7 @@ from talklora_pl.experts.lora import LoRA
 from talklora_pl.routers.softmax import Uniform
 from talklora_pl.sites.base_experts import AdaptedExperts, is_mixture, parts, why_not
 from talklora_pl.spec import Bank, LayerSpec
-from tests.monitoring.test_waits import Waits
+from tests.operators import Waits
 
 TINY = {
     "vocab_size": 64,

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 import shutil
-from functools import partial
 from pathlib import Path
 
 import pytest
@@ -18,7 +17,6 @@ from safetensors.torch import load_file
 from talklora_pl import load_adapter
 from talklora_pl.base import BaseModel, load_base
 from talklora_pl.cli import main
-from talklora_pl.sites import fused
 from tests.sameness import Losses
 
 
@@ -29,8 +27,8 @@ def old(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path / "old"
 
 
-def test_it_goes_on_where_it_stopped(old: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(fused, "drop", partial(torch.native_dropout, train=True))  # whose masks it had
+@pytest.mark.usefixtures("plain_dropout")
+def test_it_goes_on_where_it_stopped(old: Path) -> None:
     Losses.values = []
     options = ["--trainer.callbacks=tests.sameness.Losses", "--trainer.max_steps=6", "--trainer.default_root_dir=runs"]
     assert main(["fit", "--config=my.yaml", "--ckpt_path=run/checkpoints/last.ckpt", *options]) == 0

@@ -5,7 +5,6 @@ from __future__ import annotations
 import subprocess
 import sys
 from dataclasses import replace
-from functools import partial
 from typing import Any
 
 import pytest
@@ -13,7 +12,6 @@ import torch
 from torch import Tensor, nn
 
 from talklora_pl.adapter import inject
-from talklora_pl.sites import fused
 from talklora_pl.sites.dropped import drop, dropped
 from talklora_pl.sites.fused import frozen_and_down
 from tests.methods.test_configs import config_of
@@ -37,11 +35,10 @@ def count(method: str, dropout: float = 0.0) -> int:
     return len(forward_and_backward(model.train(), x, torch.randn(2, 16, 48, dtype=torch.bfloat16)))
 
 
-def check_dropout(method: str, operators: int, most: int, monkeypatch: pytest.MonkeyPatch) -> None:
+def check_dropout(method: str, operators: int, most: int, request: pytest.FixtureRequest) -> None:
     """``most`` more where dropout has a kernel of its own; a CPU has several that together are faster."""
     assert count(method, dropout=0.05) <= operators + most + 4
-    monkeypatch.setattr(fused, "drop", partial(torch.native_dropout, train=True))
-    monkeypatch.setattr(fused, "dropped", torch.ops.aten.native_dropout_backward)
+    request.getfixturevalue("plain_dropout")
     assert count(method, dropout=0.05) <= operators + most
 
 
@@ -52,18 +49,18 @@ def test_counter() -> None:
 
 
 @pytest.mark.parametrize("method, most", [("lora", 12), ("talklora", 31), ("talklora_no_talk", 26), ("moelora", 21)])
-def test_linear_methods(method: str, most: int, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_linear_methods(method: str, most: int, request: pytest.FixtureRequest) -> None:
     n = count(method)
     assert n <= most
     # with dropout, scores that come from x itself are a product of their own
-    check_dropout(method, n, 8 if method == "moelora" else 4, monkeypatch)
+    check_dropout(method, n, 8 if method == "moelora" else 4, request)
 
 
 @pytest.mark.parametrize("method, most", [("talklora_gnn", 41), ("talklora_attention", 44), ("talklora_mlp_mixer", 49)])
-def test_communication(method: str, most: int, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_communication(method: str, most: int, request: pytest.FixtureRequest) -> None:
     n = count(method)
     assert n <= most and n <= 1.6 * count("talklora")
-    check_dropout(method, n, 4, monkeypatch)
+    check_dropout(method, n, 4, request)
 
 
 class Three(nn.Module):

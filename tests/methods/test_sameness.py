@@ -3,13 +3,10 @@
 from __future__ import annotations
 
 import json
-from functools import partial
 from pathlib import Path
 
 import pytest
-import torch
 
-from talklora_pl.sites import fused
 from tests import sameness
 
 
@@ -19,10 +16,8 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.mark.parametrize("method", sameness.METHODS)
-def test_losses_and_exported_tensors_are_those_written_down(
-    method: str, folder: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(fused, "drop", partial(torch.native_dropout, train=True))  # whose masks were written down
+@pytest.mark.usefixtures("plain_dropout")
+def test_losses_and_exported_tensors_are_those_written_down(method: str, folder: Path) -> None:
     want, got = json.loads((sameness.RECORDED / f"{method}.json").read_text()), sameness.run(method, folder)
     assert got["losses"] == pytest.approx(want["losses"], rel=1e-10, abs=0)
     assert got["experts_per_layer"] == want["experts_per_layer"]

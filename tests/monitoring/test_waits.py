@@ -16,7 +16,7 @@ import pytest
 import torch
 from lightning.pytorch.loops.training_epoch_loop import _TrainingEpochLoop
 from rich.console import Console
-from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
+from torch.utils._python_dispatch import _disable_current_modes
 
 from talklora_pl.adapter.inject import Adapter
 from talklora_pl.callbacks import LoadBalance, RunMetrics, progress
@@ -24,35 +24,9 @@ from talklora_pl.callbacks.progress import EpochProgress
 from talklora_pl.data.batches import Batches
 from talklora_pl.module import FineTuner
 from tests.methods.test_configs import config_of
+from tests.operators import Waits
 
 METHODS = sorted(p.stem for p in (Path(__file__).parents[2] / "configs/method").glob("*.yaml"))
-WAITS = {
-    "_local_scalar_dense",
-    "nonzero",
-    "nonzero_numpy",
-    "argwhere",
-    "masked_select",
-    "bincount",
-    "is_nonzero",
-    "equal",
-}
-INDEXED = {"index", "index_put", "index_put_", "_unsafe_index", "_index_put_impl_"}
-
-
-class Waits(TorchDispatchMode):
-    """Names of the operators inside of the context whose result the host has to know."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.names: list[str] = []
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        name = func.overloadpacket.__name__
-        by_mask = name in INDEXED and any(i is not None and i.dtype in (torch.bool, torch.uint8) for i in args[1])
-        unknown = name == "repeat_interleave" and (kwargs or {}).get("output_size") is None
-        if name in WAITS or name.startswith(("unique", "_unique")) or by_mask or unknown:
-            self.names.append(name)
-        return func(*args, **(kwargs or {}))
 
 
 def watch(monkeypatch: pytest.MonkeyPatch, *methods: tuple[type, str]) -> Waits:
