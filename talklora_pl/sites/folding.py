@@ -26,7 +26,8 @@ _PLAIN = {"fold": frozenset({"forward", "split", "node_features", "mix"}), "rout
 
 def offers(part: Any, method: str) -> bool:
     """Whether ``part`` has the folded ``method``, and nobody changed or watches the plain ones that it stands for."""
-    return not is_watched(part) and _PLAIN[method].isdisjoint(vars(part)) and _class_offers(_kind(part), method)
+    replaced = any(name in vars(part) for name in _PLAIN[method])  # torch 2.11 cannot compile a set's isdisjoint
+    return not (is_watched(part) or replaced) and _class_offers(_kind(part), method)
 
 
 def is_watched(part: Any) -> bool:

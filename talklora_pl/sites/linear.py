@@ -5,8 +5,8 @@ T tokens, D input width, O output width, E experts, R rank per expert, F feature
 
 from __future__ import annotations
 
-from collections.abc import Callable, Container
-from typing import Any, NamedTuple
+from collections.abc import Container
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -20,6 +20,10 @@ from talklora_pl.sites.left_out import only_reached
 from talklora_pl.sites.mixture import BlockMixture, Mixture, own_features
 from talklora_pl.sites.targets import find_targets, widths
 from talklora_pl.spec import Bank, LayerOptions, LayerSpec, unregistered
+
+
+Way = Literal["uniform", "folded", "plain"]
+"""The same for all tokens; all that is linear in one product; one part of the method after the other."""
 
 
 class Matrices(NamedTuple):
@@ -66,32 +70,37 @@ class AdaptedLinear(Mixture):
         """Output (..., O) of the adapted layer for input (..., D)."""
         x_TD = x.reshape(-1, x.shape[-1])
         dropout = self.dropout_input if self.training else 0.0
-        rank_space: Callable[[Tensor, Tensor, Matrices, torch.Size], Tensor]
-        if self.fold and self._is_uniform():
-            rank_space = self._uniform
-        elif self.fold and self._folds(x_TD):
-            rank_space = self._folded
-        else:
-            rank_space = self._plain
-        m = self._matrices_for(rank_space, x_TD)
+        way = self._way(x_TD)
+        m = self._matrices_for(way, x_TD)
         y_TO, product_TM = frozen_and_down(frozen.frozen_forward, frozen, x_TD, dropout, m.down_MD, m.whole)
         with without_autocast(x_TD.device.type):
-            z_TQ = rank_space(x_TD, product_TM, m, x.shape[:-1])
+            if way == "uniform":
+                z_TQ = self._uniform(x_TD, product_TM, x.shape[:-1])
+            elif way == "folded":
+                z_TQ = self._folded(product_TM, m, x.shape[:-1])
+            else:
+                z_TQ = self._plain(x_TD, product_TM, x.shape[:-1])
         y_TO = add_up(y_TO, z_TQ, m.up_QO, m.scale, self.dropout_output, self.training)
         return y_TO.view(*x.shape[:-1], -1)
 
-    def _matrices_for(self, rank_space: Any, x_TD: Tensor) -> Matrices:
+    def _way(self, x_TD: Tensor) -> Way:
+        """What is computed in rank space, for an input like this."""
+        if self.fold and self._is_uniform():
+            return "uniform"
+        return "folded" if self.fold and self._folds(x_TD) else "plain"
+
+    def _matrices_for(self, way: Way, x_TD: Tensor) -> Matrices:
         """The layer's matrices; without gradients folded and cast once, and kept until a trained tensor changes."""
         kind = x_TD.device.type
         dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else product_dtype(x_TD)
         if self.training or torch.is_grad_enabled() or torch.compiler.is_compiling():
-            return self._matrices(rank_space, dtype)
+            return self._matrices(way, dtype)
 
         def ready() -> Matrices:
-            m = self._matrices(rank_space, dtype)
+            m = self._matrices(way, dtype)
             return m._replace(down_MD=m.down_MD.to(dtype), up_QO=scaled(m.up_QO, m.scale, dtype), scale=1.0)
 
-        return self._kept.get([p[name] for p, name in self._sources()], ready, (dtype, rank_space.__name__))
+        return self._kept.get([p[name] for p, name in self._sources()], ready, (dtype, way))
 
     def _sources(self) -> list[tuple[dict[str, Any], str]]:
         """Where the tensors are that matrices come from; not these themselves, which may be exchanged."""
@@ -101,16 +110,16 @@ class AdaptedLinear(Mixture):
             self._places = [(m._parameters, n) for m in modules for n, p in m._parameters.items() if p is not None]
         return self._places
 
-    def _matrices(self, rank_space: Any, dtype: torch.dtype) -> Matrices:
+    def _matrices(self, way: Way, dtype: torch.dtype) -> Matrices:
         experts = self.experts
         router: Any = self.router if self.decides else None  # whose options are known once it folds
         with without_autocast(experts.down().device.type):
-            if rank_space == self._plain:
+            if way == "plain":
                 if self._only_weighs():
                     return Matrices(*folding.down_and_up_rows(experts, self.scale, dtype))
                 return Matrices(experts.down(), experts.up(), self.scale)
             m = Matrices(experts.down(), experts.up(), self.scale)
-            if rank_space == self._uniform:
+            if way == "uniform":
                 return m._replace(down_MD=folding.rank_rows(experts), scale=self.scale * router.share)
             if self._block:
                 return m._replace(down_MD=folding.rank_rows(experts))
@@ -139,7 +148,7 @@ class AdaptedLinear(Mixture):
             return False
         return not (folding.is_watched(self.router) or folding.is_watched(self.communication))
 
-    def _uniform(self, x_TD: Tensor, h_TP: Tensor, m: Matrices, leading_shape: torch.Size) -> Tensor:
+    def _uniform(self, x_TD: Tensor, h_TP: Tensor, leading_shape: torch.Size) -> Tensor:
         """z_TQ of experts that all count the same; their share is in the scale."""
         z_TER = self.experts.split(h_TP)
         if self.collectors or torch.compiler.is_compiling():  # whose layers do not ask who listens
@@ -153,7 +162,7 @@ class AdaptedLinear(Mixture):
             return False
         return folding.exact_enough(self.router, x_TD)
 
-    def _folded(self, x_TD: Tensor, product_TM: Tensor, m: Matrices, leading_shape: torch.Size) -> Tensor:
+    def _folded(self, product_TM: Tensor, m: Matrices, leading_shape: torch.Size) -> Tensor:
         """z_TQ with all that is linear in the one down product: what :meth:`_plain` computes."""
         if self._block:
             return weigh(self.experts.split(product_TM), self._block[0].weights()).flatten(1)
@@ -163,7 +172,7 @@ class AdaptedLinear(Mixture):
         w_TE = self.observed(routing, leading_shape).weights_TE
         return weigh(self.experts.split(h_TP), w_TE).flatten(1)
 
-    def _plain(self, x_TD: Tensor, h_TP: Tensor, m: Matrices, leading_shape: torch.Size) -> Tensor:
+    def _plain(self, x_TD: Tensor, h_TP: Tensor, leading_shape: torch.Size) -> Tensor:
         """z_TQ, one part of the method after the other; in full precision, which selection wants."""
         dtype = self.experts.down().dtype
         if self._block or self.experts_see_talk or not self._only_weighs():
