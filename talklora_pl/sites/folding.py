@@ -26,8 +26,12 @@ _PLAIN = {"fold": frozenset({"forward", "split", "node_features", "mix"}), "rout
 
 def offers(part: Any, method: str) -> bool:
     """Whether ``part`` has the folded ``method``, and nobody changed or watches the plain ones that it stands for."""
-    replaced = any(name in vars(part) for name in _PLAIN[method])  # torch 2.11 cannot compile a set's isdisjoint
-    return not (is_watched(part) or replaced) and _class_offers(_kind(part), method)
+    return not is_watched(part) and not _has_own(part, method) and _class_offers(_kind(part), method)
+
+
+def _has_own(place: Any, method: str) -> bool:
+    # torch 2.11 cannot compile isdisjoint of a set
+    return any(name in vars(place) for name in _PLAIN[method])
 
 
 def is_watched(part: Any) -> bool:
@@ -44,7 +48,7 @@ def _class_offers(kind: type, method: str) -> bool:
     for cls in kind.__mro__:
         if method in vars(cls):
             return True
-        if not _PLAIN[method].isdisjoint(vars(cls)):
+        if _has_own(cls, method):
             return False
     return False
 

@@ -21,7 +21,6 @@ from talklora_pl.sites.mixture import BlockMixture, Mixture, own_features
 from talklora_pl.sites.targets import find_targets, widths
 from talklora_pl.spec import Bank, LayerOptions, LayerSpec, unregistered
 
-
 Way = Literal["uniform", "folded", "plain"]
 """The same for all tokens; all that is linear in one product; one part of the method after the other."""
 
