@@ -12,6 +12,7 @@ from torch import Tensor
 
 from talklora_pl.adapter_module import AdapterModule
 from talklora_pl.monitoring.alerts import AlertRules, Alerts
+from talklora_pl.monitoring.host import read_back
 from talklora_pl.monitoring.metrics import Load, RoutingLoad, overlap, top_experts
 from talklora_pl.monitoring.sensitivity import DecisionInputs, communication_matrices
 from talklora_pl.monitoring.tensorboard import Board
@@ -100,7 +101,7 @@ class LoadBalance(L.Callback):
         self.train_load.update(pl_module.routing, _tasks(batch), _is_filler(batch))
         if trainer.global_step == self._step:  # further micro-steps of this optimiser step follow
             return
-        load = self.train_load.summary()
+        load = self.train_load.summary(lambda sums: read_back(trainer, sums))
         self.train_load.reset()
         board = Board(trainer)
         if not load.layers:
@@ -235,6 +236,8 @@ def _tasks(batch: Any) -> list[str] | None:
 
 def _is_filler(batch: Any) -> bool:
     """Whether the batch only keeps this rank in step with the others."""
+    if "filler" in batch:  # in training
+        return bool(batch["filler"])
     if "real" in batch:
         return not bool(batch["real"].any())
     return "labels" in batch and bool((batch["labels"] == -100).all())

@@ -120,6 +120,8 @@ class Preemption(L.Callback):
 
     def _asked(self, trainer: L.Trainer) -> bool:
         """Whether any rank received a signal; all ranks get the same answer."""
+        if trainer.world_size == 1:  # nobody to agree with, and a device to wait for
+            return bool(self._received)
         here = torch.tensor(self._received, device=trainer.strategy.root_device)
         agreed = int(trainer.strategy.reduce(here, reduce_op="max"))
         if agreed:  # else leave alone what the handler may have set meanwhile

@@ -47,9 +47,10 @@ from talklora_pl.evaluation import (
     write_lines,
 )
 from talklora_pl.inputs import packed_rows
-from talklora_pl.internals.lightning import step_ends, trainer_of
+from talklora_pl.internals.lightning import logs_now, step_ends, trainer_of
 from talklora_pl.memory import report
 from talklora_pl.memory.checkpointing import Checkpointing, checkpoint_layers, mode_of
+from talklora_pl.monitoring.host import read_back
 from talklora_pl.names import ADAPTERS
 from talklora_pl.objectives import Objective, choose
 from talklora_pl.optim import ParamGroup, WarmupSchedule, grouped, try_optimizer, watched
@@ -326,8 +327,8 @@ class FineTuner(AdapterModule):
         if step_ends(self.trainer):
             # their mean over ranks is the mean over all tokens of the step, however they are spread
             bar = self.trainer.progress_bar_callback
-            # Lightning reads what it shows at every step, and the host waits; our own bar asks at times by itself
-            shown = bar is not None and not getattr(bar, "asks_by_itself", False)
+            # Lightning reads what it shows at every step, and the host waits; our own bar looks for itself
+            shown = bar is not None and not _asks_by_itself(bar)
             for name, value in self._step_sums.items():
                 self.log(name, value, prog_bar=shown and name == "train_loss", sync_dist=True, batch_size=1)
             self._step_sums = {}
@@ -381,7 +382,16 @@ class FineTuner(AdapterModule):
         return int(self.trainer.strategy.reduce(torch.tensor(count, device=self.device), reduce_op="sum"))
 
     def on_train_batch_end(self, *args: Any) -> None:
+        """After all callbacks, and before Lightning reads one by one what they and the step have logged."""
+        if logs_now(self.trainer) and (self.trainer.loggers or _asks_by_itself(self.trainer.progress_bar_callback)):
+            read_back(self.trainer)
         self.routing = []
+
+    def log(self, name: str, value: Any, *args: Any, **kwargs: Any) -> None:
+        """As Lightning's, but a number that the host has stays with it, where it can be read without a wait."""
+        if isinstance(value, int | float) and not kwargs.get("sync_dist"):
+            value = torch.tensor(value, dtype=torch.promote_types(torch.get_default_dtype(), torch.float32))
+        super().log(name, value, *args, **kwargs)
 
     # --- evaluation
 
@@ -554,6 +564,10 @@ class FineTuner(AdapterModule):
                 f"The checkpoint also holds the adapter {lost[0]!r}, which its run began from and compares with. Give "
                 "model.adapter_path (and model.objective) as that run had them."
             )
+
+
+def _asks_by_itself(bar: Any) -> bool:
+    return getattr(bar, "asks_by_itself", False)
 
 
 def trained_tensors(model: nn.Module) -> dict[str, nn.Parameter]:

@@ -8,6 +8,7 @@ from typing import Any
 import lightning as L
 from lightning.pytorch.loggers import CSVLogger, Logger, TensorBoardLogger, WandbLogger
 from lightning.pytorch.strategies import ModelParallelStrategy
+from torch import Tensor
 
 
 def step_ends(trainer: L.Trainer) -> bool:
@@ -52,6 +53,28 @@ def log_now(trainer: L.Trainer) -> None:
     """Write what the training step logged; Lightning does it after ``on_train_batch_end``, where a run may end."""
     trainer._logger_connector.on_batch_end()
     trainer._logger_connector.update_train_step_metrics()
+
+
+def logs_now(trainer: L.Trainer) -> bool:
+    """Whether the loggers get what the training step logged; asked in ``on_train_batch_end``.
+
+    A run that is about to stop logs its last step out of turn.
+    """
+    return step_ends(trainer) and (trainer._logger_connector.should_update_logs or bool(trainer.fast_dev_run))
+
+
+def logged_values(trainer: L.Trainer) -> list[tuple[Any, Tensor]]:
+    """What training steps logged for the loggers, each value with what holds it for :func:`put_logged_value`.
+
+    Lightning turns them into numbers one by one, each a wait for the device, and no option lets it take them together.
+    """
+    held = [r for r in trainer.fit_loop.epoch_loop._results.values() if r.meta.on_step and not r.meta.enable_graph]
+    return [(r, r._forward_cache) for r in held if isinstance(r._forward_cache, Tensor) and not r.has_reset]
+
+
+def put_logged_value(holder: Any, value: Tensor) -> None:
+    """Let the loggers and the progress bar have this for one of :func:`logged_values`; means over an epoch stay."""
+    holder._forward_cache = value
 
 
 def without_signal_handlers(trainer: L.Trainer) -> None:

@@ -7,16 +7,18 @@ K selected experts.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 from torchmetrics import Metric
 
+from talklora_pl.monitoring.host import to_host
 from talklora_pl.routing import PackedRows, RoutingRecord
 
 MAX_ELEMENTS = 2**22  # of the tensors made in one go
+Read = Callable[[Sequence[Tensor]], list[Tensor]]
 
 
 class RoutingLoad(Metric):
@@ -62,7 +64,7 @@ class RoutingLoad(Metric):
         """
         if filler:
             return
-        task_B = torch.tensor([self._task(t) for t in tasks], device=self.tokens.device) if tasks else None
+        task_B = self._numbers([self._task(t) for t in tasks]) if tasks else None
         for group in self._groups(records):
             self._add(group, task_B)
 
@@ -80,7 +82,7 @@ class RoutingLoad(Metric):
 
     def _add(self, group: list[RoutingRecord], task_B: Tensor | None) -> None:
         routings = [r.routing for r in group]
-        row_L = torch.tensor([self.rows[r.layer] for r in group], device=self.tokens.device)
+        row_L = self._numbers([self.rows[r.layer] for r in group])
         pad_LT = ~torch.stack([r.mask_T for r in group])
         w_LTE = torch.stack([r.weights_TE for r in routings]).float()
         p_LTE = torch.stack([r.probs_TE for r in routings]).float()
@@ -111,6 +113,9 @@ class RoutingLoad(Metric):
             state.index_add_(0, row_L, value_LT.masked_fill(pad_LT, 0).sum(-1))
         self.selected[row_L] = float(K)
 
+    def _numbers(self, values: list[int]) -> Tensor:
+        return torch.tensor(values).to(self.tokens.device, non_blocking=True)  # else the host would wait
+
     def _task(self, name: str) -> int:
         if name not in self.tasks:
             self._set_tasks([*self.tasks, name])
@@ -118,7 +123,7 @@ class RoutingLoad(Metric):
 
     def _set_tasks(self, names: list[str]) -> None:
         """Rearrange the sums for another list of tasks, which has all of the present ones."""
-        place = torch.tensor([names.index(t) for t in self.tasks], device=self.tokens.device)
+        place = self._numbers([names.index(t) for t in self.tasks])
         for key in ("weights", "choices", "tokens"):
             old = getattr(self, key)
             new = old.new_zeros(old.shape[0], len(names), *old.shape[2:])
@@ -132,19 +137,23 @@ class RoutingLoad(Metric):
             task_T = task_B[packed.row_T]
         elif task_B is not None and T % len(task_B) == 0:
             task_T = task_B.repeat_interleave(T // len(task_B))
-        return torch.nn.functional.one_hot(task_T, len(self.tasks)).float()
+        return (task_T.unsqueeze(-1) == torch.arange(len(self.tasks), device=task_T.device)).float()
 
-    def compute(self) -> Load:
-        """The load of everything counted, over all ranks."""
-        return Load(self)
+    def compute(self, read: Read = to_host) -> Load:
+        """The load of everything counted, over all ranks.
 
-    def summary(self) -> Load:
+        Args:
+            read: how the sums come to the host, all at once.
+        """
+        return Load(self, read)
+
+    def summary(self, read: Read = to_host) -> Load:
         """As :meth:`compute`, after the ranks have agreed on the names of the tasks. Every rank must call it."""
         if dist.is_available() and dist.is_initialized():
             known: list[list[str]] = [[] for _ in range(dist.get_world_size())]
             dist.all_gather_object(known, self.tasks)
             self._set_tasks(["", *sorted({t for tasks in known for t in tasks} - {""})])
-        load: Load = self.compute()
+        load: Load = self.compute(read)
         return load
 
     def reset(self) -> None:
@@ -176,13 +185,14 @@ class Load:
         tokens_N: tokens of every task.
     """
 
-    def __init__(self, sums: RoutingLoad) -> None:
-        seen_L = (sums.tokens.sum(-1) > 0).cpu()
+    def __init__(self, sums: RoutingLoad, read: Read = to_host) -> None:
+        states = [sums.tokens, sums.weights, sums.choices, sums.selected, sums.entropy, sums.margin, sums.router_z]
+        states = read(states)
+        seen_L = states[0].sum(-1) > 0
         self.layers = [name for name, i in sums.rows.items() if seen_L[i]]
         self.experts_L = torch.tensor([sums.layers[name] for name in self.layers])
-        take = lambda state: state.detach().cpu().double()[seen_L]  # noqa: E731
-        tokens_LN, weights_LNE, choices_LNE = take(sums.tokens), take(sums.weights), take(sums.choices)
-        self.selected_L = take(sums.selected).long()
+        tokens_LN, weights_LNE, choices_LNE, selected_L, *per_token = (state.double()[seen_L] for state in states)
+        self.selected_L = selected_L.long()
         keep_N = [i for i, name in enumerate(sums.tasks) if name or tokens_LN[:, i].any()]
         self.tasks = [sums.tasks[i] for i in keep_N]
         self.tokens_N = tokens_LN.amax(0)[keep_N].long() if self.layers else torch.zeros(0).long()
@@ -190,9 +200,7 @@ class Load:
         self.task_share_LNE = _normalise(load_LNE[:, keep_N])
         self.share_LE = _normalise(load_LNE.sum(1))
         tokens_L = tokens_LN.sum(1)
-        self.token_entropy = take(sums.entropy) / tokens_L
-        self.margin = take(sums.margin) / tokens_L
-        self.router_z = take(sums.router_z) / tokens_L
+        self.token_entropy, self.margin, self.router_z = (sum_L / tokens_L for sum_L in per_token)
 
     @property
     def relative_LE(self) -> Tensor:

@@ -111,6 +111,24 @@ def test_what_a_step_logged_is_written_before_the_run_ends(tmp_path: Path) -> No
     assert len((Path(run.log_dir) / "metrics.csv").read_text().splitlines()) == 3  # type: ignore[arg-type]
 
 
+def test_what_steps_log_can_be_exchanged_before_the_loggers_have_it(tmp_path: Path) -> None:
+    asked: list[tuple[int, bool]] = []
+
+    class Exchange(L.Callback):
+        def on_train_batch_end(self, trainer: L.Trainer, *args: Any) -> None:
+            asked.append((trainer.global_step, internals.logs_now(trainer)))
+            ((held, value),) = internals.logged_values(trainer)
+            assert value == trainer.callback_metrics["loss"]
+            internals.put_logged_value(held, torch.tensor(float(trainer.global_step)))
+
+    run = trainer(tmp_path, Exchange(), log_every_n_steps=2, max_steps=5)
+    run.fit(Module())
+    assert asked == [(step, step % 2 == 0) for step in range(1, 6)]
+    lines = (Path(run.log_dir) / "metrics.csv").read_text().splitlines()  # type: ignore[arg-type]
+    place = lines[0].split(",").index("loss")
+    assert [line.split(",")[place] for line in lines[1:]] == ["2.0", "4.0"]
+
+
 def test_lightning_leaves_the_signals_alone(tmp_path: Path) -> None:
     found = []
 
