@@ -219,13 +219,10 @@ def test_a_part_that_cannot_be_stacked_is_said_once() -> None:
     model, adapter = talking()
     for layer in layers_of(adapter):
         layer.communication.__class__ = Asking
-        layer.communication.forward = None  # not run
-        del layer.communication.forward
-    with pytest.warns(
-        UserWarning, match="and 1 layers like it: their parameters are multiplied layer by layer"
-    ) as said:
+    with pytest.warns(UserWarning) as said:
         got = outcome(model, adapter, True)
-    assert len(said) == 2  # kinds
+    kinds = [w for w in said if "1 layers like it: their parameters are multiplied layer by layer" in str(w.message)]
+    assert len(kinds) == 2, [str(w.message) for w in said]
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         same(got, outcome(model, adapter, True))
