@@ -51,7 +51,8 @@ def _before_forward(model: nn.Module, args: Any, kwargs: dict[str, Any]) -> tupl
         adapters.looked_for_reference = True
         _tell_of_reference()
     if active is not None and torch.is_grad_enabled():
-        adapters[active].together.make(lambda: adapted_by(model, active))
+        together: Any = adapters[active].together
+        together.make(lambda: adapted_by(model, active))
     if "adapter_names" not in kwargs:
         return None
     if names is not None:
@@ -100,7 +101,8 @@ def _after_forward(model: nn.Module, args: Any, output: Any) -> None:
         switch.calls.pop()[1].close()
     if depth:  # else the call was refused
         switch.end()
-    for adapter in adapters.values():
+    each: Any = adapters.values()
+    for adapter in each:
         adapter.together.close()
 
 

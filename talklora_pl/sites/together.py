@@ -51,13 +51,16 @@ class Together:
             self._groups = list(_groups(pairs()))
         self._pass = Pass()
         for group in self._groups:
-            group.drop()
-            if self.on:
-                group.make(self._pass)
+            group.made = self.on and group.make(self._pass)
+            if not group.made:
+                for layer in group.layers:
+                    layer.made = None
 
     def close(self) -> None:
         """The forward pass has ended."""
         self._pass.under_way = False
+        for group in self._groups or ():
+            group.look_back()
 
     def __reduce__(self) -> tuple[Any, ...]:
         return Together, ()  # the layers of a copy are others
@@ -70,16 +73,14 @@ class _Group:
         self.layers = layers
         self.dtype = dtype  # of the base
         self.on = True
+        self.made = False  # in the forward pass that is under way
         self._formula = _Formula(layers[0])
         self._places = [_tensors(layer) for layer in layers]
 
-    def drop(self) -> None:
-        for layer in self.layers:
-            layer.made = None
-
-    def make(self, during: Pass) -> None:
+    def make(self, during: Pass) -> bool:
+        """Whether it has made what its layers need."""
         if not (self.on and self.layers[0].fold):
-            return
+            return False
         kind = self.layers[0].experts.down().device.type
         dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else self.dtype
         way = self.layers[0].way(dtype)
@@ -96,11 +97,18 @@ class _Group:
                 f"layer by layer, which takes longer, because a part cannot do it for several at once ({said}).",
                 stacklevel=2,
             )
-            return
-        rows = zip(*(_Rows.apply(used, stack) for stack in stacks.values()), strict=True)
+            return False
+        rows = zip(*(_Unstack.apply(used, stack) for stack in stacks.values()), strict=True)
         for layer, row in zip(self.layers, rows, strict=True):
             own = matrices._replace(**dict(zip(stacks, row, strict=True)))
             layer.made = Made(during, way, own, [stamp(t) for t in layer.sources()])
+        return True
+
+    def look_back(self) -> None:
+        """Layers that needed something else, as with an autocast that begins inside of the model, make their own."""
+        if self.made and all(layer.made is None for layer in self.layers):
+            self.on = False
+        self.made = False
 
     def _stacked(self, way: Way, dtype: torch.dtype, used: list[bool]) -> tuple[Matrices, dict[str, Tensor]]:
         """The first layer's matrices, for all in them that is no tensor, and the tensors of all layers."""
@@ -133,7 +141,7 @@ class _Stack(torch.autograd.Function):
         return None, *(row if used else None for row, used in zip(d.contiguous().unbind(), ctx.used, strict=True))
 
 
-class _Rows(torch.autograd.Function):
+class _Unstack(torch.autograd.Function):
     """A stack as tensors for every layer; which of them a loss has used is left in ``used``, for :class:`_Stack`."""
 
     @staticmethod

@@ -7,6 +7,7 @@ import pickle
 import warnings
 from dataclasses import replace
 from typing import Any
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -247,6 +248,25 @@ def test_autocast() -> None:
         if on:
             assert all(layer.made.matrices.down_MD.dtype == torch.float32 for layer in layers_of(adapter))
     assert (found[0] - found[1]).norm() < 0.02 * found[1].norm()
+
+
+def test_what_is_of_no_use_is_not_made_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As in a trainer whose autocast wraps the model's own forward: nothing tells of it when the pass begins."""
+    model, adapter = adapted(replace(TALKING, dtype="float32"))
+    model.train()
+    model.forward = torch.autocast("cpu", torch.bfloat16)(model.forward)
+    adapter.together.make = Mock(wraps=adapter.together.make)
+    stacked = Mock(wraps=torch.vmap)
+    monkeypatch.setattr(torch, "vmap", stacked)
+    for _ in range(3):
+        model(IDS, MASK).sum().backward()
+        assert stacked.call_count == 2  # kinds
+    assert adapter.together.make.call_count == 3
+    model.train()
+    with torch.no_grad():
+        model(IDS, MASK)
+    model(IDS, MASK)
+    assert stacked.call_count == 4
 
 
 def test_copies_and_pickles_have_nothing() -> None:
