@@ -34,9 +34,11 @@ class AdaptedLinear(Mixture):
 
     Attributes:
         made: matrices that were made together with those of equal layers, see :mod:`talklora_pl.sites.together`.
+        ready: what has been found out for scoring and generating, see :mod:`talklora_pl.sites.ready`.
     """
 
     made: Made | None = None
+    ready: ReadyLayer | None = None
 
     def __init__(self, layer: LayerSpec, config: LayerOptions, bank: Bank, block: BlockMixture | None = None) -> None:
         super().__init__(layer, config)
@@ -53,11 +55,18 @@ class AdaptedLinear(Mixture):
     def forward(self, frozen: Any, x: Tensor) -> Tensor:
         """Output (..., O) of the adapted layer for input (..., D)."""
         x_TD = x.reshape(-1, x.shape[-1])
-        dropout = self.dropout_input if self.training else 0.0
-        dtype = used_dtype(x_TD)
-        way = self.way(dtype)
-        m = self._matrices_for(way, dtype)
-        y_TO, product_TM = frozen_and_down(frozen.frozen_forward, frozen, x_TD, dropout, m.down_MD, m.whole)
+        ready = None
+        if self.ready is not None and not torch.compiler.is_compiling():
+            ready = self.ready.get(frozen, x_TD)
+        if ready is not None:
+            way, m = ready.way, ready.matrices
+            y_TO, product_TM = ready.frozen_and_down(x_TD)
+        else:
+            dropout = self.dropout_input if self.training else 0.0
+            dtype = used_dtype(x_TD)
+            way = self.way(dtype)
+            m = self._matrices_for(way, dtype)
+            y_TO, product_TM = frozen_and_down(frozen.frozen_forward, frozen, x_TD, dropout, m.down_MD, m.whole)
         with without_autocast(x_TD.device.type):
             if way == "uniform":
                 z_TQ = self._uniform(x_TD, product_TM, x.shape[:-1])
@@ -65,7 +74,10 @@ class AdaptedLinear(Mixture):
                 z_TQ = self._folded(product_TM, m, x.shape[:-1])
             else:
                 z_TQ = self._plain(x_TD, product_TM, way, x.shape[:-1])
-        y_TO = add_up(y_TO, z_TQ, m.up_QO, m.scale, self.dropout_output, self.training)
+        if ready is not None:
+            y_TO = ready.add_up(y_TO, z_TQ)
+        else:
+            y_TO = add_up(y_TO, z_TQ, m.up_QO, m.scale, self.dropout_output, self.training)
         return y_TO.view(*x.shape[:-1], -1)
 
     def way(self, dtype: torch.dtype) -> Way:
@@ -88,6 +100,10 @@ class AdaptedLinear(Mixture):
                 if not in_backward():  # a checkpoint's second pass does what the first did
                     self.made = None
             return self.matrices(way, dtype)
+        return self.kept(way, dtype)
+
+    def kept(self, way: Way, dtype: torch.dtype) -> Matrices:
+        """The layer's matrices folded and cast, without gradients, and kept until a trained tensor changes."""
         return self._kept.get(self.sources(), lambda: self.matrices(way, dtype).ready(dtype), (dtype, way))
 
     def sources(self) -> list[Tensor]:
