@@ -50,9 +50,12 @@ def _before_forward(model: nn.Module, args: Any, kwargs: dict[str, Any]) -> tupl
     if not adapters.looked_for_reference and model.training and torch.is_grad_enabled():
         adapters.looked_for_reference = True
         _tell_of_reference()
-    if active is not None and torch.is_grad_enabled():
-        together: Any = adapters[active].together
-        together.make(lambda: adapted_by(model, active))
+    if active is not None:
+        adapter: Any = adapters[active]
+        if torch.is_grad_enabled():
+            adapter.together.make(lambda: adapted_by(model, active))
+        elif not model.training:
+            adapter.ready.begin(_this_pass(switch), lambda: adapted_by(model, active))
     if "adapter_names" not in kwargs:
         return None
     if names is not None:
@@ -65,6 +68,10 @@ def _before_forward(model: nn.Module, args: Any, kwargs: dict[str, Any]) -> tupl
         rows.enter_context(adapter_rows(model, names))
         switch.calls.append((switch.running[get_ident()], rows))
     return args, {key: value for key, value in kwargs.items() if key != "adapter_names"}
+
+
+def _this_pass(switch: ActiveAdapter) -> tuple[int, int]:
+    return get_ident(), switch.running[get_ident()]
 
 
 def adapted_by(model: nn.Module, name: str) -> Iterator[tuple[nn.Module, nn.Module]]:
@@ -99,11 +106,12 @@ def _after_forward(model: nn.Module, args: Any, output: Any) -> None:
     depth = switch.running[get_ident()]
     if switch.calls and switch.calls[-1][0] == depth:
         switch.calls.pop()[1].close()
-    if depth:  # else the call was refused
-        switch.end()
     each: Any = adapters.values()
     for adapter in each:
         adapter.together.close()
+        adapter.ready.end(_this_pass(switch))
+    if depth:  # else the call was refused
+        switch.end()
 
 
 def adapter_set(model: nn.Module) -> AdapterSet:

@@ -31,6 +31,7 @@ from talklora_pl.routers import RouterModule
 from talklora_pl.routing import Collectors, RoutingRecord
 from talklora_pl.sites.left_out import say_which_experts_are_left_out
 from talklora_pl.sites.mixture import BlockMixture, Mixture
+from talklora_pl.sites.ready import ReadyLayers
 from talklora_pl.sites.targets import is_linear, widths
 from talklora_pl.sites.together import Together
 from talklora_pl.spec import Bank, LayerSpec
@@ -49,6 +50,7 @@ class Adapter(nn.Module):
         plain_layers: those of them that have plain LoRA beside the mixture.
         collectors: open :class:`~talklora_pl.routing.RoutingCollector` of this adapter, innermost last.
         together: parameter products that equal layers make at once.
+        ready: layers that know what they need for the next token.
     """
 
     def __init__(self, config: AdapterConfig) -> None:
@@ -64,9 +66,11 @@ class Adapter(nn.Module):
         self.balance = nn.ModuleDict()
         self.dropouts = Dropouts(self.layers)
         self.together = Together()
+        self.ready = ReadyLayers()
 
     def train(self, mode: bool = True) -> Adapter:
         self.together.forget()
+        self.ready.forget()
         return super().train(mode)
 
     def count_loads(self, records: Iterable[RoutingRecord]) -> None:

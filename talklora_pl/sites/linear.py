@@ -20,6 +20,7 @@ from talklora_pl.sites.fused import add_up, fork, frozen_and_down, used_dtype, w
 from talklora_pl.sites.left_out import only_reached
 from talklora_pl.sites.matrices import Made, Matrices, Way
 from talklora_pl.sites.mixture import BlockMixture, Mixture, own_features
+from talklora_pl.sites.ready import ReadyLayer
 from talklora_pl.sites.targets import find_targets, widths
 from talklora_pl.spec import Bank, LayerOptions, LayerSpec, unregistered
 
@@ -56,7 +57,7 @@ class AdaptedLinear(Mixture):
         """Output (..., O) of the adapted layer for input (..., D)."""
         x_TD = x.reshape(-1, x.shape[-1])
         ready = None
-        if self.ready is not None and not torch.compiler.is_compiling():
+        if not torch.compiler.is_compiling() and self.ready is not None:
             ready = self.ready.get(frozen, x_TD)
         if ready is not None:
             way, m = ready.way, ready.matrices
@@ -199,6 +200,8 @@ class AdaptedLinear(Mixture):
     def train(self, mode: bool = True) -> AdaptedLinear:
         """Forgets what was kept: a training may write to tensors in ways that leave no trace."""
         self._kept.forget()
+        if self.ready is not None:
+            self.ready.forget()
         self.made = None
         return super().train(mode)
 

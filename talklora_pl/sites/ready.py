@@ -11,18 +11,16 @@ T tokens, D input width, O output width.
 from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Iterable
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
-from talklora_pl.internals.torch import is_as_stamped, stamp
+from talklora_pl.internals.torch import STAMP, is_as_stamped, stamp
 from talklora_pl.sites.folding import is_watched
 from talklora_pl.sites.fused import FEW, plain_weight, used_dtype
 from talklora_pl.sites.matrices import Matrices, Way
-
-if TYPE_CHECKING:
-    from talklora_pl.sites.linear import AdaptedLinear
 
 
 class Ready(NamedTuple):
@@ -32,6 +30,17 @@ class Ready(NamedTuple):
     matrices: Matrices
     W_OD: Tensor
     b_O: Tensor | None
+
+    def frozen_and_down(self, x_TD: Tensor) -> tuple[Tensor, Tensor]:
+        """As the function of this name, for tokens of this kind."""
+        down_MD = self.matrices.down_MD
+        return F.linear(x_TD, self.W_OD, self.b_O), F.linear(x_TD.to(down_MD.dtype), down_MD)
+
+    def add_up(self, y_TO: Tensor, z_TQ: Tensor) -> Tensor:
+        """As the function of this name, for tokens of this kind."""
+        up_QO = self.matrices.up_QO
+        z_TQ = z_TQ.to(up_QO.dtype)
+        return y_TO.addmm_(z_TQ, up_QO) if up_QO.dtype == y_TO.dtype else y_TO.add_(z_TQ @ up_QO)
 
 
 class ReadyLayers:
@@ -67,18 +76,24 @@ class ReadyLayers:
 
 
 class ReadyLayer:
-    """One layer: what it has found for which kind of tokens."""
+    """One layer: what it has found for which kind of tokens.
 
-    def __init__(self, all_layers: ReadyLayers, frozen: Any, layer: AdaptedLinear) -> None:
+    Args:
+        frozen: the layer that is adapted.
+        layer: its :class:`~talklora_pl.sites.linear.AdaptedLinear`.
+    """
+
+    def __init__(self, all_layers: ReadyLayers, frozen: Any, layer: Any) -> None:
         self.all, self.frozen, self.layer = all_layers, frozen, layer
         self.forget()
 
     def forget(self) -> None:
-        self.found: dict[Hashable, Ready] = {}
-        self._modules: list[tuple[nn.Module, type, dict[str, Any], dict[str, Any], list[Any]]] = []
+        """Ask anew the next time."""
+        self.found: dict[tuple[torch.dtype, bool], Ready] = {}
+        self._modules: list[tuple[nn.Module, type, dict[str, Any], list[Any]]] = []
         self._hooks: list[dict[int, Any]] = []
         self._fold = self.layer.fold
-        self._stamps: list[Any] = []
+        self._stamps: list[STAMP] = []
         self._memory: list[Tensor] = []  # as in Kept
 
     def get(self, frozen: Any, x_TD: Tensor) -> Ready | None:
@@ -90,21 +105,23 @@ class ReadyLayer:
         kind = x_TD.dtype, x_TD.shape[0] <= FEW
         return self.found.get(kind) or self._find(kind, x_TD)
 
-    def _find(self, kind: Hashable, x_TD: Tensor) -> Ready | None:
+    def _find(self, kind: tuple[torch.dtype, bool], x_TD: Tensor) -> Ready | None:
         W_OD = plain_weight(self.frozen, x_TD.dtype)
+        if W_OD is None or W_OD is not self.frozen.weight:  # a view would outlive what it is of
+            return None
+        sources = self.layer.sources()
+        if any(t.is_inference() or type(t) not in (Tensor, nn.Parameter) for t in sources):
+            return None
         parts: list[Any] = [self.layer, *getattr(self.layer.experts, "shared", ())]
         modules = [self.frozen, *(m for part in parts for m in part.modules())]
-        tensors = self._tensors()
-        if W_OD is None or any(is_watched(m) for m in modules):
-            return None
-        if any(t.is_inference() or type(t) not in (Tensor, nn.Parameter) for t in tensors):
+        if any(is_watched(m) for m in modules):
             return None
         dtype = used_dtype(x_TD)
         way = self.layer.way(dtype)
         ready = Ready(way, self.layer.kept(way, dtype), W_OD, self.frozen.bias)
         if not self.found:
-            self._stamps, self._memory = [stamp(t) for t in tensors], [t.detach() for t in tensors]
-            self._modules = [(m, type(m), dict(vars(m)), m._modules, list(m._modules.values())) for m in modules]
+            self._stamps, self._memory = [stamp(t) for t in sources], [t.detach() for t in sources]
+            self._modules = [(m, type(m), dict(vars(m)), list(m._modules.values())) for m in modules]
             self._hooks = [
                 hooks
                 for m in modules
@@ -113,19 +130,22 @@ class ReadyLayer:
         self.found[kind] = ready
         return ready
 
-    def _tensors(self) -> list[Tensor]:
-        own = self.frozen._parameters
-        return [own["weight"], *([] if own.get("bias") is None else [own["bias"]]), *self.layer.sources()]
-
     def has_changed(self) -> bool:
-        """Whether a tensor, a part, an option, a class is another one, a tensor was written to, or somebody watches."""
+        """Whether a tensor, part, option or class is another one, a trained tensor was written to, or somebody watches.
+
+        The frozen tensors are multiplied with as they are; what they hold does not matter.
+        """
         if any(self._hooks) or self.layer.fold is not self._fold:
             return True
-        for module, kind, state, places, parts in self._modules:
-            # values are the same objects, or numbers that are equal
-            if type(module) is not kind or vars(module) != state or list(places.values()) != parts:
+        for module, kind, state, parts in self._modules:
+            # objects that are the same, or numbers that are equal
+            if type(module) is not kind or vars(module) != state or list(module._modules.values()) != parts:
                 return True
-        return not is_as_stamped(self._tensors(), self._stamps)
+        own = self.frozen._parameters
+        for (dtype, _), ready in self.found.items():
+            if own["weight"] is not ready.W_OD or own["bias"] is not ready.b_O or ready.W_OD.dtype != dtype:
+                return True
+        return not is_as_stamped(self.layer.sources(), self._stamps)
 
     def __reduce__(self) -> tuple[Any, ...]:
         return type(None), ()  # a copy of the layer has none
