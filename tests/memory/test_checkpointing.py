@@ -77,7 +77,7 @@ def test_memory_of_selective_is_in_between() -> None:
         checkpoint_layers(model, mode)  # type: ignore[arg-type]
         gc.collect()
         with LiveBytes() as live:
-            out = model(input_ids=torch.arange(32).repeat(2, 4) % 30, use_cache=False).logits
+            out = model(input_ids=torch.arange(32).repeat(2, 16) % 30, use_cache=False).logits
             kept[mode] = live.now
         out.sum().backward()
     assert kept["full"] < 0.1 * kept["off"], kept
