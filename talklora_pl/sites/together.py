@@ -20,7 +20,6 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.func import functional_call
 
-from talklora_pl.internals.torch import stamp
 from talklora_pl.kept import Kept
 from talklora_pl.sites.linear import AdaptedLinear
 from talklora_pl.sites.matrices import Made, Matrices, Pass, Way
@@ -101,7 +100,7 @@ class _Group:
         rows = zip(*(_Unstack.apply(used, stack) for stack in stacks.values()), strict=True)
         for layer, row in zip(self.layers, rows, strict=True):
             own = matrices._replace(**dict(zip(stacks, row, strict=True)))
-            layer.made = Made(during, way, own, [stamp(t) for t in layer.sources()])
+            layer.made = Made(during, way, own, layer.sources())
         return True
 
     def look_back(self) -> None:
