@@ -18,10 +18,10 @@ tensorboard: $(BIN)/first   ## look at the newest run
 	$(BIN)/tensorboard --logdir "$$(dirname "$$(ls -td runs/* quickstart/version_* 2>/dev/null | head -n 1)")" --samples_per_plugin images=200
 
 test: venv    ## everything fast
-	$(BIN)/python -m pytest -n auto --maxprocesses 8 --dist worksteal
+	$(BIN)/python -m pytest -n logical --maxprocesses 8 --dist worksteal
 
 test-slow: venv   ## real model, several processes, other programs
-	$(BIN)/python -m pytest -m "slow and not nightly and not gpu" $(SLOW)
+	$(BIN)/python -m pytest -n logical --maxprocesses 2 --dist worksteal -m "slow and not nightly and not gpu" $(SLOW)
 
 test-nightly: venv   ## slow tests whose siblings are in test-slow: more methods, more kills, a real Slurm
 	$(BIN)/python -m pytest -m "nightly and not gpu" $(SLOW)

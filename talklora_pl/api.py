@@ -21,8 +21,8 @@ from talklora_pl.adapter import AdapterConfig
 from talklora_pl.adapter.io import adapter_tensors
 from talklora_pl.base import BaseModel
 from talklora_pl.cli import lightning as command_line
-from talklora_pl.cli.check import undotted
 from talklora_pl.cli.options import Option, adapter_options
+from talklora_pl.cli.values import undotted
 from talklora_pl.data import TextData
 from talklora_pl.data.objects import RowsInPython
 from talklora_pl.data.prepare import resolve_source

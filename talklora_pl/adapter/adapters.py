@@ -53,7 +53,7 @@ def _before_forward(model: nn.Module, args: Any, kwargs: dict[str, Any]) -> tupl
     if active is not None:
         adapter: Any = adapters[active]
         if torch.is_grad_enabled():
-            adapter.together.make(lambda: adapted_by(model, active))
+            adapter.together.make(model, lambda model: adapted_by(model, active))
         elif not model.training:
             adapter.ready.begin(_this_pass(switch), lambda: adapted_by(model, active))
     if "adapter_names" not in kwargs:

@@ -7,62 +7,30 @@ name (a component, an optimiser, a callback, ...) what it takes. What it cannot 
 from __future__ import annotations
 
 import collections.abc
-import inspect
 import re
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import MISSING, dataclass, field, fields, is_dataclass, replace
 from difflib import get_close_matches
 from functools import reduce
-from importlib import import_module
-from importlib.util import find_spec
 from inspect import Parameter
 from operator import or_
 from pathlib import Path
 from types import NoneType
 from typing import Any, Literal, NamedTuple, get_args, get_origin
 
-import yaml
-from jsonargparse import get_loader
-from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.loggers import Logger
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
-from torch.optim import Optimizer
-from torch.optim.lr_scheduler import LRScheduler
 
-import talklora_pl.optim  # noqa: F401 (its schedules are known by their bare names)
-from talklora_pl import aliases, registry
+from talklora_pl import aliases
 from talklora_pl.adapter import AdapterConfig
-from talklora_pl.errors import UserError
+from talklora_pl.cli.classes import Wrong, children_of, find_class, kind_of
+from talklora_pl.cli.values import is_a, is_list, load, merge, undotted
 from talklora_pl.registry import Component, did_you_mean
-from talklora_pl.typed import alternatives, fits, hints_of, parameters
-
-KINDS: dict[type, str] = {
-    Optimizer: "optimizer",
-    LRScheduler: "learning-rate schedule",
-    Callback: "callback",
-    Logger: "logger",
-}
-"""Families of classes that are chosen by name; those of the package register themselves."""
+from talklora_pl.typed import alternatives, hints_of, parameters
 
 REFUSALS = (ImportError, ValueError, MisconfigurationException)
 """What classes raise about the values of their options."""
-
-_load: Callable[[str], Any] = get_loader("yaml")
-
-
-def load(text: str) -> Any:
-    """What YAML says, as jsonargparse reads it (1e-3 is a number), or the text itself."""
-    try:
-        value = _load(text)
-        repr(value)  # can messages say what it is?
-        return value
-    except (yaml.YAMLError, ValueError, RecursionError):  # a number of 5,000 digits, a list in a list in a list ...
-        return text
-
-
-class Wrong(Exception):
-    """What is wrong with a value; nothing if that follows from what was said before."""
 
 
 class Problem(NamedTuple):
@@ -261,15 +229,15 @@ class Check:
     def _value(self, value: Any, hint: Any, key: str, add: bool = False, listed: bool = False) -> Any:
         kinds, (classes, skip) = alternatives(hint), self._classes(hint)
         records = [kind for kind in kinds if self._is_record(kind)]
-        items = next((get_args(kind)[0] for kind in kinds if _is_list(kind)), None)
+        items = next((get_args(kind)[0] for kind in kinds if is_list(kind)), None)
         plain = [kind for kind in kinds if self._is_plain(kind)]
         if isinstance(value, str) and classes and "." in value:
             value = aliases.class_path(value, say=True)
         if isinstance(value, str):
             loaded, structured = load(value), len(plain) < len(kinds)
-            if not any(_is(value, kind) for kind in plain) or (structured and isinstance(loaded, (dict, list))):
+            if not any(is_a(value, kind) for kind in plain) or (structured and isinstance(loaded, (dict, list))):
                 value = loaded
-        if any(_is(value, kind) for kind in plain):
+        if any(is_a(value, kind) for kind in plain):
             _refuse_classes(value, plain)
             if not listed:
                 self.chosen.pop(key, None)
@@ -293,7 +261,7 @@ class Check:
             if classes:
                 return self._choice(value, classes, skip, key, listed)
         if isinstance(value, str):
-            if classes and (_kind_of(classes) or value in _children(classes) or "." in value):
+            if classes and (kind_of(classes) or value in children_of(classes) or "." in value):
                 return self._choice({"class_path": value}, classes, skip, key, listed)["class_path"]
             if records and Path(value).is_file():
                 return value  # its options are in there
@@ -321,7 +289,7 @@ class Check:
 
     def _is_plain(self, kind: Any) -> bool:
         """Neither chosen by name nor with options of its own."""
-        if _is_list(kind):
+        if is_list(kind):
             return all(self._is_plain(item) for item in alternatives(get_args(kind)[0]))
         if _record_by_name([kind], self._is_record):
             return False
@@ -347,10 +315,10 @@ class Check:
         if self._is_record(kind) or get_origin(kind) is dict or kind is dict:
             return "a mapping of options"
         if classes := self._classes(kind)[0]:
-            return f"the name of a {_kind_of(classes)}" if _kind_of(classes) else ""
+            return f"the name of a {kind_of(classes)}" if kind_of(classes) else ""
         if get_origin(kind) is tuple and ... not in get_args(kind):
             return f"a list of {len(get_args(kind))}"
-        if _is_list(kind) or kind in (list, tuple) or get_origin(kind) is tuple:
+        if is_list(kind) or kind in (list, tuple) or get_origin(kind) is tuple:
             return "a list"
         return {NoneType: "null", str: "text", int: "int", float: "float", bool: "bool"}.get(kind, "")
 
@@ -388,20 +356,6 @@ def _integers_first(cls: type) -> None:
                 init.__annotations__[name] = reduce(or_, sorted(kinds, key=lambda kind: kind is float))
 
 
-def undotted(item: tuple[Any, Any]) -> tuple[str, Any]:
-    """``a.b: c`` is ``a: {b: c}``."""
-    name, _, rest = str(item[0]).partition(".")
-    return name, {rest: item[1]} if rest else item[1]
-
-
-def merge(into: dict[str, Any], new: Mapping[str, Any]) -> None:
-    for key, value in new.items():
-        if isinstance(value, dict) and isinstance(into.get(key), dict):
-            merge(into[key], value)
-        else:
-            into[key] = value
-
-
 def _refuse_classes(value: Any, kinds: Sequence[Any] = (Any,)) -> None:
     """Raise Wrong where a value names a class and nothing says of what kind it has to be: jsonargparse would call
     whatever `class_path` names."""
@@ -423,111 +377,3 @@ def _record_by_name(kinds: list[Any], is_record: Callable[[Any], bool]) -> Any:
     """The class with options of which a mapping by name is taken; None if there is none."""
     found = (get_args(kind)[1] for kind in kinds if get_origin(kind) is dict)
     return next((kind for kind in found if is_record(kind)), None)
-
-
-def _is_list(kind: Any) -> bool:
-    origin = get_origin(kind)
-    return isinstance(origin, type) and issubclass(list, origin) and len(get_args(kind)) == 1
-
-
-def _is(value: Any, kind: Any) -> bool:
-    """Whether a value is of a plain type. Types that jsonargparse converts in its own way take every text."""
-    if kind in (str, int, float, bool, NoneType) or get_origin(kind) is Literal:
-        return fits(value, kind)
-    if _is_list(kind):
-        item = get_args(kind)[0]
-        return isinstance(value, list) and all(
-            _is_any(v, item) or (isinstance(v, str) and _is_any(load(v), item)) for v in value
-        )
-    if get_origin(kind) is tuple and ... not in get_args(kind):
-        items = get_args(kind)
-        fitting = isinstance(value, (list, tuple)) and len(value) == len(items)
-        return fitting and all(_is_any(v, item) for v, item in zip(value, items))
-    if get_origin(kind) is dict and get_args(kind) == (int, int):
-        return fits(value, kind)  # a config.yaml has its keys as text
-    if get_origin(kind) in (dict, tuple) or kind in (dict, list):
-        return isinstance(value, (dict, list, tuple)) and isinstance(value, dict) == (dict in (kind, get_origin(kind)))
-    if isinstance(kind, type) and kind not in (object, Any):  # Any is a class since Python 3.11
-        return isinstance(value, (str, kind))
-    return True
-
-
-def _is_any(value: Any, hint: Any) -> bool:
-    return any(_is(value, kind) for kind in alternatives(hint))
-
-
-# --- classes by name
-
-
-def find_class(name: Any, families: tuple[type, ...]) -> tuple[str, type]:
-    """The class of that name or path, and how jsonargparse knows it. It is a child of one of `families`.
-
-    Raises:
-        Wrong: there is none; the nearest names are named.
-    """
-    kind = _kind_of(families) or families[0].__name__
-    if not isinstance(name, str):
-        raise Wrong(f"class_path: {name} is not the name of a {kind}.")
-    if "." in name:
-        path = aliases.class_path(name, say=True)
-        module, _, last = path.rpartition(".")
-        try:
-            cls = getattr(import_module(module), last)
-        except (ImportError, AttributeError, ValueError):
-            package = module.partition(".")[0]
-            if package.isidentifier() and find_spec(package) is None:
-                raise Wrong(f"There is no class {name!r}: the package {package!r} is not installed here.") from None
-            raise Wrong(f"There is no class {name!r}.{did_you_mean(last, _children(families))}") from None
-        if not (isinstance(cls, type) and issubclass(cls, families)):
-            raise Wrong(f"{name} is not a {kind}.")
-        return path, cls
-    children = _children(families)
-    if len(same := children.get(name, [])) > 1:
-        # of two libraries that use one name, that which extends the other, or to which the family belongs
-        own = {family.__module__.partition(".")[0] for family in families}
-        of_family = [c for c in same if c.__module__.partition(".")[0] in own]
-        cls = next((c for c in same if all(issubclass(c, other) for other in same)), None)
-        cls = cls or (of_family[0] if len(of_family) == 1 else None)
-        paths = [f"{c.__module__}.{c.__qualname__}" for c in same]
-        if cls is None:  # torch's AdamW, though something has imported bitsandbytes, which has another
-            ours = [c for c in same if c.__module__.split(".")[0] in ("torch", "lightning")]
-            cls = ours[0] if len(ours) == 1 else None
-        if cls is None:
-            raise Wrong(f"{name!r} is the name of several: {', '.join(sorted(paths))}. Write one of these.")
-        return paths[same.index(cls)], cls
-    for family in families:
-        if issubclass(family, Component):
-            try:
-                cls = children[name][0] if name in children else registry.get(family, name)
-            except UserError as e:
-                raise Wrong(str(e)) from None
-            return f"{cls.__module__}.{cls.__qualname__}", cls
-    if name not in children:
-        raise Wrong(f"There is no {kind} {name!r}.{did_you_mean(name, children)}")
-    return name, children[name][0]
-
-
-def _kind_of(families: tuple[type, ...]) -> str:
-    """What such classes are called, if they are known."""
-    return next(
-        (
-            f.family if issubclass(f, Component) else KINDS[f]
-            for f in families
-            if f in KINDS or issubclass(f, Component)
-        ),
-        "",
-    )
-
-
-def _children(families: tuple[type, ...]) -> dict[str, list[type]]:
-    """Known children by their bare names."""
-    found: dict[str, list[type]] = {}
-    for family in families:
-        children = [family]
-        while children:
-            cls = children.pop()
-            children += cls.__subclasses__()
-            hidden = cls.__name__.startswith("_") or "<locals>" in cls.__qualname__ or inspect.isabstract(cls)
-            if not hidden and cls not in found.get(cls.__name__, []):
-                found.setdefault(cls.__name__, []).append(cls)
-    return found

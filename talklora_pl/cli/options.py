@@ -12,7 +12,8 @@ import yaml
 
 from talklora_pl import strict
 from talklora_pl.adapter.config import FAMILIES, START, AdapterConfig
-from talklora_pl.cli.check import Check, Problem, load, merge, undotted
+from talklora_pl.cli.check import Check, Problem
+from talklora_pl.cli.values import load, merge, undotted
 from talklora_pl.errors import UserError
 from talklora_pl.paths import expand
 from talklora_pl.registry import did_you_mean

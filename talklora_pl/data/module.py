@@ -21,13 +21,14 @@ from talklora_pl.data.assemble import Assembled, assemble, held_out
 from talklora_pl.data.batches import Batches
 from talklora_pl.data.classes import decide, listed
 from talklora_pl.data.mixture import Mixture, shares_of
-from talklora_pl.data.prepare import Prepared, Work, prepare, scored, stream_work
+from talklora_pl.data.prepare import Prepared, prepare, scored, stream_work
 from talklora_pl.data.rows import listing
 from talklora_pl.data.sampler import EvalBatches, Packs, Position, TrainBatches, accumulation
 from talklora_pl.data.source import Source, Sources
 from talklora_pl.data.stream import Recipe, Stream, StreamLoader, places_of
 from talklora_pl.data.table import column, numbers, tasks
 from talklora_pl.data.tokens import Tokenize
+from talklora_pl.data.work import Work
 from talklora_pl.errors import UserError
 from talklora_pl.objectives import Objective, choose
 from talklora_pl.paths import expand

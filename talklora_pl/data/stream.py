@@ -19,9 +19,9 @@ from lightning.pytorch.utilities import rank_zero_warn
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
 from talklora_pl.data.batches import Batches
-from talklora_pl.data.prepare import Report, Work
 from talklora_pl.data.sampler import Batch, Packs, epoch_steps
 from talklora_pl.data.source import BadRow, Reader
+from talklora_pl.data.work import Report, Work
 from talklora_pl.errors import UserError
 
 Place = dict[str, Any]

@@ -7,10 +7,11 @@ from functools import cached_property
 from typing import TYPE_CHECKING, Any, Literal
 
 from talklora_pl.data import formats
-from talklora_pl.data.chat import ChatTemplate, Conversation
+from talklora_pl.data.chat import ChatTemplate
 from talklora_pl.data.encode import Encoder
 from talklora_pl.data.example import Example, Tokens
 from talklora_pl.data.source import BadRow
+from talklora_pl.data.turns import Conversation
 from talklora_pl.errors import UserError
 from talklora_pl.inputs import NO_LOSS
 

@@ -10,7 +10,7 @@ from typing import Any, Literal, NamedTuple
 import torch
 from torch import Tensor
 
-from talklora_pl.internals.torch import STAMP, in_backward, is_as_stamped
+from talklora_pl.internals.torch import in_backward, version
 from talklora_pl.sites.fused import scaled
 
 Way = Literal["uniform", "folded", "weighed", "plain"]
@@ -55,18 +55,22 @@ class Pass:
 class Made:
     """Matrices that were made for one layer when a forward pass began, see :mod:`talklora_pl.sites.together`."""
 
-    def __init__(self, during: Pass, way: Way, matrices: Matrices, sources: list[STAMP]) -> None:
+    def __init__(self, during: Pass, way: Way, matrices: Matrices, sources: list[Tensor]) -> None:
         self.during = during
         self.way = way
         self.matrices = matrices
         self.sources = sources
+        self.versions = [version(t) for t in sources]
 
     def fits(self, way: Way, dtype: torch.dtype, sources: list[Tensor]) -> bool:
         """Whether these are what the layer would make now from ``sources``."""
         if way != self.way or dtype != self.matrices.down_MD.dtype or not torch.is_grad_enabled():
             return False
+        if not in_backward():
+            return self.during.under_way
         # a checkpoint's second pass may come after another forward pass has begun: values alone count then
-        return is_as_stamped(sources, self.sources) if in_backward() else self.during.under_way
+        known = zip(self.sources, self.versions, strict=True)
+        return all(t is k and version(t) == v for t, (k, v) in zip(sources, known, strict=True))
 
     def __reduce__(self) -> tuple[Any, ...]:
         return type(None), ()  # a copy of the layer has none

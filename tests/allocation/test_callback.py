@@ -1,9 +1,6 @@
 """Allocation inside a run: before the adapters are built, logged, stored, kept on resume, once for all ranks."""
 
 import json
-import os
-import subprocess
-import sys
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -20,8 +17,7 @@ from talklora_pl.base import BaseModel, load_base
 from talklora_pl.callbacks import ExpertAllocation
 from talklora_pl.distributed.checkpoint import DurableCheckpointIO
 from tests.data.tiny import save_model
-
-ROOT = Path(__file__).parents[2]
+from tests.distributed.runs import Run
 
 
 @pytest.fixture
@@ -170,6 +166,7 @@ def test_two_processes_decide_once(base, tmp_path):
         """
 import os
 from dataclasses import dataclass
+from pathlib import Path
 from talklora_pl.allocation import Allocation, per_layer
 from talklora_pl.registry import register
 
@@ -177,29 +174,24 @@ from talklora_pl.registry import register
 @dataclass
 class Counting(Allocation):
     def allocate(self, layers, num_experts, weights=None):
-        open(f"decided-by-{os.getpid()}", "w").close()
+        Path(__file__).with_name(f"decided-by-{os.getpid()}").touch()
         return per_layer(layers, [os.getpid() % 5 + 1 + i for i in range(len(layers))])
 """
     )
+    rows = str(tmp_path / "train.jsonl")
     config = {
-        "plugins": ["counting.py"],
+        "plugins": [str(tmp_path / "counting.py")],
         "model": {
             "base": {"path": base.path},
             "adapter": {"expert_rank": 2, "targets": ["q_proj", "up_proj"], "allocation": "counting"},
         },
-        "data": {"train": "train.jsonl", "val": "train.jsonl", "batch_size": 4, "max_length": 64},
+        "data": {"train": rows, "val": rows, "batch_size": 4, "max_length": 64},
         "trainer": {"accelerator": "cpu", "devices": 2, "strategy": "ddp", "max_steps": 2},
     }
     (tmp_path / "run.yaml").write_text(json.dumps(config))
-    out = subprocess.run(
-        [sys.executable, "-m", "talklora_pl", "fit", "--config", "run.yaml"],
-        cwd=tmp_path,
-        env={**os.environ, "PYTHONPATH": str(ROOT), "XDG_CACHE_HOME": str(tmp_path)},
-        capture_output=True,
-        text=True,
-        timeout=120,
-    )
-    assert out.returncode == 0, out.stdout + out.stderr
+    argv = ["fit", "--config", str(tmp_path / "run.yaml"), "--trainer.default_root_dir", str(tmp_path)]
+    run = Run.start(tmp_path, argv, ranks=2, XDG_CACHE_HOME=str(tmp_path))
+    assert run.wait() == [0, 0], run.log()
     assert len(list(tmp_path.glob("decided-by-*"))) == 1
     (checkpoint,) = tmp_path.rglob("last.ckpt")
     stored = torch.load(checkpoint, weights_only=True)["talklora"]["experts_per_layer"]

@@ -47,7 +47,10 @@ def per_layer(checkpoint: dict) -> list[int]:
     return [counts[f"model.layers.{i}.mlp.up_proj"] for i in range(30)]
 
 
-@pytest.mark.parametrize(("method", "total"), [("alphalora", 150), ("talklora_alphalora", 120)])
+@pytest.mark.parametrize(
+    ("method", "total"),
+    [("alphalora", 150), pytest.param("talklora_alphalora", 120, marks=pytest.mark.nightly)],
+)
 def test_methods_train_on_real_data(tmp_path, method, total):
     first = fit(tmp_path, "--config", f"method/{method}", "--trainer.max_steps", "3")
     counts = per_layer(first)

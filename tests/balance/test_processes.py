@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import multiprocessing
-import socket
 from typing import Any
 
 import pytest
@@ -13,6 +11,7 @@ from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 
 from talklora_pl.adapter import Adapter, RoutingCollector
+from tests.distributed.runs import SERVER, free_port
 from tests.methods.matrix import adapted, config_of
 
 LOSSES: list[dict[str, Any]] = [
@@ -79,12 +78,8 @@ def worker(rank: int, port: int, queue: Any) -> None:
 
 @pytest.fixture(scope="module")
 def two_processes() -> dict[int, dict[str, Tensor]]:
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        port = s.getsockname()[1]
-    context = multiprocessing.get_context("spawn")
-    queue = context.Queue()
-    processes = [context.Process(target=worker, args=(rank, port, queue)) for rank in range(2)]
+    port, queue = free_port(), SERVER.Queue()
+    processes = [SERVER.Process(target=worker, args=(rank, port, queue)) for rank in range(2)]
     for p in processes:
         p.start()
     try:

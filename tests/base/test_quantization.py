@@ -6,8 +6,6 @@ import copy
 import importlib.util
 import json
 import pickle
-import subprocess
-import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -26,6 +24,7 @@ from talklora_pl.memory.estimate import Estimator
 from tests.cli.test_fit import scalars
 from tests.cli.test_real_model import MODEL
 from tests.data.tiny import save_model
+from tests.distributed.runs import Run
 from tests.export import models
 
 pytest.importorskip("bitsandbytes")
@@ -210,8 +209,8 @@ def test_two_processes_train_as_one(base: BaseModel, tmp_path: Path, kind: str) 
     both = arguments(base, data, tmp_path / "two", *options, "--data.batch_size", "2")
     both += ["--trainer.strategy", "ddp", "--trainer.devices", "2"]
     assert main(alone) == 0
-    done = subprocess.run([sys.executable, "-m", "talklora_pl", *both], capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
+    run = Run.start(tmp_path / "log", both, ranks=2)
+    assert run.wait() == [0, 0], run.log()
     one, two = (
         torch.load(tmp_path / n / "version_0/checkpoints/last.ckpt", weights_only=True)["state_dict"]
         for n in ("one", "two")

@@ -17,7 +17,8 @@ from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 from torch import Tensor
 
 from talklora_pl.cli import VERBS, main
-from talklora_pl.cli.check import Check, find_class
+from talklora_pl.cli.check import Check
+from talklora_pl.cli.classes import find_class
 from talklora_pl.cli.options import right, split
 from talklora_pl.communication import Communication
 from talklora_pl.errors import UserError
@@ -185,13 +186,18 @@ def test_a_component_has_help(capsys: pytest.CaptureFixture[str]) -> None:
 
 def test_the_checkout_runs_without_an_install(tmp_path: Path) -> None:
     root = Path(__file__).parents[2]
-    code = "import talklora_pl.callbacks as c, talklora_pl.cli.options as o; print(c.__file__, o.shipped_configs())"
+    code = """
+import runpy, sys, talklora_pl.callbacks as c, talklora_pl.cli.options as o
+print(c.__file__, o.shipped_configs())
+sys.argv[1:] = ["fit", "--model.base.path=x", "--print_config"]
+runpy.run_module("talklora_pl", run_name="__main__")
+"""
     environment = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"}
-    for argv in (["-c", code], ["-m", "talklora_pl", "fit", "--model.base.path=x", "--print_config"]):
-        done = subprocess.run([sys.executable, *argv], cwd=root, env=environment, capture_output=True, text=True)
-        assert done.returncode == 0, done.stderr
-        if argv[0] == "-c":
-            assert all(Path(place).is_relative_to(root) for place in done.stdout.split())
+    done = subprocess.run([sys.executable, "-c", code], cwd=root, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    places, _, config = done.stdout.partition("\n")
+    assert all(Path(place).is_relative_to(root) for place in places.split())
+    assert yaml.safe_load(config)["model"]["base"]["path"] == "x"
 
 
 def test_private_names_of_jsonargparse_are_not_used() -> None:

@@ -237,10 +237,12 @@ print("read", repr(trainer.limit_val_batches), repr(trainer.limit_train_batches)
 @pytest.mark.parametrize(
     "first",
     [
-        "",
         "from talklora_pl.adapter import AdapterConfig",
         "from typing import Optional, Union; kept = Optional[Union[float, int]]",
-        "from typing import Optional, Union; kept = Optional[Union[int, float]]",
+        *(
+            pytest.param(first, marks=pytest.mark.nightly)
+            for first in ("", "from typing import Optional, Union; kept = Optional[Union[int, float]]")
+        ),
     ],
 )
 def test_numbers_mean_the_same_whatever_was_imported_before(folder: Path, tmp_path: Path, first: str) -> None:

@@ -8,9 +8,11 @@ from typing import Any
 import pytest
 from transformers import PreTrainedTokenizerFast
 
-from talklora_pl.data.chat import NO_LOSS, ChatTemplate, Conversation, Written
+from talklora_pl.data.chat import ChatTemplate, Written
 from talklora_pl.data.encode import Encoder
 from talklora_pl.data.source import BadRow
+from talklora_pl.data.turns import Conversation
+from talklora_pl.inputs import NO_LOSS
 from tests.data.templates import FAMILIES, Family, tokenizer
 
 U, A, S = (

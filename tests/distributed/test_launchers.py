@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.distributed.runs import distance, finish, free_port, newest, spawn
+from tests.distributed.runs import TIMEOUT, distance, finish, free_port, newest, spawn
 
 TORCHRUN = str(Path(sys.executable).with_name("torchrun"))
 pytestmark = pytest.mark.slow
@@ -28,7 +28,7 @@ def progress(folder: Path, sleep: str = "0.2") -> list[str]:
 
 def wait_for_step(folder: Path, step: int, rank: int = 0) -> int:
     """Pid of a rank that has reached a step."""
-    end = time.monotonic() + 120
+    end = time.monotonic() + TIMEOUT
     file = folder / f"step.{rank}"
     while not file.exists() or int(file.read_text().split()[0]) < step:
         assert time.monotonic() < end, (folder / "log").read_text()

@@ -14,7 +14,7 @@ import pytest
 import yaml
 
 from talklora_pl.cli import main
-from tests.distributed.runs import Run, fit, load, newest
+from tests.distributed.runs import TIMEOUT, Run, fit, load, newest
 from tests.distributed.test_resume import interrupt, same_runs
 
 
@@ -105,7 +105,7 @@ def test_a_live_run_is_not_resumed_a_second_time(config: Path, tmp_path: Path, c
     slow = ["--trainer.callbacks+=tests.distributed.faults.Progress", "--trainer.callbacks.folder", str(tmp_path)]
     slow += ["--trainer.callbacks.sleep", "0.2", "--checkpoint.every_n_train_steps", "1", "--trainer.max_steps", "1000"]
     first = Run.start(tmp_path / "first", command(config, tmp_path / "runs", *slow))
-    end = time.monotonic() + 120
+    end = time.monotonic() + TIMEOUT
     while not list(tmp_path.glob("runs/*/checkpoints/last.ckpt")):
         assert time.monotonic() < end and first.processes[0].exitcode is None, first.log()
         time.sleep(0.05)

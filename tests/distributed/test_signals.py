@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from talklora_pl.distributed.checkpoint import last_checkpoint, read_checkpoint
-from tests.distributed.runs import Run, distance, fit, newest
+from tests.distributed.runs import TIMEOUT, Run, distance, fit, newest
 
 # Validations and checkpoints are frequent, so that many of the random moments fall into them. With AdamW's usual eps a
 # difference of 1e-15 (between one rank and two) becomes 0.4 within 400 steps, with no interruption at all: once the
@@ -38,7 +38,7 @@ def start(config: Path, folder: Path, how: str, max_steps: int = 100_000) -> Run
 
 def first_step(run: Run) -> None:
     """Wait until every rank trains."""
-    end = time.monotonic() + 90
+    end = time.monotonic() + TIMEOUT
     while len(list(run.folder.glob("step.*"))) < len(run.processes):
         assert time.monotonic() < end and all(p.exitcode is None for p in run.processes), run.log()
         time.sleep(0.02)

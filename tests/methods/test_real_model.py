@@ -43,10 +43,7 @@ def batch() -> dict[str, torch.Tensor]:
 
 @pytest.mark.parametrize(
     "method",
-    [
-        pytest.param(m, marks=() if m in ("talklora", "graphlora", "alphalora") else pytest.mark.nightly)
-        for m in METHODS
-    ],
+    [pytest.param(m, marks=() if m in ("talklora", "graphlora") else pytest.mark.nightly) for m in METHODS],
 )
 def test_method_learns_real_questions(method: str, model: Any, batch: dict[str, torch.Tensor]) -> None:
     torch.manual_seed(0)

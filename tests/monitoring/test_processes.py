@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import socket
 import subprocess
 import sys
@@ -19,16 +18,15 @@ import yaml
 
 from talklora_pl.base import BaseModel
 from talklora_pl.callbacks import LoadBalance
+from tests.distributed.runs import Run
 from tests.monitoring.test_inspect import browse, needs_browser
 from tests.monitoring.test_load_balance import scalars
-
-ROOT = Path(__file__).parents[2]
 
 
 def launch(
     base: BaseModel, rows: list[dict[str, str]], root: Path, processes: int, accumulate: int
 ) -> dict[str, dict[int, float]]:
-    """`fit` as a user runs it, with the same global batch whatever the number of processes; what it logs."""
+    """What `fit` logs, with the same global batch whatever the number of processes."""
     config: dict[str, Any] = {
         "model": {"base": {"path": base.path, "dtype": "float64"}},
         "data": {"train": rows, "rows": "choice", "val_size": 8, "max_length": 128},
@@ -50,15 +48,8 @@ def launch(
     root.mkdir()
     file = root / "run.yaml"
     file.write_text(yaml.safe_dump(config))
-    done = subprocess.run(
-        [sys.executable, "-m", "talklora_pl", "fit", "--config", str(file)],
-        cwd=ROOT,
-        env={**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"},
-        capture_output=True,
-        text=True,
-        timeout=600,
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
+    run = Run.start(root, ["fit", "--config", str(file)], processes)
+    assert run.wait() == [0] * processes, run.log()
     return {k: v for k, v in scalars(root / "version_0").items() if "load" in k}
 
 

@@ -5,8 +5,6 @@ from __future__ import annotations
 import json
 import os
 import signal
-import subprocess
-import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -17,9 +15,8 @@ import pytest
 from talklora_pl.cli import main
 from talklora_pl.study.plan import read_study
 from talklora_pl.study.work import Folder
+from tests.distributed.runs import Run
 from tests.study.tiny import study
-
-ROOT = Path(__file__).parents[2]
 
 
 def test_a_study_is_made_once_and_its_numbers_follow_from_the_files(
@@ -157,21 +154,18 @@ def test_mistakes_of_a_study_come_in_one_message(
 def test_kills_and_two_processes_lose_nothing(project: Path, tmp_path: Path) -> None:
     """kill -9 twice, then two processes at once: every run as in a study that nobody touched."""
     file = study(project, set={"trainer.max_steps": 12})
-    environment = os.environ | {"PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
-
-    def start(out: Path, *more: str) -> subprocess.Popen[bytes]:
-        command = [sys.executable, "-m", "talklora_pl", "compare", f"--config={file}", f"--out={out}", *more]
-        return subprocess.Popen(command, env=environment, start_new_session=True)
-
+    command = ["compare", f"--config={file}", f"--out={tmp_path / 'cut'}"]
     for checkpoints in (1, 2):
-        process = start(tmp_path / "cut")
+        run = Run.start(tmp_path / "log", command)
+        (process,) = run.processes
         while len(list((tmp_path / "cut").glob("runs/*/checkpoints/last.ckpt"))) < checkpoints:
-            assert process.poll() is None
+            assert process.exitcode is None, run.log()
             time.sleep(0.01)
         os.killpg(process.pid, signal.SIGKILL)
-        process.wait()
-    assert start(tmp_path / "cut", "--parallel=2").wait() == 0
-    assert start(tmp_path / "whole").wait() == 0
+        process.join()
+    run = Run.start(tmp_path / "log", [*command, "--parallel=2"])
+    assert run.wait(900) == [0], run.log()
+    assert main(["compare", f"--config={file}", f"--out={tmp_path / 'whole'}"]) == 0
     one, other = (Folder(read_study(str(file)), tmp_path / name) for name in ("cut", "whole"))
     for cell in one.study.cells():
         for spec in one.chosen(*cell):
