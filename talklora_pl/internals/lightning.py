@@ -60,7 +60,8 @@ def logs_now(trainer: L.Trainer) -> bool:
 
     A run that is about to stop logs its last step out of turn.
     """
-    return step_ends(trainer) and (trainer._logger_connector.should_update_logs or bool(trainer.fast_dev_run))
+    tries_out: int | bool = trainer.fast_dev_run  # type: ignore[attr-defined]
+    return step_ends(trainer) and (trainer._logger_connector.should_update_logs or bool(tries_out))
 
 
 def logged_values(trainer: L.Trainer) -> list[tuple[Any, Tensor]]:
