@@ -18,6 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from talklora_pl.adapter import Adapter
 from talklora_pl.distributed.fsdp import decoder_layers
 from talklora_pl.errors import UserError
 from talklora_pl.internals.torch import compile_more_often
@@ -41,7 +42,6 @@ class CompiledLayers:
     """
 
     def __init__(self, model: nn.Module, backend: str = BACKEND) -> None:
-        self.on = True
         try:
             self.layers = decoder_layers(model)
         except UserError:
@@ -53,12 +53,24 @@ class CompiledLayers:
         compile_more_often(64)
         # of ours, which remember what a class is and nothing that changes
         warnings.filterwarnings("ignore", "Dynamo detected a call to a `functools.lru_cache`")
+        self._adapters = [a for a in model.modules() if isinstance(a, Adapter)]
+        self.on = True
         classes: dict[type, type] = {}
         for layer in self.layers:
             cls = type(layer)
             if cls not in classes:
                 classes[cls] = self._class_of(cls, backend)
             layer.__class__ = classes[cls]
+
+    @property
+    def on(self) -> bool:
+        return self._on
+
+    @on.setter
+    def on(self, value: bool) -> None:
+        self._on = value
+        for adapter in self._adapters:  # compiled layers fuse what layers as they are make together
+            adapter.together.on = not value
 
     def _class_of(self, cls: Any, backend: str) -> type:
         compiled: Callable[..., Any] = torch.compile(cls.forward, backend=backend, fullgraph=True, dynamic=True)

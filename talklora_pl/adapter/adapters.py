@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 from talklora_pl.adapter.active import ActiveAdapter
-from talklora_pl.adapter.host import detach
+from talklora_pl.adapter.host import Adapted, detach
 from talklora_pl.errors import UserError
 from talklora_pl.names import ADAPTERS
 
@@ -45,11 +45,14 @@ def _before_forward(model: nn.Module, args: Any, kwargs: dict[str, Any]) -> tupl
             raise UserError("adapter_names: a compiled model has one adapter for all rows.")
         return None
     adapters = adapter_set(model)
-    switch = adapters.switch
+    switch, active = adapters.switch, adapters.switch.active
     switch.begin()
     if not adapters.looked_for_reference and model.training and torch.is_grad_enabled():
         adapters.looked_for_reference = True
         _tell_of_reference()
+    if active is not None and torch.is_grad_enabled():
+        together: Any = adapters[active].together
+        together.make(lambda: adapted_by(model, active))
     if "adapter_names" not in kwargs:
         return None
     if names is not None:
@@ -62,6 +65,13 @@ def _before_forward(model: nn.Module, args: Any, kwargs: dict[str, Any]) -> tupl
         rows.enter_context(adapter_rows(model, names))
         switch.calls.append((switch.running[get_ident()], rows))
     return args, {key: value for key, value in kwargs.items() if key != "adapter_names"}
+
+
+def adapted_by(model: nn.Module, name: str) -> Iterator[tuple[nn.Module, nn.Module]]:
+    """Frozen modules of a model, with their layers of the adapter ``name``."""
+    for module in model.modules():
+        if isinstance(module, Adapted) and name in module.talklora_adapters.layers:
+            yield module, module.talklora_adapters.layers[name]
 
 
 def _tell_of_reference() -> None:
@@ -84,12 +94,16 @@ def _tell_of_reference() -> None:
 def _after_forward(model: nn.Module, args: Any, output: Any) -> None:
     if torch.compiler.is_compiling():
         return
-    switch = adapter_set(model).switch
+    adapters = adapter_set(model)
+    switch = adapters.switch
     depth = switch.running[get_ident()]
     if switch.calls and switch.calls[-1][0] == depth:
         switch.calls.pop()[1].close()
     if depth:  # else the call was refused
         switch.end()
+    each: Any = adapters.values()
+    for adapter in each:
+        adapter.together.close()
 
 
 def adapter_set(model: nn.Module) -> AdapterSet:

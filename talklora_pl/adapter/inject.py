@@ -32,6 +32,7 @@ from talklora_pl.routing import Collectors, RoutingRecord
 from talklora_pl.sites.left_out import say_which_experts_are_left_out
 from talklora_pl.sites.mixture import BlockMixture, Mixture
 from talklora_pl.sites.targets import is_linear, widths
+from talklora_pl.sites.together import Together
 from talklora_pl.spec import Bank, LayerSpec
 
 
@@ -47,6 +48,7 @@ class Adapter(nn.Module):
         decisions: number of experts of every module that has a router, by full name: adapted ones, or blocks of them.
         plain_layers: those of them that have plain LoRA beside the mixture.
         collectors: open :class:`~talklora_pl.routing.RoutingCollector` of this adapter, innermost last.
+        together: parameter products that equal layers make at once.
     """
 
     def __init__(self, config: AdapterConfig) -> None:
@@ -61,6 +63,11 @@ class Adapter(nn.Module):
         self.layers = nn.Module()
         self.balance = nn.ModuleDict()
         self.dropouts = Dropouts(self.layers)
+        self.together = Together()
+
+    def train(self, mode: bool = True) -> Adapter:
+        self.together.forget()
+        return super().train(mode)
 
     def count_loads(self, records: Iterable[RoutingRecord]) -> None:
         """Add one training micro-step to the loads of routers that balance themselves."""

@@ -20,6 +20,7 @@ from torch.utils.checkpoint import (
 
 from talklora_pl.errors import UserError
 from talklora_pl.internals.torch import PRODUCTS
+from talklora_pl.sites.ffn import AdaptedFFN
 
 Checkpointing = Literal["off", "full", "selective"]
 
@@ -53,6 +54,9 @@ def checkpoint_layers(model: Any, mode: Checkpointing) -> None:
     Raises:
         UserError: this model cannot.
     """
+    for module in model.modules():
+        if isinstance(module, AdaptedFFN):
+            module.recompute = mode != "full"  # which computes all of the layer again already
     if mode == "off":
         return
     options: dict[str, Any] = {"use_reentrant": False}

@@ -160,6 +160,7 @@ class Estimator:
             for blocks, some in zip(self.blocks, run):
                 layers = [layer for layer in blocks if id(layer) in some]
                 blocks._modules = {str(i): layer for i, layer in enumerate(layers)}
+            self.model.train()  # which looks anew what layers there are
             with LiveBytes() as live:
                 loss = self.loss(self.model, self.batch)
                 kept = live.now

@@ -5,12 +5,13 @@ T tokens, t tokens of one expert, D input and output width, H hidden width, E ex
 
 from __future__ import annotations
 
-from collections.abc import Container
+from collections.abc import Callable, Container
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from talklora_pl.errors import UserError
 from talklora_pl.routing import Routing
@@ -32,9 +33,11 @@ class AdaptedFFN(Mixture):
 
     Attributes:
         grouped: selected experts work at once where the dtype allows; off, one after the other.
+        recompute: nothing of their hidden states is kept for the backward pass; off, all of it.
     """
 
     grouped = True
+    recompute = True
 
     def __init__(self, layer: LayerSpec, config: LayerOptions, bank: Bank, parts: GatedFFN) -> None:
         super().__init__(layer, config)
@@ -62,14 +65,30 @@ class AdaptedFFN(Mixture):
         if self.experts_see_talk:
             hg_TER, hu_TER = m_TEG.chunk(2, dim=-1)
 
-        features = (g_TH, u_TH, hg_TER, hu_TER)
+        pairs = None
         if self.grouped and routing.selected_TK is not None and can_group(g_TH.dtype):
-            mixed_TH, r_TER = self._grouped(frozen, routing, *features)
-        else:
-            mixed_TH, r_TER = self._one_by_one(frozen, routing, *features)
+            pairs = Pairs(routing.selected_TK, routing.weights_TE.shape[1])
+
+        def hidden(*features: Tensor) -> tuple[Tensor, Tensor]:
+            if pairs is None:
+                return self._one_by_one(frozen, routing, *features)
+            return self._grouped(frozen, routing, pairs, *features)
+
+        features = (g_TH, u_TH, hg_TER, hu_TER)
+        mixed_TH, r_TER = self._recomputed(hidden, *features) if self._recomputes() else hidden(*features)
         y_TD = getattr(frozen, self.parts.down)(mixed_TH)
         z_TQ = r_TER.flatten(1) * self.scale
         return torch.addmm(y_TD, z_TQ.to(y_TD.dtype), e.down.up().to(y_TD.dtype)).view(x.shape)
+
+    def _recomputes(self) -> bool:
+        """The hidden states of all selected experts are several times the base's own: they are computed again in the
+        backward pass, from the block's gate and up, and kept for one block at a time."""
+        return self.recompute and torch.is_grad_enabled() and not torch.compiler.is_compiling()
+
+    def _recomputed(self, hidden: Callable[..., tuple[Tensor, Tensor]], *features: Tensor) -> tuple[Tensor, Tensor]:
+        random = self.training and self.dropout_input > 0
+        out: tuple[Tensor, Tensor] = checkpoint(hidden, *features, use_reentrant=False, preserve_rng_state=random)
+        return out
 
     def _one_by_one(
         self, frozen: Any, routing: Routing, g_TH: Tensor, u_TH: Tensor, hg_TER: Tensor, hu_TER: Tensor
@@ -97,21 +116,25 @@ class AdaptedFFN(Mixture):
         return mixed_TH, torch.stack(r_ETR, dim=1)
 
     def _grouped(
-        self, frozen: Any, routing: Routing, g_TH: Tensor, u_TH: Tensor, hg_TER: Tensor, hu_TER: Tensor
+        self,
+        frozen: Any,
+        routing: Routing,
+        pairs: Pairs,
+        g_TH: Tensor,
+        u_TH: Tensor,
+        hg_TER: Tensor,
+        hu_TER: Tensor,
     ) -> tuple[Tensor, Tensor]:
         """The same for all experts at once, without a question to the device how many tokens each has."""
-        assert routing.selected_TK is not None
         e, act, dtype = self.experts, self.parts.activation(frozen), g_TH.dtype
-        E = routing.weights_TE.shape[1]
-        pairs = Pairs(routing.selected_TK, E)
         g_SH, u_SH = (
-            pairs.of_tokens(v_TH) + self.scale * pairs.product(pairs.own(h_TER).to(dtype), side.B.to(dtype))
+            pairs.of_tokens(v_TH) + pairs.product(self.scale * pairs.own(h_TER).to(dtype), side.B.to(dtype))
             for v_TH, h_TER, side in ((g_TH, hg_TER, e.gate), (u_TH, hu_TER, e.up))
         )
         z_SH = act(g_SH) * u_SH
         w_S1 = pairs.own(routing.weights_TE.unsqueeze(-1)).to(dtype)
         r_SR = w_S1 * pairs.product(self._drop(z_SH), e.down.A.to(dtype).mT)
-        return pairs.sum_over_experts(w_S1 * z_SH), pairs.put(r_SR, E)
+        return pairs.sum_over_experts(w_S1 * z_SH), pairs.put(r_SR, routing.weights_TE.shape[1])
 
     def node_features(self, x_TD: Tensor) -> Tensor:
         sides = (self.experts.gate, self.experts.up)

@@ -63,10 +63,8 @@ def folds(experts: Any, communication: Any, router: Any) -> bool:
     return scores.source == "x" or offers(communication, "fold")
 
 
-def exact_enough(router: Any, x_TD: Tensor) -> bool:
-    """Whether a product with x gives the logits that ``router`` needs."""
-    kind = x_TD.device.type
-    dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else product_dtype(x_TD)
+def exact_enough(router: Any, dtype: torch.dtype) -> bool:
+    """Whether a product in ``dtype`` gives the logits that ``router`` needs."""
     return dtype.itemsize >= 4 or not getattr(router, "selects", True)
 
 
@@ -143,10 +141,14 @@ def _cast(a: Tensor, b: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     return out
 
 
-def down_and_up_rows(experts: Any, scale: float, dtype: torch.dtype) -> tuple[Tensor, Tensor, float]:
-    """A, Cᵀ B (or B) and what this is still to be multiplied with, for products in ``dtype``."""
+def down_and_up_rows(experts: Any, scale: float, dtype: torch.dtype, fused: bool) -> tuple[Tensor, Tensor, float]:
+    """A, Cᵀ B (or B) and what this is still to be multiplied with, for products in ``dtype``.
+
+    Args:
+        fused: as one node of the graph, which needs tensors that nothing transforms or traces.
+    """
     A_PD, core_ESR = experts.down(), getattr(experts, "core", None)
-    if core_ESR is None or dtype == A_PD.dtype or torch.compiler.is_compiling():
+    if core_ESR is None or dtype == A_PD.dtype or not fused:
         return A_PD, up_rows(experts), scale
     return *_CastUp.apply(A_PD, core_ESR, experts.up(), scale, dtype), 1.0
 
@@ -174,10 +176,10 @@ class _Rows(torch.autograd.Function):
         return dA_PD, torch.bmm(drank_ESD, A_ERD.mT), dscore_ND @ A_PD.t()
 
 
-def rank_and_score_rows(experts: Any, weight_NP: Tensor) -> Tensor:
-    """[C A; G A], G the weights on h of the logits."""
+def rank_and_score_rows(experts: Any, weight_NP: Tensor, fused: bool) -> Tensor:
+    """[C A; G A], G the weights on h of the logits; ``fused`` as in :func:`down_and_up_rows`."""
     A_PD, core_ESR = experts.down(), getattr(experts, "core", None)
-    if core_ESR is None or torch.compiler.is_compiling():
+    if core_ESR is None or not fused:
         return torch.cat([rank_rows(experts), weight_NP @ A_PD])
     rows_MD: Tensor = _Rows.apply(A_PD, core_ESR, weight_NP)
     return rows_MD

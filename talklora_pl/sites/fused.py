@@ -120,6 +120,12 @@ def product_dtype(x_TD: Tensor) -> torch.dtype:
     return torch.float32
 
 
+def used_dtype(x_TD: Tensor) -> torch.dtype:
+    """:func:`product_dtype`, or what autocast makes of it."""
+    kind = x_TD.device.type
+    return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else product_dtype(x_TD)
+
+
 def plain_weight(layer: Any, dtype: torch.dtype) -> Tensor | None:
     """W_OD of a layer that is nothing but ``x Wᵀ + b`` with a frozen weight in ``dtype`` and no autocast, else None.
 

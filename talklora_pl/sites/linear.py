@@ -6,42 +6,22 @@ T tokens, D input width, O output width, E experts, R rank per expert, F feature
 from __future__ import annotations
 
 from collections.abc import Container
-from typing import Any, Literal, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from talklora_pl.internals.torch import in_backward
 from talklora_pl.kept import Kept
 from talklora_pl.sites import LowRank, Site, folding
 from talklora_pl.sites.base_experts import AdaptedExperts, is_mixture, part_widths, parts
 from talklora_pl.sites.experts import LinearExperts
-from talklora_pl.sites.fused import add_up, fork, frozen_and_down, product_dtype, scaled, weigh, without_autocast
+from talklora_pl.sites.fused import add_up, fork, frozen_and_down, used_dtype, weigh, without_autocast
 from talklora_pl.sites.left_out import only_reached
+from talklora_pl.sites.matrices import Made, Matrices, Way
 from talklora_pl.sites.mixture import BlockMixture, Mixture, own_features
 from talklora_pl.sites.targets import find_targets, widths
 from talklora_pl.spec import Bank, LayerOptions, LayerSpec, unregistered
-
-Way = Literal["uniform", "folded", "plain"]
-"""The same for all tokens; all that is linear in one product; one part of the method after the other."""
-
-
-class Matrices(NamedTuple):
-    """What multiplies the tokens of one layer.
-
-    Attributes:
-        down_MD: rows of the down projection, then those of the scores, if they are among them.
-        up_QO: up projections, before ``scale``.
-        scores: how many of the rows are of scores.
-        bias_E: of the scores.
-        whole: how many of the rows multiply what dropout leaves as it is.
-    """
-
-    down_MD: Tensor
-    up_QO: Tensor
-    scale: float
-    scores: int = 0
-    bias_E: Tensor | None = None
-    whole: int = 0
 
 
 class AdaptedLinear(Mixture):
@@ -51,7 +31,12 @@ class AdaptedLinear(Mixture):
 
     Args:
         block: decides instead of this layer, where one decision is made for a whole block.
+
+    Attributes:
+        made: matrices that were made together with those of equal layers, see :mod:`talklora_pl.sites.together`.
     """
+
+    made: Made | None = None
 
     def __init__(self, layer: LayerSpec, config: LayerOptions, bank: Bank, block: BlockMixture | None = None) -> None:
         super().__init__(layer, config)
@@ -69,8 +54,9 @@ class AdaptedLinear(Mixture):
         """Output (..., O) of the adapted layer for input (..., D)."""
         x_TD = x.reshape(-1, x.shape[-1])
         dropout = self.dropout_input if self.training else 0.0
-        way = self._way(x_TD)
-        m = self._matrices_for(way, x_TD)
+        dtype = used_dtype(x_TD)
+        way = self.way(dtype)
+        m = self._matrices_for(way, dtype)
         y_TO, product_TM = frozen_and_down(frozen.frozen_forward, frozen, x_TD, dropout, m.down_MD, m.whole)
         with without_autocast(x_TD.device.type):
             if way == "uniform":
@@ -78,62 +64,66 @@ class AdaptedLinear(Mixture):
             elif way == "folded":
                 z_TQ = self._folded(product_TM, m, x.shape[:-1])
             else:
-                z_TQ = self._plain(x_TD, product_TM, x.shape[:-1])
+                z_TQ = self._plain(x_TD, product_TM, way, x.shape[:-1])
         y_TO = add_up(y_TO, z_TQ, m.up_QO, m.scale, self.dropout_output, self.training)
         return y_TO.view(*x.shape[:-1], -1)
 
-    def _way(self, x_TD: Tensor) -> Way:
-        """What is computed in rank space, for an input like this."""
+    def way(self, dtype: torch.dtype) -> Way:
+        """What is computed in rank space, where tokens are multiplied in ``dtype``."""
         if self.fold and self._is_uniform():
             return "uniform"
-        return "folded" if self.fold and self._folds(x_TD) else "plain"
+        if self.fold and self._folds(dtype):
+            return "folded"
+        return "weighed" if self.fold and folding.offers(self.experts, "fold") else "plain"
 
-    def _matrices_for(self, way: Way, x_TD: Tensor) -> Matrices:
-        """The layer's matrices; without gradients folded and cast once, and kept until a trained tensor changes."""
-        kind = x_TD.device.type
-        dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else product_dtype(x_TD)
-        if self.training or torch.is_grad_enabled() or torch.compiler.is_compiling():
-            return self._matrices(way, dtype)
+    def _matrices_for(self, way: Way, dtype: torch.dtype) -> Matrices:
+        """The layer's matrices: with gradients those made together with other layers', if there are; without them
+        folded and cast once, and kept until a trained tensor changes."""
+        if torch.compiler.is_compiling():
+            return self.matrices(way, dtype, fused=False)
+        if self.training or torch.is_grad_enabled():
+            if self.made is not None:
+                if self.made.fits(way, dtype, self.sources()):
+                    return self.made.matrices
+                if not in_backward():  # a checkpoint's second pass does what the first did
+                    self.made = None
+            return self.matrices(way, dtype)
+        return self._kept.get(self.sources(), lambda: self.matrices(way, dtype).ready(dtype), (dtype, way))
 
-        def ready() -> Matrices:
-            m = self._matrices(way, dtype)
-            return m._replace(down_MD=m.down_MD.to(dtype), up_QO=scaled(m.up_QO, m.scale, dtype), scale=1.0)
-
-        return self._kept.get([p[name] for p, name in self._sources()], ready, (dtype, way))
+    def sources(self) -> list[Tensor]:
+        """The tensors that matrices come from."""
+        return [p[name] for p, name in self._sources()]
 
     def _sources(self) -> list[tuple[dict[str, Any], str]]:
-        """Where the tensors are that matrices come from; not these themselves, which may be exchanged."""
+        """Where these are; not themselves, as they may be exchanged."""
         if not self._places:
             parts: list[Any] = [self, *getattr(self.experts, "shared", ())]
             modules = [m for part in parts for m in part.modules()]
             self._places = [(m._parameters, n) for m in modules for n, p in m._parameters.items() if p is not None]
         return self._places
 
-    def _matrices(self, way: Way, dtype: torch.dtype) -> Matrices:
+    def matrices(self, way: Way, dtype: torch.dtype, fused: bool = True) -> Matrices:
+        """The formula of what multiplies the tokens; ``fused``: by nodes of the graph that are written by hand."""
         experts = self.experts
         router: Any = self.router if self.decides else None  # whose options are known once it folds
         with without_autocast(experts.down().device.type):
-            if way == "plain":
-                if self._only_weighs():
-                    return Matrices(*folding.down_and_up_rows(experts, self.scale, dtype))
-                return Matrices(experts.down(), experts.up(), self.scale)
+            if way == "weighed":
+                return Matrices(*folding.down_and_up_rows(experts, self.scale, dtype, fused))
             m = Matrices(experts.down(), experts.up(), self.scale)
+            if way == "plain":
+                return m
             if way == "uniform":
                 return m._replace(down_MD=folding.rank_rows(experts), scale=self.scale * router.share)
             if self._block:
                 return m._replace(down_MD=folding.rank_rows(experts))
             weight_EP, bias_E = folding.scores(experts, self.communication, router)
             if weight_EP is not None:
-                down_MD = folding.rank_and_score_rows(experts, weight_EP)
+                down_MD = folding.rank_and_score_rows(experts, weight_EP, fused)
                 return m._replace(down_MD=down_MD, scores=len(weight_EP), bias_E=bias_E)
             scores_ED = router.scores.weight
             down_MD = torch.cat([folding.rank_rows(experts), scores_ED])
             # the logits are those of x, and h is that of what dropout left of it
             return m._replace(down_MD=down_MD, scores=len(scores_ED), whole=len(scores_ED))
-
-    def _only_weighs(self) -> bool:
-        """Whether ``mix`` may be done without: its core folded into the up projection."""
-        return self.fold and folding.offers(self.experts, "fold")
 
     @property
     def decided_by(self) -> str:
@@ -154,12 +144,12 @@ class AdaptedLinear(Mixture):
             self.observed(self.router(x_TD, z_TER), leading_shape)
         return z_TER.flatten(1)
 
-    def _folds(self, x_TD: Tensor) -> bool:
+    def _folds(self, dtype: torch.dtype) -> bool:
         if self._block:
             return folding.offers(self.experts, "fold")
         if self.experts_see_talk or not folding.folds(self.experts, self.communication, self.router):
             return False
-        return folding.exact_enough(self.router, x_TD)
+        return folding.exact_enough(self.router, dtype)
 
     def _folded(self, product_TM: Tensor, m: Matrices, leading_shape: torch.Size) -> Tensor:
         """z_TQ with all that is linear in the one down product: what :meth:`_plain` computes."""
@@ -171,17 +161,17 @@ class AdaptedLinear(Mixture):
         w_TE = self.observed(routing, leading_shape).weights_TE
         return weigh(self.experts.split(h_TP), w_TE).flatten(1)
 
-    def _plain(self, x_TD: Tensor, h_TP: Tensor, leading_shape: torch.Size) -> Tensor:
+    def _plain(self, x_TD: Tensor, h_TP: Tensor, way: Way, leading_shape: torch.Size) -> Tensor:
         """z_TQ, one part of the method after the other; in full precision, which selection wants."""
         dtype = self.experts.down().dtype
-        if self._block or self.experts_see_talk or not self._only_weighs():
-            h_TER = self.experts.split(h_TP.to(dtype))
-            w_TE, m_TEG = self._weights(x_TD, h_TER, leading_shape)
-            h_TER = m_TEG if self.experts_see_talk else h_TER
-            return weigh(h_TER, w_TE).flatten(1) if self._only_weighs() else self.experts.mix(h_TER, w_TE)
-        # h goes on in the dtype it came in
-        h_TER, full_TER, below = fork(self.experts.split(h_TP), dtype)
-        return weigh(h_TER, self._weights(x_TD, full_TER, leading_shape)[0], below).flatten(1)
+        if way == "weighed" and not self.experts_see_talk:
+            # h goes on in the dtype it came in
+            h_TER, full_TER, below = fork(self.experts.split(h_TP), dtype)
+            return weigh(h_TER, self._weights(x_TD, full_TER, leading_shape)[0], below).flatten(1)
+        h_TER = self.experts.split(h_TP.to(dtype))
+        w_TE, m_TEG = self._weights(x_TD, h_TER, leading_shape)
+        h_TER = m_TEG if self.experts_see_talk else h_TER
+        return weigh(h_TER, w_TE).flatten(1) if way == "weighed" else self.experts.mix(h_TER, w_TE)
 
     def _weights(self, x_TD: Tensor, h_TER: Tensor, leading_shape: torch.Size) -> tuple[Tensor, Tensor]:
         """w_TE, and the features after communication."""
@@ -193,6 +183,7 @@ class AdaptedLinear(Mixture):
     def train(self, mode: bool = True) -> AdaptedLinear:
         """Forgets what was kept: a training may write to tensors in ways that leave no trace."""
         self._kept.forget()
+        self.made = None
         return super().train(mode)
 
     def node_features(self, x_TD: Tensor) -> Tensor:

@@ -17,7 +17,7 @@ from talklora_pl.errors import UserError
 from talklora_pl.routing import Collectors, Handed, Routing
 from talklora_pl.sites import folding
 from talklora_pl.sites.experts import LinearExperts
-from talklora_pl.sites.fused import without_autocast
+from talklora_pl.sites.fused import product_dtype, without_autocast
 from talklora_pl.spec import LayerOptions, LayerSpec, unregistered
 
 if TYPE_CHECKING:
@@ -145,15 +145,15 @@ class BlockMixture(Mixture):
             return x_TD.new_zeros(x_TD.shape[0], self.num_experts, 0)
         return own_features(self._experts[0], x_TD)
 
-    def _folds(self, x_TD: Tensor) -> bool:
-        if not (self.fold and self._experts and folding.exact_enough(self.router, x_TD)):
+    def _folds(self, dtype: torch.dtype) -> bool:
+        if not (self.fold and self._experts and folding.exact_enough(self.router, dtype)):
             return False
         return folding.folds(self._experts[0], self.communication, self.router)
 
     def _decide(self, x: Tensor) -> Routing:
         x_TD = x.reshape(-1, x.shape[-1])
         with without_autocast(x_TD.device.type):
-            if self._folds(x_TD):
+            if self._folds(product_dtype(x_TD)):
                 router: Any = self.router
                 logits_TE = folding.logits_of(x_TD, self._experts[0], self.communication, router)
                 return self.observed(router.route(logits_TE), x.shape[:-1])

@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 from transformers import GPT2Config, LlamaConfig, MixtralConfig, Phi3Config
 from transformers.models.gpt2.modeling_gpt2 import GPT2LMHeadModel
 from transformers.models.llama.modeling_llama import LlamaMLP
@@ -19,6 +20,7 @@ from talklora_pl.communication.gnn import GNN
 from talklora_pl.communication.identity import NoCommunication
 from talklora_pl.communication.talking import Talking
 from talklora_pl.experts.ffn_lora import FFNLoRA
+from talklora_pl.memory.checkpointing import CAN_SELECT, selective_contexts
 from talklora_pl.routers.softmax import Softmax
 from talklora_pl.routers.top_k import TopK
 
@@ -255,6 +257,35 @@ def test_experts_at_once_equal_one_by_one(K: int, dtype: torch.dtype) -> None:
         size = want.detach().abs().max().item()
         tolerance = 1e-5 if dtype == torch.float32 else 3e-2
         torch.testing.assert_close(results[0][name], want, rtol=0, atol=tolerance * size, msg=name)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+@pytest.mark.parametrize("outer", [None, "full", "selective"])
+def test_hidden_states_that_are_computed_again(outer: str | None, dtype: torch.dtype) -> None:
+    """Output and gradients are those of hidden states that are kept, with dropout, and in a checkpointed layer."""
+    if outer == "selective" and not CAN_SELECT:
+        pytest.skip("selective checkpointing needs torch 2.13")
+    torch.manual_seed(0)
+    model = nn.Module()
+    model.mlp = block("llama").to(dtype)
+    parts: Any = {"experts": FFNLoRA(), "router": TopK(k=2), "dtype": str(dtype).removeprefix("torch.")}
+    adapter = inject(model, AdapterConfig(targets=["mlp"], num_experts=E, expert_rank=R, dropout_input=0.2, **parts))
+    with torch.no_grad():
+        for p in adapter.parameters():
+            p.normal_(std=0.5)
+    model.train()
+    x = torch.randn(2, 9, D, dtype=dtype)
+    contexts = {"context_fn": selective_contexts} if outer == "selective" else {}
+    results = []
+    for adapter.layers.mlp.recompute in (True, False):
+        adapter.zero_grad(set_to_none=True)
+        v = x.clone().requires_grad_()
+        torch.manual_seed(3)
+        y = checkpoint(model.mlp, v, use_reentrant=False, **contexts) if outer else model.mlp(v)
+        y.square().sum().backward()
+        results.append({"y": y, "x": v.grad} | {n: p.grad for n, p in adapter.named_parameters()})
+    for name, want in results[1].items():
+        assert torch.equal(results[0][name], want), name
 
 
 def test_nobody_chose_it_at_once() -> None:

@@ -37,7 +37,7 @@ STABLE = {
         "_forward_pre_hooks",
     ),
     *("_modules", "_parameters"),
-    "_replace",  # of a named tuple, documented
+    *("_fields", "_replace"),  # of a named tuple, documented
     "_exit",  # of os, documented
 }
 KEYS = {"_name_or_path", "_from_auto", "_commit_hash"}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -14,6 +15,7 @@ from talklora_pl.errors import UserError
 from talklora_pl.memory import checkpointing
 from talklora_pl.memory.checkpointing import CAN_SELECT, MODES, checkpoint_layers, mode_of
 from talklora_pl.memory.live import LiveBytes
+from tests.conftest import tiny_llama
 from tests.methods.test_configs import config_of
 from tests.methods.test_families import build, sized
 
@@ -77,11 +79,20 @@ def test_memory_of_selective_is_in_between() -> None:
         checkpoint_layers(model, mode)  # type: ignore[arg-type]
         gc.collect()
         with LiveBytes() as live:
-            out = model(input_ids=torch.arange(32).repeat(2, 4) % 30, use_cache=False).logits
+            out = model(input_ids=torch.arange(32).repeat(2, 16) % 30, use_cache=False).logits
             kept[mode] = live.now
         out.sum().backward()
     assert kept["full"] < 0.1 * kept["off"], kept
     assert kept["full"] * 3 < kept["selective"] < 0.7 * kept["off"], kept
+
+
+def test_nothing_is_computed_a_third_time() -> None:
+    model = tiny_llama()
+    adapter = inject(model, replace(config_of("graphlora"), balance=[]))
+    blocks: list[Any] = [m for m in adapter.modules() if hasattr(m, "recompute")]
+    for mode, again in (("full", False), ("off", True)):
+        checkpoint_layers(model, mode)  # type: ignore[arg-type]
+        assert blocks and all(block.recompute == again for block in blocks)
 
 
 def test_what_the_option_means() -> None:
