@@ -52,7 +52,7 @@ def _before_forward(model: nn.Module, args: Any, kwargs: dict[str, Any]) -> tupl
         _tell_of_reference()
     if active is not None and torch.is_grad_enabled():
         together: Any = adapters[active].together
-        together.make(lambda: adapted_by(model, active))
+        together.make(model, lambda model: adapted_by(model, active))
     if "adapter_names" not in kwargs:
         return None
     if names is not None:

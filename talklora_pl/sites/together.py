@@ -44,10 +44,12 @@ class Together:
         """Look anew which layers are equal."""
         self._groups: list[_Group] | None = None
 
-    def make(self, pairs: Callable[[], Pairs]) -> None:
-        """A forward pass with gradients begins, of the layers that ``pairs`` gives when they are looked for."""
+    def make(self, model: nn.Module, pairs: Callable[[nn.Module], Pairs]) -> None:
+        """A forward pass of ``model`` with gradients begins; ``pairs`` looks for its layers."""
         if self._groups is None:
-            self._groups = list(_groups(pairs()))
+            # of the embeddings, with which tokens begin
+            dtype = next((p.dtype for p in model.parameters() if p.is_floating_point()), torch.get_default_dtype())
+            self._groups = list(_groups(pairs(model), dtype))
         self._pass = Pass()
         for group in self._groups:
             group.made = self.on and group.make(self._pass)
@@ -171,19 +173,16 @@ class _Formula(nn.Module):
         return self.layer.matrices(way, dtype, fused=False).ready(dtype, fused=False)
 
 
-def _groups(pairs: Pairs) -> Iterable[_Group]:
-    kinds: dict[tuple[Hashable, ...], list[AdaptedLinear]] = {}
-    dtypes: dict[tuple[Hashable, ...], torch.dtype] = {}
+def _groups(pairs: Pairs, hidden: torch.dtype) -> Iterable[_Group]:
+    """Of more than one layer each; ``hidden``: of tokens, where the weight, being quantised, does not say it."""
+    kinds: dict[tuple[torch.dtype, Hashable], list[AdaptedLinear]] = {}
     for frozen, layer in pairs:
         if isinstance(layer, AdaptedLinear):
             layer.made = None
-            weight = getattr(frozen, "weight", None)
-            # tokens come in the dtype of a plain weight; which it is with a quantised one, only they show
-            if isinstance(weight, Tensor) and weight.is_floating_point():
-                kind = weight.dtype, *_kind(layer)
-                kinds.setdefault(kind, []).append(layer)
-                dtypes[kind] = weight.dtype
-    return (_Group(equal, dtypes[kind]) for kind, equal in kinds.items() if len(equal) > 1)
+            weight: Any = getattr(frozen, "weight", None)
+            plain = isinstance(weight, Tensor) and weight.is_floating_point()
+            kinds.setdefault((weight.dtype if plain else hidden, tuple(_kind(layer))), []).append(layer)
+    return (_Group(layers, dtype) for (dtype, _), layers in kinds.items() if len(layers) > 1)
 
 
 def _tensors(layer: AdaptedLinear) -> dict[str, tuple[dict[str, Any], str]]:

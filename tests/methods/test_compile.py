@@ -20,6 +20,7 @@ from talklora_pl.errors import UserError
 from talklora_pl.inputs import labelled, packed, packed_rows
 from talklora_pl.objectives.sft import SFT
 from talklora_pl.sites.dropped import drop, plain_drop
+from talklora_pl.sites.ffn import AdaptedFFN
 from tests.conftest import tiny_llama
 from tests.data.tiny import save_model
 from tests.distributed.runs import free_port
@@ -163,6 +164,29 @@ def test_every_method_file(name: str, counters: Any) -> None:
     CompiledLayers(model, backend="aot_eager")
     for batch, (wanted, _) in zip(BATCHES, want):
         same(gradients(model, adapter, batch)[0], wanted)
+    assert not counters["graph_break"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["graphlora", pytest.param("mixlora", marks=pytest.mark.nightly)])
+def test_whole_blocks_as_experts(name: str, counters: Any) -> None:
+    """In bfloat16 sorted and grouped, as uncompiled; in float32 one expert after the other."""
+    config = method(name).to_dict() | {"dropout_input": 0.0, "balance": [], "allocation": "uniform"}
+    for dtype, bound in ((torch.float32, 1e-5), (torch.bfloat16, 0.05)):
+        torch._dynamo.reset()
+        model, adapter = model_with(AdapterConfig.from_dict(config), layers=1, double=False)
+        model.to(dtype)
+        blocks = [m for m in adapter.modules() if isinstance(m, AdaptedFFN)]
+        for block in blocks:
+            block.grouped = dtype == torch.bfloat16
+        want = [gradients(model, adapter, b)[0] for b in BATCHES[:2]]
+        for block in blocks:
+            block.grouped = True
+        CompiledLayers(model, backend="aot_eager")
+        for batch, wanted in zip(BATCHES, want):
+            got = gradients(model, adapter, batch)[0]
+            for tensor, value in wanted.items():
+                assert (got[tensor] - value).norm() <= bound * value.norm() + 1e-6, tensor
     assert not counters["graph_break"]
 
 

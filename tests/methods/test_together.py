@@ -269,6 +269,24 @@ def test_what_is_of_no_use_is_not_made_again(monkeypatch: pytest.MonkeyPatch) ->
     assert stacked.call_count == 4
 
 
+def test_quantised_layers() -> None:
+    """Tokens of theirs come in the dtype of the embeddings: their weight has none that says so."""
+    model, adapter = talking()
+    for layer in model.layers:
+        for linear in (layer.attn.q_proj, layer.mlp.up_proj):
+            weight = (linear.weight.detach() * 100).round().to(torch.int8)
+            linear.weight = nn.Parameter(weight, requires_grad=False)
+            linear.frozen_class = type("Int8Linear", (nn.Linear,), {"forward": int8})
+    in_turn(model, adapter, lambda: model(IDS, MASK).square().sum().backward())
+    adapter.together.on = True
+    model(IDS, MASK)
+    assert all(layer.made is not None for layer in layers_of(adapter))
+
+
+def int8(linear: Any, x: Tensor) -> Tensor:
+    return x @ linear.weight.to(x.dtype).t() / 100
+
+
 def test_copies_and_pickles_have_nothing() -> None:
     model, adapter = talking()
     model(IDS, MASK)
