@@ -101,7 +101,8 @@ def alternate(
         row.tokens_per_s = tokens / float(t.median())
         if len(t) == len(floor):
             row.ratio = (t / floor).quantile(torch.tensor([0.25, 0.5, 0.75])).tolist()
-        if count:
+        # what counts operators on a CPU sees none of compiled code, which then runs as it was written
+        if count and not (device == "cpu" and "compile" in name):
             _count(row, variants[name], device)
     return list(rows.values())
 

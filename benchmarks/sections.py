@@ -53,7 +53,7 @@ def sizes(name: str, device: str, data: Path | None) -> Sizes:
     if name == "cpu":
         layers = [(4096, 4096, 1024), (1024, 1024, 512)]
         return Sizes(name, device, 5, layers, [("SmolLM2-135M", 4, 4, 64)], 20, SMOLLM2, False, data)
-    return Sizes(name, device, 2, [(64, 64, 16)], [("tiny", None, 2, 12)], 4, None, False, None)
+    return Sizes(name, device, 2, [(64, 64, 16)], [("tiny", None, 2, 12)], 4, None, True, None)
 
 
 def layers(s: Sizes) -> Iterator[Row]:

@@ -18,6 +18,7 @@ from talklora_pl.errors import UserError
 from talklora_pl.internals.transformers import gate
 from talklora_pl.names import in_base
 from talklora_pl.sites import LowRank
+from talklora_pl.sites.dropped import plain_drop
 from talklora_pl.sites.grouped import Pairs, can_group
 from talklora_pl.sites.mixture import Mixture
 from talklora_pl.spec import Bank, LayerOptions, LayerSpec
@@ -159,7 +160,7 @@ class AdaptedExperts(Mixture):
         return torch.add(y_SO, delta_SO, alpha=self.scale)
 
     def _drop(self, v: Tensor, p: float) -> Tensor:
-        return F.dropout(v, p) if self.training and p > 0 else v
+        return plain_drop(v, p) if self.training and p > 0 else v
 
     def low_rank(self, name: str) -> dict[str, LowRank]:
         """What is added to the experts' parameters, by the parameters' names."""

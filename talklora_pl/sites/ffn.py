@@ -16,6 +16,7 @@ from torch.utils.checkpoint import checkpoint
 from talklora_pl.errors import UserError
 from talklora_pl.routing import Routing
 from talklora_pl.sites import LowRank, Site
+from talklora_pl.sites.dropped import plain_drop
 from talklora_pl.sites.experts import FFNExperts
 from talklora_pl.sites.gated import GatedFFN, find_gated, gated_ffn
 from talklora_pl.sites.grouped import Pairs, can_group
@@ -143,7 +144,7 @@ class AdaptedFFN(Mixture):
         return torch.addmm(frozen_tH, h_tR.to(frozen_tH.dtype), B_RH.to(frozen_tH.dtype), alpha=self.scale)
 
     def _drop(self, v: Tensor) -> Tensor:
-        return F.dropout(v, self.dropout_input) if self.training and self.dropout_input > 0 else v
+        return plain_drop(v, self.dropout_input) if self.training and self.dropout_input > 0 else v
 
 
 class FFNSite(Site):

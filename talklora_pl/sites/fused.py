@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from transformers.pytorch_utils import Conv1D
 
-from talklora_pl.sites.dropped import drop, dropped
+from talklora_pl.sites.dropped import drop, dropped, plain_drop
 
 
 class _FrozenDown(torch.autograd.Function):
@@ -166,8 +166,8 @@ def frozen_and_down(
         W_OD = plain_weight(layer, x_TD.dtype)
         y_TO = frozen(x_TD).clone() if W_OD is None else F.linear(x_TD, W_OD, layer.bias)
         return y_TO, F.linear(x_TD.to(dtype), A_PD.to(dtype))
-    if torch.compiler.is_compiling():  # the compiler fuses plain code, and regenerates masks
-        source_TD = F.dropout(x_TD, dropout) if dropout > 0 else x_TD
+    if torch.compiler.is_compiling():  # the compiler fuses plain code
+        source_TD = plain_drop(x_TD, dropout) if dropout > 0 else x_TD
         return frozen(x_TD), _down(x_TD, source_TD, A_PD.to(source_TD.dtype), whole)
     kind = x_TD.device.type
     autocast = torch.is_autocast_enabled(kind)
@@ -280,7 +280,7 @@ def add_up(y_TO: Tensor, z_TQ: Tensor, B_QO: Tensor, scale: float, dropout: floa
     dtype = product_dtype(y_TO)
     z_TQ, B_QO = z_TQ.to(dtype), scaled(B_QO, scale, dtype)
     if dropout > 0 and training:
-        return y_TO + F.dropout(z_TQ @ B_QO, dropout).to(y_TO.dtype)
+        return y_TO + plain_drop(z_TQ @ B_QO, dropout).to(y_TO.dtype)
     if dtype != y_TO.dtype:
         return y_TO.add_(z_TQ @ B_QO)
     return y_TO.addmm(z_TQ, B_QO) if torch.compiler.is_compiling() else y_TO.addmm_(z_TQ, B_QO)

@@ -19,6 +19,7 @@ from talklora_pl.distributed.fsdp import shard_frozen
 from talklora_pl.errors import UserError
 from talklora_pl.inputs import labelled, packed, packed_rows
 from talklora_pl.objectives.sft import SFT
+from talklora_pl.sites.dropped import drop, plain_drop
 from talklora_pl.sites.ffn import AdaptedFFN
 from tests.conftest import tiny_llama
 from tests.data.tiny import save_model
@@ -266,3 +267,34 @@ def test_a_fit_compares_once_and_does_without_layers_that_differ(
         )
     assert len(losses) == 1 and losses[0].isfinite()
     assert run.tuner._compiled is not None and not run.tuner._compiled.on
+
+
+@pytest.mark.parametrize("backend", ["aot_eager_decomp_partition", pytest.param("inductor", marks=pytest.mark.slow)])
+def test_dropout_of_compiled_code_draws_each_mask_once(backend: str, counters: Any) -> None:
+    """One mask for forward and backward, another for each Linear that the same input goes into; whatever the length."""
+
+    def twice(x_TD: Tensor) -> tuple[Tensor, Tensor]:
+        return plain_drop(x_TD, 0.25), plain_drop(x_TD, 0.25)
+
+    torch.manual_seed(0)
+    compiled = torch.compile(twice, backend=backend, fullgraph=True, dynamic=True)
+    for rows_ in (40, 300, 301):
+        x_TD = torch.rand(rows_, 66, dtype=torch.bfloat16).add_(1).requires_grad_()
+        first, second = compiled(x_TD)
+        kept = [y != 0 for y in (first, second)]
+        for y, k in zip((first, second), kept):
+            torch.testing.assert_close(y, torch.where(k, x_TD / 0.75, 0), rtol=1e-2, atol=0)
+        both = [float(k.float().mean()) for k in (*kept, kept[0] & kept[1])]
+        assert both == pytest.approx([0.75, 0.75, 0.5625], abs=0.04)
+        (first.sum() + 2 * second.sum()).backward()
+        torch.testing.assert_close(x_TD.grad, ((kept[0] + 2.0 * kept[1]) / 0.75).bfloat16(), rtol=1e-2, atol=0)
+    assert counters["stats"]["unique_graphs"] == 1
+
+
+def test_compiled_code_has_the_masks_of_code_as_it_is() -> None:
+    x_TD = torch.rand(30, 66) + 1
+    torch.manual_seed(3)
+    want = drop(x_TD, 0.05)[0]
+    torch.manual_seed(3)
+    got = torch.compile(plain_drop, backend="aot_eager", fullgraph=True)(x_TD, 0.05)
+    torch.testing.assert_close(got, want)
