@@ -138,8 +138,7 @@ class ReadyLayer:
         if any(self._hooks) or self.layer.fold is not self._fold:
             return True
         for module, kind, state, parts in self._modules:
-            # objects that are the same, or numbers that are equal
-            if type(module) is not kind or vars(module) != state or list(module._modules.values()) != parts:
+            if type(module) is not kind or _differ(vars(module), state) or list(module._modules.values()) != parts:
                 return True
         own = self.frozen._parameters
         for (dtype, _), ready in self.found.items():
@@ -149,3 +148,11 @@ class ReadyLayer:
 
     def __reduce__(self) -> tuple[Any, ...]:
         return type(None), ()  # a copy of the layer has none
+
+
+def _differ(now: dict[str, Any], then: dict[str, Any]) -> bool:
+    """Whether not all are the same objects or equal numbers."""
+    try:
+        return now != then
+    except (RuntimeError, ValueError):  # other tensors or arrays, which are compared number by number
+        return True

@@ -206,3 +206,19 @@ def test_copies_and_threads() -> None:
     with ThreadPoolExecutor(3) as threads:
         assert all(torch.equal(y, want) for y in threads.map(run, range(30)))
     assert not model.talklora["default"].ready.under_way
+
+
+def test_a_part_that_keeps_what_it_has_seen() -> None:
+    model = made(config_of("shared_b", "attention", "softmax"))
+    layer = layer_of(model)
+    forward = type(layer.communication).forward
+
+    class Keeping(type(layer.communication)):  # type: ignore[misc]
+        def forward(self, m_TEF: Tensor, x_TD: Tensor) -> Tensor:
+            self.seen = m_TEF.clone()
+            return forward(self, m_TEF, x_TD)
+
+    layer.communication.__class__ = Keeping
+    for _ in range(3):
+        compare(model)
+        assert layer.communication.seen.shape[0] == IDS.numel()
