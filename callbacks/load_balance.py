@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import zlib
 from contextlib import ExitStack
+from functools import partial
 from typing import Any, Literal
 
 import lightning as L
@@ -101,7 +102,7 @@ class LoadBalance(L.Callback):
         self.train_load.update(pl_module.routing, _tasks(batch), _is_filler(batch))
         if trainer.global_step == self._step:  # further micro-steps of this optimiser step follow
             return
-        load = self.train_load.summary(lambda sums: read_back(trainer, sums))
+        load = self.train_load.summary(partial(read_back, trainer))
         self.train_load.reset()
         board = Board(trainer)
         if not load.layers:

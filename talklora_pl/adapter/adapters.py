@@ -5,6 +5,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from functools import partial
 from inspect import currentframe
 from threading import get_ident
 from typing import Any
@@ -52,10 +53,11 @@ def _before_forward(model: nn.Module, args: Any, kwargs: dict[str, Any]) -> tupl
         _tell_of_reference()
     if active is not None:
         adapter: Any = adapters[active]
+        pairs = partial(adapted_by, model, active)
         if torch.is_grad_enabled():
-            adapter.together.make(model, lambda model: adapted_by(model, active))
+            adapter.together.make(model, pairs)
         elif not model.training:
-            adapter.ready.begin(_this_pass(switch), lambda: adapted_by(model, active))
+            adapter.ready.begin(_this_pass(switch), pairs)
     if "adapter_names" not in kwargs:
         return None
     if names is not None:

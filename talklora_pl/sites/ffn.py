@@ -6,6 +6,7 @@ T tokens, t tokens of one expert, D input and output width, H hidden width, E ex
 from __future__ import annotations
 
 from collections.abc import Callable, Container
+from functools import partial
 from typing import Any
 
 import torch
@@ -65,27 +66,20 @@ class AdaptedFFN(Mixture):
         if self.experts_see_talk:
             hg_TER, hu_TER = m_TEG.chunk(2, dim=-1)
 
-        pairs = None
+        hidden = partial(self._one_by_one, frozen, routing)
         if self.grouped and routing.selected_TK is not None and can_group(g_TH.dtype):
             pairs = Pairs(routing.selected_TK, routing.weights_TE.shape[1])
-
-        def hidden(*features: Tensor) -> tuple[Tensor, Tensor]:
-            if pairs is None:
-                return self._one_by_one(frozen, routing, *features)
-            return self._grouped(frozen, routing, pairs, *features)
-
-        features = (g_TH, u_TH, hg_TER, hu_TER)
-        mixed_TH, r_TER = self._recomputed(hidden, *features) if self._recomputes() else hidden(*features)
+            hidden = partial(self._grouped, frozen, routing, pairs)
+        mixed_TH, r_TER = self._recomputed(hidden, g_TH, u_TH, hg_TER, hu_TER)
         y_TD = getattr(frozen, self.parts.down)(mixed_TH)
         z_TQ = r_TER.flatten(1) * self.scale
         return torch.addmm(y_TD, z_TQ.to(y_TD.dtype), e.down.up().to(y_TD.dtype)).view(x.shape)
 
-    def _recomputes(self) -> bool:
+    def _recomputed(self, hidden: Callable[..., tuple[Tensor, Tensor]], *features: Tensor) -> tuple[Tensor, Tensor]:
         """The hidden states of all selected experts are several times the base's own: they are computed again in the
         backward pass, from the block's gate and up, and kept for one block at a time."""
-        return self.recompute and torch.is_grad_enabled() and not torch.compiler.is_compiling()
-
-    def _recomputed(self, hidden: Callable[..., tuple[Tensor, Tensor]], *features: Tensor) -> tuple[Tensor, Tensor]:
+        if not (self.recompute and torch.is_grad_enabled()) or torch.compiler.is_compiling():
+            return hidden(*features)
         random = self.training and self.dropout_input > 0
         out: tuple[Tensor, Tensor] = checkpoint(hidden, *features, use_reentrant=False, preserve_rng_state=random)
         return out

@@ -60,6 +60,7 @@ class Made:
         self.way = way
         self.matrices = matrices
         self.sources = sources
+        # no stamps, which ask for a place in memory: a pass that only works out shapes has none
         self.versions = [version(t) for t in sources]
 
     def fits(self, way: Way, dtype: torch.dtype, sources: list[Tensor]) -> bool:

@@ -44,12 +44,12 @@ class Together:
         """Look anew which layers are equal."""
         self._groups: list[_Group] | None = None
 
-    def make(self, model: nn.Module, pairs: Callable[[nn.Module], Pairs]) -> None:
+    def make(self, model: nn.Module, pairs: Callable[[], Pairs]) -> None:
         """A forward pass of ``model`` with gradients begins; ``pairs`` looks for its layers."""
         if self._groups is None:
             # of the embeddings, with which tokens begin
             dtype = next((p.dtype for p in model.parameters() if p.is_floating_point()), torch.get_default_dtype())
-            self._groups = list(_groups(pairs(model), dtype))
+            self._groups = list(_groups(pairs(), dtype))
         self._pass = Pass()
         for group in self._groups:
             group.made = self.on and group.make(self._pass)
