@@ -99,7 +99,7 @@ class LoadBalance(L.Callback):
         if not self._observing:
             return
         assert self.train_load is not None
-        self.train_load.update(pl_module.routing, _tasks(batch), _is_filler(batch))
+        self.train_load.update(pl_module.routing, batch.get("task"), _is_filler(batch), batch.get("group"))
         if trainer.global_step == self._step:  # further micro-steps of this optimiser step follow
             return
         load = self.train_load.summary(partial(read_back, trainer))
@@ -151,7 +151,7 @@ class LoadBalance(L.Callback):
         if self.val_load is None:
             return
         self._evaluation.close()
-        self.val_load.update(self._collector.records, _tasks(batch), _is_filler(batch))
+        self.val_load.update(self._collector.records, batch.get("task"), _is_filler(batch), batch.get("group"))
         if self._probe_left > 0:
             self._add_probe(self._collector.records, batch)
         del self._collector
@@ -225,14 +225,6 @@ def _copies(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
 
 def _log_every(trainer: L.Trainer) -> int:
     return trainer.log_every_n_steps  # type: ignore[attr-defined]
-
-
-def _tasks(batch: Any) -> list[str] | None:
-    """Task of every row; in an evaluation batch the rows are the choices of questions."""
-    names = batch.get("task")
-    if names is not None and "group" in batch:
-        return [names[i] for i in batch["group"].tolist()]
-    return names
 
 
 def _is_filler(batch: Any) -> bool:

@@ -8,6 +8,7 @@ from contextlib import ExitStack, contextmanager
 from threading import get_ident
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from talklora_pl.errors import UserError
@@ -57,6 +58,7 @@ class ActiveAdapter:
         self.running: Counter[int] = Counter()
         self.calls: list[tuple[int, ExitStack]] = []
         self._rows_of = 0  # the thread that they are of
+        self._places: dict[tuple[int, torch.device, bool], dict[str | None, Tensor]] = {}
 
     @property
     def active(self) -> str | None:
@@ -96,11 +98,24 @@ class ActiveAdapter:
         self._refuse_other_threads()
         before = self.rows, self._rows_of
         self.rows = {name: [i for i, n in enumerate(names) if n == name] for name in dict.fromkeys(names)}
-        self._rows_of = get_ident()
+        self._rows_of, self._places = get_ident(), {}
         try:
             yield
         finally:
             self.rows, self._rows_of = before
+            self._places = {}
+
+    def places(self, each: int, device: torch.device) -> dict[str | None, Tensor]:
+        """Where the parts of every adapter are, in a batch with ``each`` for every row: made once for all layers and
+        passes, because the host waits for a device that it brings something to."""
+        assert self.rows is not None
+        key = each, device, torch.is_inference_mode_enabled()  # a tensor made there is of no use elsewhere
+        if key not in self._places:
+            self._places[key] = {
+                name: torch.tensor([i * each + j for i in numbers for j in range(each)], device=device)
+                for name, numbers in self.rows.items()
+            }
+        return self._places[key]
 
     @contextmanager
     def one_of_rows(self, name: str | None) -> Iterator[None]:

@@ -82,10 +82,7 @@ def _forward_by_rows(module: Adapted, adapters: LayerAdapters, *args: Any, **kwa
     each, rest = divmod(x.shape[0], rows)  # consecutive: beams of a row, or tokens of a flat batch
     if rest:
         raise UserError(f"adapter_names: {rows} names do not fit a batch with {x.shape[0]} rows.")
-    index = {
-        name: torch.tensor([i * each + j for i in numbers for j in range(each)], device=x.device)
-        for name, numbers in switch.rows.items()
-    }
+    index = switch.places(each, x.device)
 
     def part(value: Any, name: str | None) -> Any:
         ours = isinstance(value, Tensor) and value.shape[:1] == x.shape[:1]

@@ -38,7 +38,7 @@ class LocalisedLoss(BalanceLoss):
     def forward(self, records: Sequence[RoutingRecord]) -> Tensor:
         z = [torch.cat([self.rows(r).reshape(-1) for r in group]) for group in self.grouped(records).values()]
         totals_G, numbers_G = sum_over_ranks(
-            torch.stack([z_N.sum() for z_N in z]), torch.stack([z_N.new_tensor(len(z_N)) for z_N in z])
+            torch.stack([z_N.sum() for z_N in z]), torch.stack([z_N.new_full((), len(z_N)) for z_N in z])
         )
         means_G = totals_G / numbers_G
         # the deviations add up to 0, so the mean's own gradient through them does too: it may be held fixed

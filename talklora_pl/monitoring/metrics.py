@@ -53,18 +53,25 @@ class RoutingLoad(Metric):
 
     @torch.no_grad()
     def update(
-        self, records: Iterable[RoutingRecord], tasks: Sequence[str] | None = None, filler: bool = False
+        self,
+        records: Iterable[RoutingRecord],
+        tasks: Sequence[str] | None = None,
+        filler: bool = False,
+        question_B: Tensor | None = None,
     ) -> None:
         """Count one forward pass.
 
         Args:
             records: its routing.
-            tasks: task of every row (sequence) of the batch, if the data has tasks.
+            tasks: task of every row (sequence) of the batch, or of every question, if the data has tasks.
             filler: the batch is there for the other ranks' sake only; counts nothing.
+            question_B: whose row it is, where several are the answers of a question.
         """
         if filler:
             return
         task_B = self._numbers([self._task(t) for t in tasks]) if tasks else None
+        if task_B is not None and question_B is not None:
+            task_B = task_B[question_B]  # on the device, which need not be asked
         for group in self._groups(records):
             self._add(group, task_B)
 
@@ -111,7 +118,7 @@ class RoutingLoad(Metric):
             (self.router_z, logits_LTE.logsumexp(-1).square()),
         ):
             state.index_add_(0, row_L, value_LT.masked_fill(pad_LT, 0).sum(-1))
-        self.selected[row_L] = float(K)
+        self.selected.index_fill_(0, row_L, K)  # an assignment would bring the number to the device, and wait
 
     def _numbers(self, values: list[int]) -> Tensor:
         return torch.tensor(values).to(self.tokens.device, non_blocking=True)  # else the host would wait

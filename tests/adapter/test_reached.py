@@ -183,6 +183,14 @@ def test_the_trial_leaves_the_random_state_alone_and_is_made_once(monkeypatch: p
     assert len(state) == len(torch.get_rng_state())
 
 
+def test_it_is_made_on_the_cpu_wherever_the_model_is_built() -> None:
+    """Lightning builds a model with the GPU as the default device."""
+    model = build("llama")
+    reached._known.clear()
+    with torch.device("meta"):
+        assert unreached(model) == frozenset()
+
+
 def test_of_other_modules_nothing_is_known() -> None:
     assert unreached(nn.Sequential(nn.Linear(2, 2))) == frozenset()
 

@@ -108,6 +108,16 @@ def test_tasks() -> None:
     close(load.task_distance_LN(), [[0.375, 0.625, 0.125]])
 
 
+def test_tasks_of_questions_with_several_rows() -> None:
+    metric = RoutingLoad({"a": 2})
+    rows = dense("a", [[1.0, 0.0], [1.0, 0.0], [0.0, 1.0]])
+    metric.update([rows], ["x", "y"], question_B=torch.tensor([0, 1, 1]))
+    load = metric.summary()
+    assert load.tasks == ["x", "y"]
+    close(load.tokens_N, [1, 2])
+    close(load.task_share_LNE, [[[1, 0], [0.5, 0.5]]])
+
+
 def test_filler_counts_nothing() -> None:
     metric = RoutingLoad({"a": 2})
     metric.update([dense("a", [[0.9, 0.1]])])
