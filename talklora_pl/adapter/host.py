@@ -12,7 +12,6 @@ from contextlib import ExitStack
 from inspect import currentframe
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from talklora_pl.adapter.active import ActiveAdapter
