@@ -87,7 +87,7 @@ class FiniteGuard(L.Callback):
         norms = torch._foreach_norm([p.grad for p in parameters])
         # with float16 the loss scaler finds infinite gradients itself, and expects some
         scaler = getattr(trainer.precision_plugin, "scaler", None)
-        gradients = torch.stack([torch.isfinite(n) for n in norms]).all() if norms and scaler is None else losses
+        gradients = torch.stack(norms).isfinite().all() if norms and scaler is None else losses
         (ranks,) = sum_over_ranks(~(losses & gradients))
         bad = (ranks > 0).to(torch.float32)
         if scaler is None and step_unless(optimizer, bad):
@@ -160,9 +160,10 @@ class FiniteGuard(L.Callback):
 
     def _put_buffers_back(self, bad: Tensor | None = None) -> None:
         """All that changed since, on the device if `bad` decides there."""
+        put = None if bad is None else bad > 0
         for buffer, copy, at in self._before:
             if version(buffer) != at:
-                buffer.copy_(copy if bad is None else torch.where(bad > 0, copy, buffer))
+                buffer.copy_(copy if put is None else torch.where(put, copy, buffer))
 
 
 def _adapters(pl_module: L.LightningModule) -> list[Any]:
