@@ -129,15 +129,18 @@ class PretendedGPU(TorchDispatchMode):
             return self._made(source, dtype)  # type: ignore[no-any-return]
         if torch.device(device).type == "meta":
             return torch.empty_strided(source.size(), source.stride(), dtype=dtype, device=device)
-        self.wait("to the host")
+        if not non_blocking:
+            self.wait("to the host")
         numbers: Tensor | None = getattr(source, "numbers", None)
         if numbers is None:
-            return torch.full(source.shape, _guess(source), dtype=dtype)
+            guess = 0 if non_blocking else _guess(source)  # what is asked for later: did anything go wrong
+            return torch.full(source.shape, guess, dtype=dtype)
         return numbers.to(dtype, copy=True)
 
     def _copied(self, target: Tensor, source: Tensor, non_blocking: bool = False) -> Tensor:
         if target.device.type == "cpu":
-            self.wait("to the host")
+            if not non_blocking:
+                self.wait("to the host")
             numbers = getattr(source, "numbers", None)
             return target.fill_(_guess(source)) if numbers is None else target.copy_(numbers)
         if not non_blocking:
@@ -194,6 +197,14 @@ def _on_host(func: Any, given: list[Any], args: Any, kwargs: Any) -> Any:
     return out if all(_counts(t) for t in tree_leaves(out) if isinstance(t, Tensor)) else None
 
 
+class _Event:
+    """Recorded and reached: who waits for one waits for what came before it alone."""
+
+    def record(self, stream: Any = None) -> None: ...
+
+    def synchronize(self) -> None: ...
+
+
 def _swapped(a: Tensor, b: Tensor) -> None:
     if (a.device, a.dtype) != (b.device, b.dtype):  # Module.to() of what is there already
         _swap(a, b)
@@ -202,6 +213,8 @@ def _swapped(a: Tensor, b: Tensor) -> None:
 _swap, torch.utils.swap_tensors = torch.utils.swap_tensors, _swapped
 FakeTensor.data_ptr = lambda self: self.untyped_storage()._cdata
 torch.cuda._lazy_init = lambda: None
+torch.cuda.Event = _Event  # type: ignore[assignment,misc]
+torch.cuda.current_stream = lambda *args: None  # type: ignore[assignment,return-value]
 torch.cuda.is_bf16_supported = lambda *args, **kwargs: True
 torch.cuda.max_memory_allocated = lambda *args: 0
 for _kernel in ("flash", "mem_efficient", "cudnn"):  # which of them there is depends on the GPU

@@ -29,7 +29,7 @@ from talklora_pl.adapter import AdapterConfig, inject, set_adapter
 from talklora_pl.adapter.io import load_adapter, save_adapter
 from talklora_pl.balance import Balance
 from talklora_pl.base import load_base
-from talklora_pl.callbacks import LoadBalance, Preemption, RoutingSensitivity, RunMetrics, SampleOutputs
+from talklora_pl.callbacks import FiniteGuard, LoadBalance, Preemption, RoutingSensitivity, RunMetrics, SampleOutputs
 from talklora_pl.callbacks.progress import EpochProgress
 from talklora_pl.data import TextData
 from talklora_pl.data.source import Source
@@ -113,7 +113,6 @@ def fit(adapter: AdapterConfig, *callbacks: L.Callback, data: Any = None, module
         **{
             "base": BASE,
             "adapter": replace(adapter, allocation=UNIFORM),
-            "optimizer": lambda p: torch.optim.AdamW(p, lr=1e-3),
             **(module or {}),
         }
     )
@@ -130,7 +129,7 @@ def fit(adapter: AdapterConfig, *callbacks: L.Callback, data: Any = None, module
         "enable_checkpointing": False,
         "use_distributed_sampler": False,
     }
-    watchers = [RunMetrics(), LoadBalance(figures=False), Preemption()]
+    watchers = [FiniteGuard(), RunMetrics(), LoadBalance(figures=False), Preemption()]
     with steps_of(gpu) as waits, gpu:
         L.Trainer(**defaults | trainer, callbacks=[*callbacks, *watchers]).fit(model, TextData(**options))
     return {"waits": waits, "operators": len(gpu.operators)}
@@ -189,7 +188,6 @@ RUNS: dict[str, Callable[[], Any]] = {
     "accumulated": lambda: fit(
         config_of("lossfree"),
         EpochProgress(),
-        module={"optimizer": lambda p: torch.optim.AdamW(p, fused=True)},
         accumulate_grad_batches=2,
         enable_progress_bar=True,
     ),
