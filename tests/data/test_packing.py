@@ -259,6 +259,16 @@ def test_attention_by_borders_of_rows(kind: str, monkeypatch: pytest.MonkeyPatch
         torch.testing.assert_close(plain[name], value, rtol=1e-10, atol=1e-10)
 
 
+def test_attention_that_is_dropped_in_training_keeps_its_mask(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(varlen, "kernel", lambda: reference_kernel)
+    model = build("gpt2").train()  # with 0.1
+    assert rows_not_kept_apart(model) == ""
+    model.set_attn_implementation(varlen.NAME)
+    state = torch.get_rng_state()
+    assert "no variable-length kernel for dropout" in rows_not_kept_apart(model)
+    assert torch.equal(torch.get_rng_state(), state)
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize("kind", ["llama", "mistral"])
 def test_the_kernel_of_torch_on_a_gpu(kind: str) -> None:

@@ -215,6 +215,9 @@ FakeTensor.data_ptr = lambda self: self.untyped_storage()._cdata
 torch.cuda._lazy_init = lambda: None
 torch.cuda.Event = _Event  # type: ignore[assignment,misc]
 torch.cuda.current_stream = lambda *args: None  # type: ignore[assignment,return-value]
+torch.cuda.get_device_capability = lambda *args: (9, 0)
+torch.cuda.get_rng_state = lambda *args: torch.zeros(0)
+torch.cuda.set_rng_state = lambda *args: None
 torch.cuda.is_bf16_supported = lambda *args, **kwargs: True
 torch.cuda.max_memory_allocated = lambda *args: 0
 for _kernel in ("flash", "mem_efficient", "cudnn"):  # which of them there is depends on the GPU
