@@ -50,7 +50,8 @@ def unreached(model: nn.Module) -> frozenset[str]:
     key = (type(model), model.config.to_json_string(use_diff=False))
     if key not in _known:
         try:
-            _known[key] = _try(type(model), model.config)
+            with torch.device("cpu"):  # whatever the default device is
+                _known[key] = _try(type(model), model.config)
         except Exception as e:  # model code fails in ways of its own
             _known[key] = TrialFailed(f"{type(e).__name__}: {next(iter(str(e).splitlines()), '')}")
     known = _known[key]
@@ -66,7 +67,7 @@ def _try(cls: Any, config: PreTrainedConfig) -> frozenset[str]:
         if isinstance(part, PreTrainedConfig):
             for option in [o for o in vars(part) if o.endswith("chunk_size")]:
                 setattr(part, option, TOKENS)  # state space models fill a text up to it
-    with torch.random.fork_rng(devices=[]), torch.device("cpu"), no_init_weights(), _Weightless():
+    with torch.random.fork_rng(devices=[]), no_init_weights(), _Weightless():
         trial = cls(config)
     trial.eval().requires_grad_(False)
     linears = {n: m for n, m in trial.named_modules() if is_linear(m)}

@@ -1,0 +1,64 @@
+"""What a run on a GPU finds to be otherwise, as far as a machine without one can show it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+
+import talklora_pl
+from talklora_pl import FineTuner
+from talklora_pl.adapter import AdapterConfig, inject
+from talklora_pl.communication.gnn import GNN
+from talklora_pl.routers.team import Team
+from talklora_pl.sites import reached
+from tests.data.tiny import llama, save_model
+
+METHODS = {
+    "talklora": AdapterConfig(rank=8),
+    "gnn": AdapterConfig(rank=8, communication=GNN(graph="random")),
+    "team": AdapterConfig(rank=8, router=Team()),
+    "graphlora": talklora_pl.method("graphlora"),
+}
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_the_default_device_has_no_say(method: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Lightning builds the model with the GPU as the default device; here with one that computes nothing."""
+    monkeypatch.setattr(reached, "_known", {})
+    base = save_model(tmp_path)
+    built = []
+    for device in ("cpu", "meta"):
+        torch.manual_seed(1)
+        tuner = FineTuner(base, METHODS[method])
+        with torch.device(device):
+            tuner.configure_model()
+        built.append(tuner.model.state_dict() | dict(tuner.model.named_buffers()))
+    torch.testing.assert_close(built[1], built[0], rtol=0, atol=0)
+
+
+def test_linears_that_do_not_count_are_found_whatever_the_default_device(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(reached, "_known", {})
+    model = llama()
+    with torch.device("meta"):
+        assert reached.unreached(model) == frozenset()  # an error, if the trial cannot be made
+
+
+def test_random_numbers_of_a_gpu_are_left_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    seeds: list[int] = []
+    monkeypatch.setattr(torch.cuda, "manual_seed_all", seeds.append)
+    inject(llama(), METHODS["talklora"])
+    assert seeds == [0]  # that of the model
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("method", METHODS)
+def test_training_starts_equally_on_a_gpu(method: str) -> None:
+    here, there = llama(), llama().to("cuda")
+    for model in (here, there):
+        torch.manual_seed(1)
+        inject(model, METHODS[method])
+    for name, tensor in here.state_dict().items():
+        assert there.state_dict()[name].is_cuda
+        torch.testing.assert_close(there.state_dict()[name].cpu(), tensor, rtol=0, atol=0)
