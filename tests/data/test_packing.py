@@ -260,7 +260,7 @@ def test_attention_by_borders_of_rows(kind: str) -> None:
 
 @pytest.mark.slow
 def test_lengths_of_rows_compile_nothing_anew() -> None:
-    model, adapter = trained("llama")
+    model, _ = trained("llama")
     model.set_attn_implementation(varlen.NAME)
     torch.compiler.reset()
     torch._dynamo.utils.counters.clear()
