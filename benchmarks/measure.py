@@ -7,6 +7,7 @@ are those of one round, to the variant that is called the floor.
 from __future__ import annotations
 
 import gc
+import math
 import time
 import warnings
 from collections.abc import Callable
@@ -76,11 +77,18 @@ def alternate(
     device: str,
     rounds: int,
     count: bool = True,
+    until: float = math.inf,
 ) -> list[Row]:
-    """A row per variant; the first is the floor. A variant that fails has the reason for a row."""
+    """A row per variant; the first is the floor. A variant that fails has the reason for a row.
+
+    Args:
+        until: no round is begun after this moment of ``time.monotonic``, once there are two.
+    """
     rows = {name: Row(section, setting, name) for name in variants}
     times: dict[str, list[float]] = {name: [] for name in variants}
     for round_ in range(rounds + 2):
+        if round_ >= 4 and time.monotonic() > until:
+            break
         for name, run in variants.items():
             if not rows[name].note:
                 try:
@@ -144,10 +152,12 @@ def _count(row: Row, run: Callable[[], Any], device: str) -> None:
     with profile(activities=[ProfilerActivity.CUDA]) as profiled:
         run()
         torch.cuda.synchronize()
-    kernels = [e for e in profiled.events() if e.device_type == torch.autograd.DeviceType.CUDA]
+    # also what the profiler projects onto the GPU is an event there, but no kernel
+    events = [e for e in profiled.events() if e.device_type == torch.autograd.DeviceType.CUDA]
+    kernels = [e for e in events if not e.is_user_annotation]
     row.launches = len(kernels)
     if row.ms:
-        row.busy = min(1.0, sum(e.self_device_time_total for e in kernels) / 1e3 / row.ms)
+        row.busy = min(1.0, sum(e.time_range.elapsed_us() for e in kernels) / 1e3 / row.ms)
 
 
 def _forget(device: str) -> None:
