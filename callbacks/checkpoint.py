@@ -13,6 +13,7 @@ from lightning.pytorch.utilities import rank_zero_info
 from talklora_pl.callbacks.resume import validation_due
 from talklora_pl.errors import UserError
 from talklora_pl.internals.lightning import step_ends
+from talklora_pl.ranks import over_ranks
 
 
 class Checkpoint(ModelCheckpoint):
@@ -120,5 +121,6 @@ class Checkpoint(ModelCheckpoint):
         passed = time.monotonic() - at
         left = 60 * self.every_minutes - passed
         steps = int(left / 2 * (step - before) / passed)
-        up, self._look_at = trainer.strategy.broadcast((left <= 0, step + max(1, steps)))
+        found = [left <= 0, step + max(1, steps)] if trainer.is_global_zero else [0, 0]
+        up, self._look_at = over_ranks(found, "sum")
         return bool(up)

@@ -6,12 +6,12 @@ import os
 import re
 import socket
 from dataclasses import astuple, dataclass
-from typing import Any
 
 import lightning as L
 import torch.distributed as dist
 
 from talklora_pl.durable import alive
+from talklora_pl.ranks import every_rank
 
 # what gloo, NCCL and the store say of a peer that does not answer or is gone
 LOST = re.compile(
@@ -64,9 +64,7 @@ class Peers(L.Callback):
 
     def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         if trainer.world_size > 1 and dist.is_initialized():
-            found: list[Any] = [None] * trainer.world_size
-            dist.all_gather_object(found, astuple(Peer.here()))
-            self.peers = [Peer(*f) for f in found]
+            self.peers = [Peer(*found) for found in every_rank(astuple(Peer.here()))]
 
     def on_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException) -> None:
         if not self.peers or not isinstance(exception, RuntimeError) or not LOST.search(str(exception)):

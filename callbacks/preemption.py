@@ -10,19 +10,19 @@ from types import FrameType
 from typing import Any
 
 import lightning as L
-import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.plugins.environments import LightningEnvironment
 from lightning.pytorch.utilities import rank_zero_info
 
 from talklora_pl import stopping
 from talklora_pl.internals.lightning import log_now, step_ends, without_signal_handlers
+from talklora_pl.ranks import over_ranks
 
 
 class Preemption(L.Callback):
     """Save and end when any rank receives SIGTERM, SIGUSR1 or SIGINT (Ctrl-C).
 
-    While training, the signal only sets a flag; the ranks agree on it by one all-reduce of a number after each
+    While training, the signal only sets a flag; the ranks agree on it by one number between the hosts after each
     optimiser step and before each validation batch, save ``last.ckpt`` beside the other checkpoints, and every worker
     exits with 143, or 130 after Ctrl-C. A signal during the writing of a checkpoint therefore lets the writing finish.
     Before the first step there is nothing to save and the process ends at once; after the last one the run simply
@@ -120,10 +120,7 @@ class Preemption(L.Callback):
 
     def _asked(self, trainer: L.Trainer) -> bool:
         """Whether any rank received a signal; all ranks get the same answer."""
-        if trainer.world_size == 1:  # nobody to agree with, and a device to wait for
-            return bool(self._received)
-        here = torch.tensor(self._received, device=trainer.strategy.root_device)
-        agreed = int(trainer.strategy.reduce(here, reduce_op="max"))
+        (agreed,) = over_ranks([self._received], "max")
         if agreed:  # else leave alone what the handler may have set meanwhile
             self._received = agreed
         return bool(agreed)

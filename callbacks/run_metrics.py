@@ -14,6 +14,7 @@ from torch.nn.utils import get_total_norm
 from torch.optim import Optimizer
 
 from talklora_pl.adapter_module import AdapterModule
+from talklora_pl.ranks import over_ranks
 
 
 class RunMetrics(L.Callback):
@@ -71,9 +72,7 @@ class RunMetrics(L.Callback):
         self._in_step = [0, 0]
 
     def _log_cost(self, trainer: L.Trainer, pl_module: AdapterModule) -> None:
-        counts = [self._tokens, *self._in_step]
-        if trainer.world_size > 1:
-            counts = trainer.strategy.reduce(torch.tensor(counts, device=pl_module.device), reduce_op="sum").tolist()
+        counts = over_ranks([self._tokens, *self._in_step], "sum")
         now = time.perf_counter()
         assert self._since is not None
         values = {

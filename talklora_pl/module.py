@@ -53,7 +53,8 @@ from talklora_pl.memory.checkpointing import Checkpointing, checkpoint_layers, m
 from talklora_pl.monitoring.host import read_back
 from talklora_pl.names import ADAPTERS
 from talklora_pl.objectives import Objective, choose
-from talklora_pl.optim import ParamGroup, WarmupSchedule, grouped, try_optimizer, watched
+from talklora_pl.optim import ParamGroup, WarmupSchedule, grouped, take_fused_kernels, try_optimizer, watched
+from talklora_pl.ranks import every_rank, over_ranks, sum_over_ranks
 from talklora_pl.routing import RoutingCollector
 from talklora_pl.sites.left_out import summary
 from talklora_pl.trials import reads_back_only
@@ -248,6 +249,7 @@ class FineTuner(AdapterModule):
 
     def configure_optimizers(self) -> Any:
         optimizer = self.optimizer(grouped(self.trained(), self.param_groups))
+        take_fused_kernels(optimizer)
         if self.lr_scheduler is None:
             return optimizer
         scheduler: Any = self._schedule(optimizer)
@@ -330,11 +332,13 @@ class FineTuner(AdapterModule):
             self._step_sums[name] = self._step_sums[name] + share if name in self._step_sums else share
         if step_ends(self.trainer):
             # their mean over ranks is the mean over all tokens of the step, however they are spread
+            of_all_ranks = zip(self._step_sums, sum_over_ranks(*self._step_sums.values()), strict=True)
             bar = self.trainer.progress_bar_callback
             # Lightning reads what it shows at every step, and the host waits; our own bar looks for itself
             shown = bar is not None and not _asks_by_itself(bar)
-            for name, value in self._step_sums.items():
-                self.log(name, value, prog_bar=shown and name == "train_loss", sync_dist=True, batch_size=1)
+            for name, value in of_all_ranks:
+                mean = value / self.trainer.world_size
+                self.log(name, mean, prog_bar=shown and name == "train_loss", batch_size=1)
             self._step_sums = {}
         return task + self.balance_loss() * (accumulate / batch.get("micro_steps", accumulate))
 
@@ -381,9 +385,7 @@ class FineTuner(AdapterModule):
 
     def _count_of_all_ranks(self, count: int) -> int:
         """For data modules that do not say how much of an optimiser step carries loss."""
-        if self.trainer.world_size == 1:
-            return count
-        return int(self.trainer.strategy.reduce(torch.tensor(count, device=self.device), reduce_op="sum"))
+        return over_ranks([count], "sum")[0]
 
     def on_train_batch_end(self, *args: Any) -> None:
         """After all callbacks, and before Lightning reads one by one what they and the step have logged."""
@@ -492,11 +494,7 @@ class FineTuner(AdapterModule):
 
     def _of_all_ranks(self, records: list[dict[str, Any]]) -> list[dict[str, Any]]:
         """In the order of the data, which their `index` gives; a collective."""
-        every = [records]
-        if self.trainer.world_size > 1:
-            every = [[] for _ in range(self.trainer.world_size)]
-            torch.distributed.all_gather_object(every, records)
-        return sorted((r for rank in every for r in rank), key=lambda r: r.pop("index"))
+        return sorted((r for rank in every_rank(records) for r in rank), key=lambda r: r.pop("index"))
 
     def _tasks(self, batch: dict[str, Any] | None = None) -> list[str]:
         """All tasks there are, or those of a batch's questions; a data module without tasks has one."""

@@ -16,6 +16,7 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR, ReduceLROnPlateau
 
 from talklora_pl.errors import UserError
+from talklora_pl.internals.torch import FUSED
 
 
 @dataclass
@@ -60,6 +61,18 @@ def grouped(trained: Mapping[str, nn.Parameter], settings: Sequence[ParamGroup])
                 f"Their names look like {', '.join(names[:1] + names[-3:])}."
             )
     return [g for g in groups if g["params"]]
+
+
+def take_fused_kernels(optimizer: Optimizer) -> None:
+    """Let an optimiser of torch use its fused kernels, where all that it trains is on GPUs and its options leave it the
+    choice, for which it would take a dozen kernels instead of one."""
+    for group in optimizer.param_groups:
+        free = "fused" in group and group["fused"] is None and group.get("foreach") is None
+        if not free or group.get("differentiable") or not all(p.is_cuda for p in group["params"]):
+            return
+    if type(optimizer) in FUSED:
+        for group in optimizer.param_groups:
+            group["fused"] = True
 
 
 def try_optimizer(

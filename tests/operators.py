@@ -139,7 +139,8 @@ class _Calls(TorchFunctionMode):
         if name in ("tolist", "numpy", "__array__"):
             self.reads.read(name, args)
         elif name == "cpu" or (name == "to" and "cpu" in args):
-            self.reads.read("cpu", args)
+            if not kwargs.get("non_blocking"):
+                self.reads.read("cpu", args)
             return self.reads.put(out.clone(), True)
         elif name == "to" and any(isinstance(a, torch.device) for a in args) and not self.reads.waits(out):
             return self.reads.put(out.clone(), False)

@@ -10,7 +10,6 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import lightning as L
 import numpy as np
-import torch
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from torch.utils.data import DataLoader
 
@@ -32,6 +31,7 @@ from talklora_pl.data.work import Work
 from talklora_pl.errors import UserError
 from talklora_pl.objectives import Objective, choose
 from talklora_pl.paths import expand
+from talklora_pl.ranks import over_ranks
 from talklora_pl.trials import prepare_for_packed_rows
 
 if TYPE_CHECKING:
@@ -397,8 +397,7 @@ class TextData(L.LightningDataModule):
     def on_before_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
         """Of a stream no process knows how many tokens the others learn in a step: they tell each other."""
         if self._stream is not None and self.trainer is not None and self.trainer.training and self._rank()[1] > 1:
-            count = torch.tensor(batch["step_tokens"], device=self.trainer.strategy.root_device)
-            batch["step_tokens"] = int(self.trainer.strategy.reduce(count, reduce_op="sum"))
+            (batch["step_tokens"],) = over_ranks([batch["step_tokens"]], "sum")
         return batch
 
     def _batches_done(self) -> int:

@@ -14,7 +14,6 @@ from itertools import islice
 from typing import Any
 
 import numpy as np
-import torch
 from lightning.pytorch.utilities import rank_zero_warn
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
@@ -23,6 +22,7 @@ from talklora_pl.data.sampler import Batch, Packs, epoch_steps
 from talklora_pl.data.source import BadRow, Reader
 from talklora_pl.data.work import Report, Work
 from talklora_pl.errors import UserError
+from talklora_pl.ranks import every_rank
 
 Place = dict[str, Any]
 """Of a reader: `block`, its number; `sources`, for each the `turn` (how often it was read to its end) and what was read
@@ -239,15 +239,6 @@ def places_of(state: dict[str, Any], layout: dict[str, Any], rank: int) -> dict[
         raise UserError(f"data.streaming: the run can only go on as it was begun: with {', '.join(wrong)}.")
     places: dict[int, Place] = state["places"][rank]
     return places
-
-
-def every_rank(value: Any) -> list[Any]:
-    """What each process has."""
-    if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
-        return [value]
-    out: list[Any] = [None] * torch.distributed.get_world_size()
-    torch.distributed.all_gather_object(out, value)
-    return out
 
 
 def _as_it_is(item: Any) -> Any:

@@ -79,11 +79,13 @@ def put_logged_value(holder: Any, value: Tensor) -> None:
 
 
 def without_signal_handlers(trainer: L.Trainer) -> None:
-    """Let `trainer` install no signal handlers of its own; asked before the fit begins.
+    """Let `trainer` install no signal handlers of its own, nor ask at every batch what they heard.
 
-    The one for SIGTERM waits for the other ranks inside of the handler, where it can hang, and there is no option.
+    Asked before the fit begins. The one for SIGTERM waits for the other ranks inside of the handler, where it can hang,
+    and there is no option. Several processes tell each other by way of the device, which the host then waits for.
     """
     trainer._signal_connector.register_signal_handlers = lambda: None  # type: ignore[method-assign]
+    trainer.fit_loop.epoch_loop._broadcast_sigterm_tensor = lambda: None  # type: ignore[method-assign]
 
 
 def data_parallel_over(strategy: ModelParallelStrategy, processes: int) -> None:

@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from torch.distributed.tensor import DTensor
 
 __all__ = [
+    "FUSED",
     "PRODUCTS",
     "STAMP",
     "ShapesOnly",
@@ -24,6 +25,7 @@ __all__ = [
     "is_as_stamped",
     "own_part",
     "stamp",
+    "step_unless",
     "tree_leaves",
     "version",
 ]
@@ -88,6 +90,25 @@ def across(v_TF: Tensor, direction_TF: Tensor, length_T1: Tensor) -> Tensor:
     rows = torch.ops.aten._weight_norm_interface_backward
     out_TF: Tensor = rows(v_TF, direction_TF, length_T1, length_T1, 0)[0]
     return out_TF
+
+
+FUSED = (torch.optim.Adam, torch.optim.AdamW, torch.optim.SGD, torch.optim.Adagrad)
+"""Optimisers with fused kernels; those that inherit from them may step in ways of their own."""
+
+
+def step_unless(optimizer: torch.optim.Optimizer, bad: Tensor) -> bool:
+    """Let an optimiser leave out its next step if `bad`, float32 on the device, is 1 and not 0, without a wait.
+
+    Fused kernels take that from gradient scalers, under this name; weights, moments and count of steps then stay as
+    they are. torch 2.0 to 2.13 have it.
+
+    Returns:
+        Whether it will. An optimiser without fused kernels cannot: somebody has to read the number before the step.
+    """
+    if type(optimizer) not in FUSED or not all(group.get("fused") for group in optimizer.param_groups):
+        return False
+    optimizer.found_inf = bad  # type: ignore[attr-defined]
+    return True
 
 
 def version(tensor: torch.Tensor) -> int:

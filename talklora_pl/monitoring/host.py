@@ -1,4 +1,5 @@
-"""How a training step's numbers come to the host: all together, because it waits for the device each time it asks."""
+"""How a training step's numbers come to the host: all together, because it waits for the device each time it asks; or
+later, when the device is long done with them."""
 
 from __future__ import annotations
 
@@ -45,3 +46,23 @@ def read_back(trainer: L.Trainer, more: Sequence[Tensor] = ()) -> list[Tensor]:
     for (holder, _), value in zip(logged, found):
         put_logged_value(holder, value)
     return found[len(logged) :]
+
+
+class Later:
+    """A tensor whose copy to the host is under way; reading it waits for what the device had to do until now, no more.
+
+    :func:`to_host` would wait for what it is given from now on as well.
+    """
+
+    def __init__(self, tensor: Tensor) -> None:
+        self._copy = tensor.detach().to("cpu", non_blocking=True)  # from a GPU, into pinned memory
+        self._there = None
+        if tensor.is_cuda:
+            self._there = torch.cuda.Event()
+            self._there.record(torch.cuda.current_stream(tensor.device))
+
+    def read(self) -> Tensor:
+        """The copy."""
+        if self._there is not None:
+            self._there.synchronize()
+        return self._copy

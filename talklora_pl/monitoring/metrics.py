@@ -10,11 +10,11 @@ import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 from torchmetrics import Metric
 
 from talklora_pl.monitoring.host import to_host
+from talklora_pl.ranks import every_rank, gather
 from talklora_pl.routing import PackedRows, RoutingRecord
 
 MAX_ELEMENTS = 2**22  # of the tensors made in one go
@@ -38,7 +38,7 @@ class RoutingLoad(Metric):
     selected: Tensor
 
     def __init__(self, layers: Mapping[str, int]) -> None:
-        super().__init__()
+        super().__init__(dist_sync_fn=gather)
         self.layers = dict(layers)
         self.rows = {name: i for i, name in enumerate(layers)}
         self.tasks = [""]  # rows without a task go to the first
@@ -149,9 +149,8 @@ class RoutingLoad(Metric):
 
     def summary(self, read: Read = to_host) -> Load:
         """As :meth:`compute`, after the ranks have agreed on the names of the tasks. Every rank must call it."""
-        if dist.is_available() and dist.is_initialized():
-            known: list[list[str]] = [[] for _ in range(dist.get_world_size())]
-            dist.all_gather_object(known, self.tasks)
+        known = every_rank(self.tasks)
+        if len(known) > 1:
             self._set_tasks(["", *sorted({t for tasks in known for t in tasks} - {""})])
         load: Load = self.compute(read)
         return load

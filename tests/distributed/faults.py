@@ -9,11 +9,15 @@ import shutil
 import signal
 import threading
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import lightning as L
 import torch
+import torch.distributed as dist
+
+from talklora_pl import ranks
 
 
 class SignalAt(L.Callback):
@@ -81,6 +85,37 @@ class Poison(L.Callback):
     def on_after_backward(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         if self.what == "gradient" and self._hit(trainer):
             next(p for p in pl_module.parameters() if p.requires_grad).grad.fill_(float("nan"))
+
+
+class Collectives(L.Callback):
+    """What the processes ask each other in each step, as JSON in `folder`/collectives.<rank>.
+
+    Hosts get a group of their own, as they do beside NCCL: what goes by it (``hosts``) waits for no device.
+    """
+
+    def __init__(self, folder: str) -> None:
+        self.folder = Path(folder)
+        self.steps: list[list[str]] = []
+
+    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        hosts = dist.new_group(backend="gloo")
+        ranks._hosts = lambda world: hosts  # type: ignore[assignment, misc]
+        for name in ("barrier", "all_reduce", "broadcast", "broadcast_object_list", "all_gather_object"):
+            setattr(dist, name, self._seen(name, getattr(dist, name), hosts))
+
+    def _seen(self, name: str, collective: Callable[..., Any], hosts: Any) -> Callable[..., Any]:
+        def seen(*args: Any, **kwargs: Any) -> Any:
+            if self.steps:
+                self.steps[-1].append("hosts" if kwargs.get("group") is hosts else name)
+            return collective(*args, **kwargs)
+
+        return seen
+
+    def on_train_batch_start(self, trainer: L.Trainer, *args: Any) -> None:
+        self.steps.append([])
+
+    def on_train_end(self, trainer: L.Trainer, *args: Any) -> None:
+        (self.folder / f"collectives.{trainer.global_rank}").write_text(json.dumps(self.steps))
 
 
 class MemoryLimit(L.Callback):

@@ -18,6 +18,27 @@ def poisoned(config: Path, folder: Path, batches: list[int], what: str, *options
     return Run.start(folder, argv, ranks)
 
 
+FUSED = ("--model.optimizer.init_args.fused", "true")  # the step is left out on the device, and the host hears later
+
+
+@pytest.mark.parametrize("what", ["loss", "gradient"])
+def test_stops_one_step_later_if_the_device_decides(config: Path, tmp_path: Path, what: str) -> None:
+    run = poisoned(config, tmp_path, [3], what, *FUSED)
+    assert run.wait() == [2], run.log()
+    log = run.log()
+    assert f"The {what} of step 4 is not finite; example ids: [['r" in log and "goes on after step 5" in log, log
+    saved = read_checkpoint(next(tmp_path.glob("**/nonfinite.ckpt")))
+    # step 4 took no part in it, and step 5 did
+    skips = poisoned(config, tmp_path / "skips", [3], what, *FUSED, "--guard.skip", "1", "--trainer.max_steps", "5")
+    assert skips.wait() == [0], skips.log()
+    waits = poisoned(config, tmp_path / "waits", [3], what, "--guard.skip", "1", "--trainer.max_steps", "5")
+    assert waits.wait() == [0], waits.log()
+    assert saved["global_step"] == 5
+    for folder, bound in (("skips", 0), ("waits", 1e-12)):  # the fused kernel rounds in its own way
+        state = read_checkpoint(newest(tmp_path / folder))["state_dict"]
+        assert all((t - saved["state_dict"][name]).abs().max() <= bound for name, t in state.items())
+
+
 @pytest.mark.parametrize("what", ["loss", "gradient"])
 def test_stops_with_ids_and_a_saved_state(config: Path, tmp_path: Path, what: str) -> None:
     run = poisoned(config, tmp_path, [3], what)
@@ -33,10 +54,10 @@ def test_stops_with_ids_and_a_saved_state(config: Path, tmp_path: Path, what: st
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("strategy", ["ddp", "fsdp"])
-def test_skips_on_all_ranks(config: Path, tmp_path: Path, strategy: str) -> None:
+@pytest.mark.parametrize(("strategy", "options"), [("ddp", ()), ("fsdp", FUSED)])
+def test_skips_on_all_ranks(config: Path, tmp_path: Path, strategy: str, options: tuple[str, ...]) -> None:
     """One bad micro-batch of one rank: both leave out the whole step, up to the given number of steps."""
-    two = ("--trainer.strategy", strategy, "--data.batch_size", "1", "--trainer.accumulate_grad_batches", "2")
+    two = (*options, "--trainer.strategy", strategy, "--data.batch_size", "1", "--trainer.accumulate_grad_batches", "2")
     run = poisoned(config, tmp_path / "two", [3, 9], "gradient", "--guard.skip", "2", *two, ranks=2)
     assert run.wait() == [0, 0], run.log()
     assert "(2 of at most 2)" in run.log()
@@ -47,9 +68,13 @@ def test_skips_on_all_ranks(config: Path, tmp_path: Path, strategy: str) -> None
     assert 2 in run.wait() and "is not finite; example ids: [['r" in run.log(), run.log()
 
 
-def test_a_step_left_out_does_not_count_in_routers_and_losses(config: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("options", [(), FUSED])
+def test_a_step_left_out_does_not_count_in_routers_and_losses(
+    config: Path, tmp_path: Path, options: tuple[str, ...]
+) -> None:
     """Biases of loss-free routing, counts of the Normal loss: as if the run had ended before that step."""
     method = ("--config", "method/lossfree", "--model.adapter.balance+=normal", "--model.adapter.balance+=poisson")
+    method = (*method, *options)
     run = poisoned(config, tmp_path / "left_out", [3], "loss", "--guard.skip", "1", *method, "--trainer.max_steps", "4")
     assert run.wait() == [0], run.log()
     before = read_checkpoint(fit(config, tmp_path / "before", *method, "--trainer.max_steps", "3"))["state_dict"]

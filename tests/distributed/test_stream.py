@@ -20,6 +20,8 @@ STREAM = (
     "--model.adapter.dropout_input",
     "0",
 )
+SELDOM = ("--trainer.log_every_n_steps", "2")
+COUNT = ("--trainer.callbacks+=tests.distributed.faults.Collectives", "--trainer.callbacks.folder")
 PLUGIN = """
 import json, os
 import lightning as L
@@ -37,13 +39,17 @@ def test_two_processes(config: Path, tmp_path: Path) -> None:
     plugin, seen = tmp_path / "seen_plugin.py", str(tmp_path / "seen")
     plugin.write_text(PLUGIN)
     # 4 steps are a buffer of 8 rows; the next one would begin some of 15 anew
-    ddp = (*STREAM, "--trainer.max_steps", "4", "--trainer.strategy", "ddp", "--plugins", f"[{plugin}]")
-    fit(config, tmp_path / "full", *ddp, "--trainer.callbacks+", "seen_plugin.Seen", ranks=2, SEEN=seen)
+    ddp = (*STREAM, "--trainer.max_steps", "4", "--trainer.strategy", "ddp", "--plugins", f"[{plugin}]", *SELDOM)
+    watched = ("--trainer.callbacks+", "seen_plugin.Seen", *COUNT, str(tmp_path / "full"))
+    fit(config, tmp_path / "full", *ddp, *watched, ranks=2, SEEN=seen)
     first, second = ([json.loads(line) for line in (tmp_path / f"seen{r}").read_text().splitlines()] for r in (0, 1))
     rows = [{name for names, *_ in batches for name in names} for batches in (first, second)]
     assert not rows[0] & rows[1] and len(rows[0]) == len(rows[1]) == 8
     for (_, a, tokens), (_, b, same) in zip(first, second):
         assert tokens == same == a + b
+    steps = json.loads((tmp_path / "full/collectives.0").read_text())
+    # the first two steps, of which the second is logged: the devices add up losses, and whether all is finite
+    assert [[c for c in step if c != "hosts"] for step in steps[:2]] == [["all_reduce", "all_reduce"]] * 2
 
 
 @pytest.mark.slow

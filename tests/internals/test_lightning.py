@@ -12,6 +12,7 @@ import lightning as L
 import pytest
 import torch
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger, WandbLogger
+from lightning.pytorch.loops.training_epoch_loop import _TrainingEpochLoop
 from lightning.pytorch.strategies import ModelParallelStrategy
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
@@ -148,6 +149,8 @@ def test_lightning_leaves_the_signals_alone(tmp_path: Path) -> None:
         trainer(tmp_path, Own(ask), max_steps=1).fit(Module())
     lightnings, ours = found
     assert lightnings is not before and ours is before
+    # what it calls at every batch of several processes (tests/distributed counts what they ask each other)
+    assert "_broadcast_sigterm_tensor" in _TrainingEpochLoop.advance.__code__.co_names
 
 
 def test_the_mesh_has_the_size_that_it_is_told() -> None:

@@ -44,6 +44,26 @@ def test_own_part_of_several(rank: int, rows: tuple[int, int], monkeypatch: pyte
         dist.destroy_process_group()
 
 
+@pytest.mark.parametrize("optimizer", [*internals.FUSED, torch.optim.NAdam])
+def test_a_fused_optimiser_leaves_out_a_step_on_the_device(optimizer: type[torch.optim.Optimizer]) -> None:
+    """Its weights, moments and count of steps stay as they are, and go on as if there had been no such step."""
+    able = optimizer in internals.FUSED
+
+    def train(*gradients: float) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+        p = torch.nn.Parameter(torch.ones(3))
+        made = optimizer([p], lr=0.1, **({"fused": True} if able else {}))  # type: ignore[call-arg]
+        for g in gradients:
+            p.grad = torch.full((3,), g)
+            assert internals.step_unless(made, (~p.grad.isfinite().all()).float()) is able
+            made.step()
+        return p.detach(), {k: v for k, v in made.state[p].items() if isinstance(v, torch.Tensor)}
+
+    (p, state), (want, kept) = train(1.0, float("nan"), 2.0), train(1.0, 2.0)
+    assert torch.equal(p, want) is able and not torch.equal(p, torch.ones(3))
+    assert not able or all(torch.equal(v, kept[k]) for k, v in state.items())
+    assert not internals.step_unless(optimizer([torch.nn.Parameter(torch.ones(3))]), torch.zeros(()))
+
+
 def test_what_the_cpu_can_is_asked_under_names_that_exist() -> None:
     for name in ("_is_amx_tile_supported", "_is_avx512_bf16_supported"):
         assert isinstance(getattr(torch.cpu, name)(), bool)

@@ -18,6 +18,7 @@ from talklora_pl.monitoring.alerts import AlertRules, Alerts
 from talklora_pl.monitoring.metrics import Load
 from talklora_pl.routing import Routing, RoutingRecord
 from tests.monitoring.test_metrics import dense, load_of, sparse
+from tests.operators import Operators
 
 GOOD = [[0.25] * 4] * 4
 COLLAPSED = [[0.97, 0.01, 0.01, 0.01]] * 4
@@ -92,6 +93,20 @@ def test_one_line_in_the_terminal_and_text_in_tensorboard(fit: Callable[..., L.T
     (event,) = events.Tensors("alerts/dead_experts/text_summary")
     assert b"dead_experts: step 2" in event.tensor_proto.string_val[0]
     assert [e.value for e in events.Scalars("alerts/dead_experts")] == [0, 10, 10, 10, 10, 10]
+
+
+def test_the_guard_looks_at_all_gradients_at_once(fit: Callable[..., L.Trainer]) -> None:
+    """Some operators a step, and not some for each of the trained tensors."""
+
+    class Counted(FiniteGuard):
+        def on_before_optimizer_step(self, *args: Any) -> None:
+            with Operators() as operators:
+                super().on_before_optimizer_step(*args)
+            counted.append(len(operators.names))
+
+    counted: list[int] = []
+    trainer = fit(Counted(), limit_val_batches=0, max_steps=2)
+    assert len(list(trainer.lightning_module.trained())) > 20 > max(counted)  # type: ignore[operator]
 
 
 class Spoil(L.Callback):

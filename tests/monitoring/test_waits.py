@@ -17,7 +17,7 @@ from lightning.pytorch.loops.training_epoch_loop import _TrainingEpochLoop
 from rich.console import Console
 from torch.utils._python_dispatch import _disable_current_modes
 
-from talklora_pl.callbacks import LoadBalance, Preemption, RunMetrics, progress
+from talklora_pl.callbacks import FiniteGuard, LoadBalance, Preemption, RunMetrics, progress
 from talklora_pl.callbacks.progress import EpochProgress
 from talklora_pl.data.batches import Batches
 from talklora_pl.monitoring import host
@@ -97,7 +97,7 @@ def watch(fit: Callable[..., L.Trainer], monkeypatch: pytest.MonkeyPatch, *bars:
     monkeypatch.setattr(Console, "is_terminal", True)
     fit(
         *bars,
-        module={"optimizer": lambda parameters: torch.optim.SGD(parameters, lr=0.1)},
+        module={"optimizer": lambda parameters: torch.optim.SGD(parameters, lr=0.1, fused=True)},
         log_every_n_steps=2,
         limit_val_batches=0,
         enable_progress_bar=True,
@@ -110,9 +110,9 @@ def watch(fit: Callable[..., L.Trainer], monkeypatch: pytest.MonkeyPatch, *bars:
 def test_whole_steps_with_all_that_watches_them(
     method: str, fit: Callable[..., L.Trainer], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """With the bar, all metrics and alerts: a step that logs nothing asks nothing; one that logs asks once, when all is
-    under way."""
-    watchers = [RunMetrics(), EpochProgress(), LoadBalance(figures=False), Preemption()]  # a run's order
+    """With the bar, all metrics, alerts and the guard: a step that logs nothing asks nothing; one that logs asks once,
+    when all is under way."""
+    watchers = [RunMetrics(), EpochProgress(), LoadBalance(figures=False), FiniteGuard(), Preemption()]  # a run's order
     adapter = replace(config_of(method), allocation=config_of("lora").allocation)
     asked = watch(fit, monkeypatch, *watchers, adapter=adapter, max_steps=2)
     (first, reads), (_, then) = asked[1], asked[2]
