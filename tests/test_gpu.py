@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ from talklora_pl import FineTuner
 from talklora_pl.adapter import inject
 from talklora_pl.adapter.host import Adapted
 from talklora_pl.base import BaseModel
+from talklora_pl.callbacks import FiniteGuard
 from talklora_pl.inputs import labelled, packed, to_device
 from talklora_pl.memory.checkpointing import checkpoint_layers
 from talklora_pl.memory.estimate import Placement
@@ -79,7 +81,13 @@ def fit(tuner: FineTuner, *callbacks: L.Callback, pack: bool = False) -> None:
 @pytest.mark.parametrize("checkpointing", ["off", "full"])
 @pytest.mark.parametrize("method", methods())
 def test_a_step_that_logs_nothing_waits_for_nothing(method: str, checkpointing: Any, base: BaseModel) -> None:
-    fit(FineTuner(base, talklora_pl.method(method), gradient_checkpointing=checkpointing), NoWaits())
+    fit(FineTuner(base, talklora_pl.method(method), gradient_checkpointing=checkpointing), FiniteGuard(), NoWaits())
+
+
+@pytest.mark.parametrize("name", ["Adam", "SGD", "Adagrad", "RMSprop"])
+def test_optimisers(name: str, base: BaseModel) -> None:
+    optimizer = partial(getattr(torch.optim, name), lr=0.01)
+    fit(FineTuner(base, talklora_pl.method("talklora"), optimizer=optimizer), FiniteGuard())
 
 
 @pytest.mark.filterwarnings("error:model.compile")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -11,6 +12,7 @@ import talklora_pl
 from talklora_pl import FineTuner
 from talklora_pl.adapter import AdapterConfig, inject
 from talklora_pl.communication.gnn import GNN
+from talklora_pl.data import TextData
 from talklora_pl.routers.team import Team
 from talklora_pl.sites import reached
 from tests.data.tiny import llama, save_model
@@ -50,6 +52,16 @@ def test_random_numbers_of_a_gpu_are_left_alone(monkeypatch: pytest.MonkeyPatch)
     monkeypatch.setattr(torch.cuda, "manual_seed_all", seeds.append)
     inject(llama(), METHODS["talklora"])
     assert seeds == [0]  # that of the model
+
+
+def test_batches_travel_to_a_gpu_out_of_pinned_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.Tensor, "pin_memory", lambda t: t + 1)
+    batch = {"input_ids": torch.zeros(2), "id": ["a"], "tokens": 3}
+    for device, value in (("cpu", 0), ("cuda", 1)):
+        data = TextData("rows.jsonl")
+        data.trainer = SimpleNamespace(strategy=SimpleNamespace(root_device=torch.device(device)))
+        got = data.on_before_batch_transfer(batch, 0)
+        assert got["input_ids"].tolist() == [value, value] and (got["id"], got["tokens"]) == (["a"], 3)
 
 
 @pytest.mark.gpu
