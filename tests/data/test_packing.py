@@ -29,6 +29,7 @@ from talklora_pl.inputs import (
     to_device,
     token_logits,
 )
+from talklora_pl.memory.checkpointing import CAN_SELECT, checkpoint_layers
 from talklora_pl.monitoring.metrics import RoutingLoad
 from talklora_pl.pieces import summed_nll
 from talklora_pl.trials import reads_back_only, rows_not_kept_apart
@@ -256,6 +257,20 @@ def test_attention_by_borders_of_rows(kind: str) -> None:
     for name, value in want.items():
         torch.testing.assert_close(got[name], value, rtol=1e-10, atol=1e-10)
         torch.testing.assert_close(plain[name], value, rtol=1e-10, atol=1e-10)
+
+
+@pytest.mark.skipif(not CAN_SELECT, reason="this torch cannot select")
+@pytest.mark.parametrize(("mode", "times"), [("off", 1), ("selective", 1), ("full", 2)])
+def test_selective_checkpointing_keeps_the_attention_of_packed_rows(mode: Any, times: int) -> None:
+    model, adapter = trained("llama")
+    want, _ = loss(model, adapter, packed(rows()))
+    model.set_attn_implementation(varlen.NAME)
+    checkpoint_layers(model, mode)
+    varlen_on_cpu.longest.clear()
+    got, _ = loss(model, adapter, packed(rows()))
+    assert len(varlen_on_cpu.longest) == 2 * times
+    for name, value in want.items():
+        torch.testing.assert_close(got[name], value, rtol=1e-10, atol=1e-10)
 
 
 @pytest.mark.slow
