@@ -86,6 +86,7 @@ def alternate(
     """
     rows = {name: Row(section, setting, name) for name in variants}
     times: dict[str, list[float]] = {name: [] for name in variants}
+    first: dict[str, float] = {}
     for round_ in range(rounds + 2):
         if round_ >= 4 and time.monotonic() > until:
             break
@@ -97,6 +98,8 @@ def alternate(
                     rows[name].note = f"failed: {type(e).__name__}: {(str(e).splitlines() or [''])[0][:120]}"
                     _forget(device)
                     continue
+                if round_ == 0:
+                    first[name] = spent
                 if round_ >= 2:
                     times[name].append(spent)
     floor = torch.tensor(next(iter(times.values())))
@@ -111,7 +114,12 @@ def alternate(
             row.ratio = (t / floor).quantile(torch.tensor([0.25, 0.5, 0.75])).tolist()
         # what counts operators on a CPU sees none of compiled code, which then runs as it was written
         if count and not (device == "cpu" and "compile" in name):
-            _count(row, variants[name], device)
+            try:
+                _count(row, variants[name], device)
+            except Exception as e:  # the profiler's, say: the times are there
+                row.note = f"not counted: {type(e).__name__}: {(str(e).splitlines() or [''])[0][:120]}"
+        if "compile" in name:
+            row.note = f"first: {first[name]:.1f} s. {row.note}".strip()
     return list(rows.values())
 
 
