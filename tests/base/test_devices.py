@@ -11,10 +11,13 @@ import torch
 import talklora_pl
 from talklora_pl import FineTuner
 from talklora_pl.adapter import AdapterConfig, inject
+from talklora_pl.communication import attention
+from talklora_pl.communication.attention import Attention
 from talklora_pl.communication.gnn import GNN
 from talklora_pl.data import TextData
 from talklora_pl.routers.team import Team
 from talklora_pl.sites import reached
+from talklora_pl.spec import LayerSpec
 from tests.data.tiny import llama, save_model
 
 METHODS = {
@@ -54,6 +57,18 @@ def test_random_numbers_of_a_gpu_are_left_alone(monkeypatch: pytest.MonkeyPatch)
     assert seeds == [0]  # that of the model
 
 
+def test_more_tokens_than_a_kernel_takes_attend_in_parts(monkeypatch: pytest.MonkeyPatch) -> None:
+    layer = LayerSpec("q", "q", 0, 8, 8, num_experts=3, kind_experts=3, rank=4, dtype=torch.float64)
+    module = Attention(heads=2).build(layer, 4)
+    m_TEF = torch.randn(7, 3, 4, dtype=torch.float64, requires_grad=True)
+    found = []
+    for most in (7, 3):
+        monkeypatch.setattr(attention, "MOST", most)
+        out = module(m_TEF, m_TEF)
+        found.append([out, *torch.autograd.grad(out.square().sum(), [m_TEF, *module.parameters()])])
+    torch.testing.assert_close(found[1], found[0], rtol=1e-12, atol=1e-12)
+
+
 def test_batches_travel_to_a_gpu_out_of_pinned_memory(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.Tensor, "pin_memory", lambda t: t + 1)
     batch = {"input_ids": torch.zeros(2), "id": ["a"], "tokens": 3}
@@ -62,6 +77,14 @@ def test_batches_travel_to_a_gpu_out_of_pinned_memory(monkeypatch: pytest.Monkey
         data.trainer = SimpleNamespace(strategy=SimpleNamespace(root_device=torch.device(device)))
         got = data.on_before_batch_transfer(batch, 0)
         assert got["input_ids"].tolist() == [value, value] and (got["id"], got["tokens"]) == (["a"], 3)
+
+
+@pytest.mark.gpu
+def test_tokens_without_end_attend_on_a_gpu() -> None:
+    layer = LayerSpec("q", "q", 0, 8, 8, num_experts=8, kind_experts=8, rank=4, device=torch.device("cuda"))
+    m_TEF = torch.randn(attention.MOST + 10, 8, 4, device="cuda", requires_grad=True)
+    Attention().build(layer, 4)(m_TEF, m_TEF).sum().backward()
+    assert m_TEF.grad is not None and m_TEF.grad.isfinite().all()
 
 
 @pytest.mark.gpu
