@@ -49,7 +49,7 @@ class AttentionModule(CommunicationModule):
         if T <= MOST:
             heard = attend(*qkv)  # type: ignore[arg-type] # three tensors
         else:
-            heard = torch.cat([attend(*few) for few in zip(*(x.split(MOST) for x in qkv), strict=True)])  # type: ignore[arg-type]
+            heard = torch.cat([attend(*few) for few in zip(*(x.split(MOST) for x in qkv), strict=True)])
         update_TEF = nn.functional.linear(heard.transpose(1, 2).reshape(T, E, F), self.out)
         return m_TEF + update_TEF if self.options.residual else update_TEF
 
