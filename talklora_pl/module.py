@@ -141,8 +141,12 @@ class FineTuner(AdapterModule):
 
     def configure_model(self) -> None:
         """Load the base, freeze it and inject the adapter. Called again, it does nothing."""
-        if self.model is not None:
-            return
+        if self.model is None:
+            # Lightning makes the GPU the default device here, which nothing is written for: what belongs there says so
+            with torch.device("cpu"):
+                self._build()
+
+    def _build(self) -> None:
         self.adapter_config.validate()
         trainer = trainer_of(self)
         if trainer is not None and trainer.state.fn == "fit" and trainer.is_global_zero:

@@ -65,12 +65,15 @@ def grouped(trained: Mapping[str, nn.Parameter], settings: Sequence[ParamGroup])
 
 def take_fused_kernels(optimizer: Optimizer) -> None:
     """Let an optimiser of torch use its fused kernels, where all that it trains is on GPUs and its options leave it the
-    choice, for which it would take a dozen kernels instead of one."""
+    choice, for which it would take a dozen kernels instead of one.
+
+    Not Adagrad: it makes its state with the option as it was given, and in torch 2.11 has no such kernel for a GPU.
+    """
     for group in optimizer.param_groups:
         free = "fused" in group and group["fused"] is None and group.get("foreach") is None
         if not free or group.get("differentiable") or not all(p.is_cuda for p in group["params"]):
             return
-    if type(optimizer) in FUSED:
+    if type(optimizer) in FUSED and type(optimizer) is not torch.optim.Adagrad:
         for group in optimizer.param_groups:
             group["fused"] = True
 

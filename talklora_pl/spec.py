@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Protocol, TypeVar
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 M = TypeVar("M", bound=nn.Module)
 
@@ -48,17 +49,21 @@ class LayerSpec:
 
     def uniform(self, *shape: int, fan_in: int) -> nn.Parameter:
         """A trained tensor drawn from U(±1/sqrt(fan_in)): what ``kaiming_uniform_(a=sqrt 5)`` amounts to."""
-        p = nn.Parameter(torch.empty(shape, device=self.device, dtype=self.dtype))
-        return nn.Parameter(p.detach().uniform_(-(fan_in**-0.5), fan_in**-0.5))
+        return self.drawn(shape, lambda p: p.uniform_(-(fan_in**-0.5), fan_in**-0.5))
 
     def glorot(self, *shape: int, gain: float = 1.0) -> nn.Parameter:
         """A trained matrix drawn from U(±gain sqrt(6 / (rows + columns)))."""
         bound = gain * (6 / sum(shape)) ** 0.5
-        return nn.Parameter(torch.empty(shape, device=self.device, dtype=self.dtype).uniform_(-bound, bound))
+        return self.drawn(shape, lambda p: p.uniform_(-bound, bound))
 
     def normal(self, *shape: int, std: float) -> nn.Parameter:
         """A trained tensor drawn from N(0, std²)."""
-        return nn.Parameter(torch.empty(shape, device=self.device, dtype=self.dtype).normal_(0, std))
+        return self.drawn(shape, lambda p: p.normal_(0, std))
+
+    def drawn(self, shape: tuple[int, ...], draw: Callable[[Tensor], Tensor]) -> nn.Parameter:
+        """A trained tensor that ``draw`` fills: in main memory, so that training starts equally on every device."""
+        place = self.device if self.device is not None and self.device.type == "meta" else "cpu"
+        return nn.Parameter(draw(torch.empty(shape, device=place, dtype=self.dtype)).to(device=self.device))
 
     def zeros(self, *shape: int) -> nn.Parameter:
         """A trained tensor that starts at zero."""

@@ -72,7 +72,8 @@ def prepare_for_packed_rows(model: Any) -> tuple[str, str]:
         what its attention is now called, and why it cannot have packed rows (empty if it can).
     """
     attention = attention_of(model.config) or "its own attention"
-    if attention == "sdpa" and next(model.parameters()).device.type == "cuda":
+    # of a base whose shards are in main memory the adapter is on the GPU
+    if attention == "sdpa" and any(p.is_cuda for p in model.parameters()):
         model.set_attn_implementation(varlen.NAME)
         if not rows_not_kept_apart(model):
             return "the variable-length kernel of torch", ""

@@ -76,16 +76,13 @@ def attend(
     if lacking or dropout > 0 or is_causal is False:
         raise ValueError(f"no variable-length kernel for {', '.join(lacking) or 'dropout, or attention both ways'}")
     q_THd, k_TKd, v_TKd = (x.squeeze(0).transpose(0, 1) for x in (query, key, value))
-    groups = q_THd.shape[1] // k_TKd.shape[1]
-    if groups > 1:
-        k_TKd, v_TKd = (x.repeat_interleave(groups, dim=1) for x in (k_TKd, v_TKd))
     back = -1 if sliding_window is None else sliding_window - 1
     y_THd = kernel()(q_THd, k_TKd, v_TKd, cu_seq_lens_q, int(max_length_q), scaling, back)
     return y_THd.unsqueeze(0), None
 
 
 def kernel() -> Callable[..., Tensor]:
-    """Causal attention (T,H,d), three times, borders (R + 1,), longest row, scale, tokens seen back (-1: all) ->
+    """Causal attention (T,H,d), (T,K,d), (T,K,d), borders (R + 1,), longest row, scale, tokens seen back (-1: all) ->
     (T,H,d).
 
     Raises:
@@ -93,15 +90,15 @@ def kernel() -> Callable[..., Tensor]:
     """
     from torch.nn.attention.varlen import varlen_attn
 
-    windows = "window_size" in inspect.signature(varlen_attn).parameters
+    options = inspect.signature(varlen_attn).parameters
 
     def run(q: Tensor, k: Tensor, v: Tensor, borders: Tensor, longest: int, scale: float | None, back: int) -> Tensor:
-        if windows:
-            how: dict[str, Any] = {"window_size": (back, 0)}
-        elif back == -1:
-            how = {"is_causal": True}
-        else:
-            raise ValueError("no variable-length kernel for sliding windows")
+        how: dict[str, Any] = {"window_size": (back, 0)}
+        if (groups := q.shape[1] // k.shape[1]) > 1:
+            if "enable_gqa" in options:  # torch 2.11 has it not
+                how["enable_gqa"] = True
+            else:
+                k, v = (x.repeat_interleave(groups, dim=1) for x in (k, v))
         out: Any = varlen_attn(q, k, v, borders, borders, longest, longest, scale=scale, **how)
         return out  # type: ignore[no-any-return] # it also gives other numbers where they are asked for
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -10,7 +11,15 @@ import torch
 from torch import nn
 
 from talklora_pl.errors import UserError
-from talklora_pl.optim import ParamGroup, WarmupConstant, WarmupCosine, WarmupLinear, grouped, try_optimizer
+from talklora_pl.optim import (
+    ParamGroup,
+    WarmupConstant,
+    WarmupCosine,
+    WarmupLinear,
+    grouped,
+    take_fused_kernels,
+    try_optimizer,
+)
 
 
 def rates(schedule: type[Any], steps: int = 9, planned: bool = False, **options: Any) -> list[float]:
@@ -74,3 +83,20 @@ def test_a_group_that_matches_nothing_is_a_mistake_unless_it_is_optional() -> No
     with pytest.raises(UserError, match=r"'layers.29' matches no trained tensor"):
         grouped(trained, [ParamGroup("layers.29", lr=0.1)])
     assert grouped(trained, [ParamGroup("layers.29", lr=0.1, optional=True)]) == [{"params": [*trained.values()]}]
+
+
+@pytest.mark.parametrize(
+    ("name", "options", "fused"),
+    [
+        ("AdamW", {}, True),
+        ("SGD", {}, True),
+        ("AdamW", {"foreach": True}, None),
+        ("NAdam", {}, None),
+        ("Adagrad", {}, None),  # torch 2.11: for a CPU alone
+    ],
+)
+def test_what_trains_on_a_gpu_by_fused_kernels(name: str, options: dict[str, Any], fused: bool | None) -> None:
+    optimizer = getattr(torch.optim, name)([nn.Parameter(torch.zeros(1))], lr=0.1, **options)
+    optimizer.param_groups[0]["params"] = [SimpleNamespace(is_cuda=True)]
+    take_fused_kernels(optimizer)
+    assert optimizer.param_groups[0].get("fused") is fused

@@ -63,8 +63,9 @@ def fingerprint(model: nn.Module, without: Iterable[str] = (), like: str | None 
     each = SAMPLES // len(chosen)
     rows = {n: VOCABULARY_ROWS if id(frozen[n]) in of_tokens else None for n in chosen}
     values = torch.cat([_sample(frozen[n].detach(), each, rows[n]) for n in chosen])
-    if any(_is_sharded(frozen[n]) for n in chosen):
-        values = values.to(next(iter(frozen.values())).device)
+    sharded: Any = next((frozen[n] for n in chosen if _is_sharded(frozen[n])), None)
+    if sharded is not None:
+        values = values.to(sharded.device_mesh.device_type)  # not where the shards are: they may be in main memory
         torch.distributed.all_reduce(values, torch.distributed.ReduceOp.MAX)
     numbers = values.to(torch.bfloat16).cpu().view(torch.int16).numpy().astype("<i2")
     text = f"{structure.hexdigest()[:16]}:{base64.b64encode(numbers.tobytes()).decode()}"

@@ -412,7 +412,8 @@ def _specs(
 def _seeded_by(name: str) -> Iterator[None]:
     """Random numbers that depend on the current seed and ``name`` alone."""
     with torch.random.fork_rng(devices=[]):
-        torch.manual_seed((torch.initial_seed() + zlib.crc32(name.encode())) % 2**63)
+        # the CPU's generator alone: nothing is drawn on a GPU, whose state would not be put back
+        torch.default_generator.manual_seed((torch.initial_seed() + zlib.crc32(name.encode())) % 2**63)
         yield
 
 

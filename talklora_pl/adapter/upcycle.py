@@ -144,7 +144,7 @@ class Upcycled:
         if like_ERD.is_meta:
             return torch.zeros_like(like_ERD)
         generator = torch.Generator().manual_seed((torch.initial_seed() + zlib.crc32(name.encode())) % 2**63)
-        drawn_ERD = torch.randn(like_ERD.shape, generator=generator).to(like_ERD)
+        drawn_ERD = torch.randn(like_ERD.shape, generator=generator, device="cpu").to(like_ERD)
         return (NOISE if config.init_noise is None else config.init_noise) * (drawn_ERD - drawn_ERD.mean(0))
 
 

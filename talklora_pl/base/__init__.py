@@ -119,9 +119,11 @@ def _load(base: BaseModel, device: str | torch.device | None, meta: bool) -> Pre
             options["quantization_config"] = quantization_config(base.quantization, options["dtype"])
         if base.quantization or stored:  # such a model is not moved once it is there
             options["device_map"] = {"": device or "cpu"}
+        elif device is not None and runs_on.type == "cuda" and importlib.util.find_spec("accelerate") is not None:
+            options["device_map"] = {"": device}  # straight there, and not by way of main memory
         model, report = _explain(base, lambda: auto.from_pretrained(resolve(base.path), **options))
         settle(model.requires_grad_(False), base.path, report, base.head.classifies)
-        if "device_map" not in options:
+        if not (base.quantization or stored):
             model.to(device or "cpu")
         stay_differentiable(model)
     if facts.beyond:

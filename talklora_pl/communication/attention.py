@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor, nn
 
 from talklora_pl.communication import Communication, CommunicationModule
@@ -11,6 +12,9 @@ from talklora_pl.communication.arithmetic import Norm, normalise
 from talklora_pl.errors import UserError
 from talklora_pl.registry import register
 from talklora_pl.spec import LayerSpec
+
+MOST = 2**16 - 1
+"""Tokens, each of which is a sequence of experts, that one kernel of a GPU takes."""
 
 
 class AttentionModule(CommunicationModule):
@@ -41,7 +45,11 @@ class AttentionModule(CommunicationModule):
 
     def forward(self, m_TEF: Tensor, x_TD: Tensor) -> Tensor:
         T, E, F = m_TEF.shape
-        heard = nn.functional.scaled_dot_product_attention(*self.projected(m_TEF))  # type: ignore[arg-type] # three tensors
+        qkv, attend = self.projected(m_TEF), nn.functional.scaled_dot_product_attention
+        if T <= MOST:
+            heard = attend(*qkv)  # type: ignore[arg-type] # three tensors
+        else:
+            heard = torch.cat([attend(*few) for few in zip(*(x.split(MOST) for x in qkv), strict=True)])
         update_TEF = nn.functional.linear(heard.transpose(1, 2).reshape(T, E, F), self.out)
         return m_TEF + update_TEF if self.options.residual else update_TEF
 

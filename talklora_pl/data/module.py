@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import lightning as L
 import numpy as np
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
+from torch import Tensor
 from torch.utils.data import DataLoader
 
 from talklora_pl.base import BaseModel, load_config, load_tokenizer
@@ -395,9 +396,13 @@ class TextData(L.LightningDataModule):
         return self._stream
 
     def on_before_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
-        """Of a stream no process knows how many tokens the others learn in a step: they tell each other."""
+        """Of a stream no process knows how many tokens the others learn in a step: they tell each other. What goes to
+        a GPU goes out of pinned memory."""
         if self._stream is not None and self.trainer is not None and self.trainer.training and self._rank()[1] > 1:
             (batch["step_tokens"],) = over_ranks([batch["step_tokens"]], "sum")
+        if self.trainer is not None and self.trainer.strategy.root_device.type == "cuda":
+            # out of other memory a larger tensor travels only when the GPU has done what it was given before
+            batch = {k: v.pin_memory() if isinstance(v, Tensor) else v for k, v in batch.items()}
         return batch
 
     def _batches_done(self) -> int:

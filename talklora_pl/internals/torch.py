@@ -37,7 +37,7 @@ PRODUCTS = {
         *("_scaled_dot_product_flash_attention", "_scaled_dot_product_flash_attention_for_cpu"),
         *("_scaled_dot_product_efficient_attention", "_scaled_dot_product_cudnn_attention"),
     )
-}
+} | {"torch_attn::_varlen_attn"}
 """Operators that are dear to compute: matrix products, and attention as one kernel, which has no public operator. Not
 ``bmm``: the scores of eager attention are larger than all the rest together."""
 

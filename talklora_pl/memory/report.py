@@ -208,7 +208,11 @@ def is_out_of_memory(error: BaseException) -> bool:
     """Whether a device or the machine had no memory left."""
     if isinstance(error, torch.OutOfMemoryError):
         return True
-    return isinstance(error, RuntimeError) and "DefaultCPUAllocator: " in str(error) and "memory" in str(error)
+    if not isinstance(error, RuntimeError):
+        return False
+    text = str(error)  # also of libraries that ask the driver by themselves, beside torch's allocator
+    beside = ("CUDA error: out of memory", "CUBLAS_STATUS_ALLOC_FAILED")
+    return ("DefaultCPUAllocator: " in text and "memory" in text) or any(each in text for each in beside)
 
 
 def size(n: int | float) -> str:

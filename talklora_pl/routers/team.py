@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-import torch
 from torch import Tensor, nn
 
 from talklora_pl.registry import register
@@ -20,8 +19,7 @@ class TeamRouter(ScoredRouter):
     def __init__(self, layer: LayerSpec, features: int, options: Team) -> None:
         super().__init__(layer, features, options)
         E = layer.num_experts
-        M = torch.empty(E, E, device=layer.device, dtype=layer.dtype).uniform_(-0.1, 0.1).fill_diagonal_(1.0)
-        self.team = nn.Parameter(M)
+        self.team = layer.drawn((E, E), lambda M: M.uniform_(-0.1, 0.1).fill_diagonal_(1.0))
 
     def route(self, logits_TE: Tensor) -> Routing:
         p_TE = logits_TE.softmax(-1)

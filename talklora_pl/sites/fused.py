@@ -114,10 +114,10 @@ FEW = 16
 
 def product_dtype(x_TD: Tensor) -> torch.dtype:
     """The dtype of the products with rank-space matrices: that of x, but float32 for few tokens without gradients."""
-    few = x_TD.dtype.itemsize < 4 and x_TD.shape[0] <= FEW and x_TD.device.type == "cpu"
-    if not few or torch.is_grad_enabled() or torch.is_autocast_enabled("cpu") or torch.compiler.is_compiling():
+    if torch.is_grad_enabled() or torch.compiler.is_compiling():  # whose code must not depend on how many there are
         return x_TD.dtype
-    return torch.float32
+    few = x_TD.device.type == "cpu" and x_TD.dtype.itemsize < 4 and x_TD.shape[0] <= FEW
+    return torch.float32 if few and not torch.is_autocast_enabled("cpu") else x_TD.dtype
 
 
 def used_dtype(x_TD: Tensor) -> torch.dtype:

@@ -50,7 +50,7 @@ def unreached(model: nn.Module) -> frozenset[str]:
     key = (type(model), model.config.to_json_string(use_diff=False))
     if key not in _known:
         try:
-            with torch.device("cpu"):  # whatever device the model is being built for
+            with torch.device("cpu"):  # whatever the default device is
                 _known[key] = _try(type(model), model.config)
         except Exception as e:  # model code fails in ways of its own
             _known[key] = TrialFailed(f"{type(e).__name__}: {next(iter(str(e).splitlines()), '')}")

@@ -227,3 +227,13 @@ def test_dpo_compares_with_the_mixture_that_it_began_from(three: tuple[Path, lis
     rows = {"input_ids": [[[5, 6, 7, 8], [5, 6, 9]]], "labels": [[[-100, -100, 7, 8], [-100, -100, 9]]], "label": [0]}
     loss, pairs, observed = tuner.objective.loss(tuner.model, Preference().collate(rows, 0, True))
     assert (loss / pairs).item() == pytest.approx(math.log(2), abs=1e-5) and abs(observed["rewards/chosen"]) < 1e-5
+
+
+def test_noise_does_not_depend_on_the_default_device(three: tuple[Path, list[str]]) -> None:
+    base, folders = three
+    config, drawn = AdapterConfig(**OPTIONS, init_from=folders[:1]), []
+    for device in ("cpu", "meta"):
+        model = models.load(base)
+        with torch.device(device):
+            drawn.append(inject(model, config, device=torch.device("cpu")).state_dict())
+    torch.testing.assert_close(drawn[1], drawn[0], rtol=0, atol=0)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -12,6 +13,7 @@ from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Shard
 
+from talklora_pl.adapter.fingerprint import fingerprint
 from talklora_pl.distributed.fsdp import move_unsharded
 from talklora_pl.distributed.shards import _local_content
 from tests.distributed.runs import distance, fit, free_port
@@ -48,6 +50,25 @@ def test_only_what_is_not_sharded_is_moved(mesh: DeviceMesh) -> None:
     assert model[0].weight is shard
     assert shard.to_local().device == CPU
     assert {p.device for p in (*model[1].parameters(), *model[2].parameters(), *model[2].buffers())} == {META}
+
+
+def test_what_is_compared_of_shards_travels_by_the_mesh(mesh: DeviceMesh, monkeypatch: pytest.MonkeyPatch) -> None:
+    """NCCL takes nothing from main memory, where the shards are."""
+    model = nn.Sequential(nn.Linear(2, 4, bias=False))
+    like = DTensor.from_local(torch.empty(4, 2, device=META), mesh, [Shard(0)])
+    model[0].weight = _local_content(nn.Parameter(like, requires_grad=False), torch.ones(4, 2), "0.weight", CPU, META)
+    shard: Any = model[0].weight
+    monkeypatch.setattr(shard.device_mesh, "_device_type", "meta")  # for one that this machine has not
+    sent: list[torch.Tensor] = []
+
+    def all_reduce(values: torch.Tensor, op: object) -> None:
+        sent.append(values)
+        raise InterruptedError
+
+    monkeypatch.setattr(dist, "all_reduce", all_reduce)
+    with pytest.raises(InterruptedError):
+        fingerprint(model)
+    assert sent[0].is_meta
 
 
 @pytest.mark.gpu

@@ -64,6 +64,8 @@ class PretendedGPU(TorchDispatchMode):
         if func.namespace == "prim":
             return func(*args, **(kwargs or {}))
         kwargs, packet, name = kwargs or {}, func.overloadpacket, func.overloadpacket.__name__
+        if packet in (aten.pin_memory, aten._pin_memory):  # memory of the host
+            return args[0].clone()
         leaves = tree_leaves((args, kwargs))
         given = [t for t in leaves if isinstance(t, FakeTensor)]
         new = any(isinstance(d, torch.device) and d.type == "cuda" for d in leaves)
