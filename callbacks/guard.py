@@ -52,7 +52,7 @@ class FiniteGuard(L.Callback):
         self.skipped = 0
         self._stop: str | None = None
         self._window: Window = []
-        self._before: list[tuple[Tensor, Tensor, int]] = []  # buffers, copies of them and versions of both
+        self._before: list[tuple[Tensor, Tensor, int]] = []  # buffer, copy, version that was copied
         self._step: Step | None = None
 
     def state_dict(self) -> dict[str, Any]:

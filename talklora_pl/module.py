@@ -324,7 +324,8 @@ class FineTuner(AdapterModule):
             sums = {name: value * 0 for name, value in sums.items()}
         # Lightning divides by the accumulation and DDP by the ranks: undo both, then divide by all tokens of the step
         accumulate = self.trainer.accumulate_grad_batches
-        step_tokens = batch.get("step_tokens") or self._count_of_all_ranks(count) * accumulate
+        # not every data module says how much of an optimiser step carries loss
+        step_tokens = batch.get("step_tokens") or over_ranks([count], "sum")[0] * accumulate
         means = {name: value * (self.trainer.world_size * accumulate / step_tokens) for name, value in sums.items()}
         task = means["train_loss"]
         for name, value in means.items():
@@ -382,10 +383,6 @@ class FineTuner(AdapterModule):
         for name, value in each.items():
             self.log(f"balance/{name}", value.detach(), batch_size=1)
         return total
-
-    def _count_of_all_ranks(self, count: int) -> int:
-        """For data modules that do not say how much of an optimiser step carries loss."""
-        return over_ranks([count], "sum")[0]
 
     def on_train_batch_end(self, *args: Any) -> None:
         """After all callbacks, and before Lightning reads one by one what they and the step have logged."""

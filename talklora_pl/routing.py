@@ -162,8 +162,7 @@ class RoutingCollector:
     ) -> None:
         self.model = model
         self.packed = packed
-        self.mask = mask
-        self._real_T = None if mask is None else mask.reshape(-1).bool()  # once for all layers
+        self._real = None if mask is None else mask.bool()  # once for all layers
         self.task_types = task_types
         self.records: list[RoutingRecord] = []
         self._stacks: list[Collectors] = []
@@ -188,8 +187,8 @@ class RoutingCollector:
 
     def add(self, layer: str, routing: Routing, leading_shape: torch.Size) -> None:
         # by number, not by shape: some models flatten (batch, sequence) before their feed-forward Linears (OPT)
-        if self.mask is not None and self._real_T is not None and len(self._real_T) == routing.weights_TE.shape[0]:
-            mask_T, leading_shape, packed = self._real_T, self.mask.shape, self.packed
+        if self._real is not None and self._real.numel() == routing.weights_TE.shape[0]:
+            mask_T, leading_shape, packed = self._real.reshape(-1), self._real.shape, self.packed
         else:  # a layer that does not see one row per token, such as a pooler
             packed = None
             mask_T = torch.ones(routing.weights_TE.shape[0], dtype=torch.bool, device=routing.weights_TE.device)
