@@ -23,7 +23,6 @@ from talklora_pl.adapter.io import adapter_metadata, base_fingerprint, state_ten
 from talklora_pl.adapter.metadata import AdapterMetadata
 from talklora_pl.adapter.upcycle import Upcycled, say_what_is_taken
 from talklora_pl.adapter_module import AdapterModule
-from talklora_pl.balance import balance_losses
 from talklora_pl.base import BaseModel, describe_base, load_base, load_generation, load_tokenizer, portable
 from talklora_pl.base.description import Description
 from talklora_pl.base.loading import new_modules, settle
@@ -31,6 +30,7 @@ from talklora_pl.callbacks.allocation import ExpertAllocation, refuse_other_allo
 from talklora_pl.callbacks.others import OtherCallbacks, refuse_callbacks, refuse_quantised, whole_precision
 from talklora_pl.callbacks.out_of_memory import OutOfMemory
 from talklora_pl.callbacks.run_metrics import RunMetrics
+from talklora_pl.captured import CapturedSteps
 from talklora_pl.compiled import CompiledLayers
 from talklora_pl.distributed.checkpoint import refuse_differences
 from talklora_pl.distributed.shards import compare_with_files
@@ -46,7 +46,6 @@ from talklora_pl.evaluation import (
     write_json,
     write_lines,
 )
-from talklora_pl.inputs import packed_rows
 from talklora_pl.internals.lightning import logs_now, step_ends, trainer_of
 from talklora_pl.memory import report
 from talklora_pl.memory.checkpointing import Checkpointing, checkpoint_layers, mode_of
@@ -55,8 +54,8 @@ from talklora_pl.names import ADAPTERS
 from talklora_pl.objectives import Objective, choose
 from talklora_pl.optim import ParamGroup, WarmupSchedule, grouped, take_fused_kernels, try_optimizer, watched
 from talklora_pl.ranks import every_rank, over_ranks, sum_over_ranks
-from talklora_pl.routing import RoutingCollector
 from talklora_pl.sites.left_out import summary
+from talklora_pl.step import captured_steps, collector, forward
 from talklora_pl.trials import reads_back_only
 from talklora_pl.warm_start import SavedAdapter
 
@@ -73,6 +72,8 @@ class FineTuner(AdapterModule):
         param_groups: other learning rates or weight decays for some tensors; the first that matches counts.
         gradient_checkpointing: what decoder layers compute again in the backward pass, for memory: nothing (`off`),
             everything (`full`, or true), or all but matrix products and fused attention (`selective`).
+        cuda_graph: record forward and backward passes on a GPU and replay them, for models so small that the GPU waits
+            for its host; see :mod:`talklora_pl.captured`.
         compile: ``layers``: compile each decoder layer with ``torch.compile``, for training; ``model``: the whole
             model, in one piece as far as it goes. True is ``model``, False ``off``.
         evaluation: how answers are scored.
@@ -90,6 +91,7 @@ class FineTuner(AdapterModule):
         param_groups: list[ParamGroup] | None = None,
         gradient_checkpointing: bool | Checkpointing = "off",
         compile: Literal["off", "layers", "model"] | bool = "off",
+        cuda_graph: bool = False,
         evaluation: Evaluation = Evaluation(),  # noqa: B008 (frozen)
         objective: Objective | None = None,
         adapter_path: str | None = None,
@@ -113,6 +115,12 @@ class FineTuner(AdapterModule):
         self.compile_mode = compile if isinstance(compile, str) else "model" if compile else "off"
         self._compiled: CompiledLayers | None = None
         self._compared = False  # compiled gradients with eager ones
+        self.cuda_graph = cuda_graph
+        if cuda_graph and self.gradient_checkpointing != "off":
+            raise UserError(
+                "model.cuda_graph: a recorded step cannot compute layers again: gradient_checkpointing: off."
+            )
+        self._captured: CapturedSteps | None = None
         self.evaluation = evaluation
         self._told_of_idle = False
         self.allocation = self.start.metadata.experts_per_layer if self.start else None
@@ -295,6 +303,7 @@ class FineTuner(AdapterModule):
         self.adapter.forget_loads()
         if not self.base.head.classifies:
             reads_back_only(self.model)  # tried out now, and not amid the first step
+        self._captured = captured_steps(self) if self.cuda_graph else None
 
     def on_fit_start(self) -> None:
         # while all processes are alive: the weights may be sharded
@@ -315,21 +324,24 @@ class FineTuner(AdapterModule):
         """Task loss over all tokens of the optimiser step, plus balance losses averaged over its micro-steps."""
         if self._compiled and not self._compared:
             self._compare_compiled(self._compiled, batch)
-        with self._collector(batch) as collector:
-            loss_sum, count, *observed = self.objective.loss(self.model, batch)
-        self.routing = collector.records
-        self.adapter.count_loads(self.routing)
-        sums = {"train_loss": loss_sum, **(observed[0] if observed else {})}
-        if batch.get("filler"):  # it only keeps this rank in step with the others
-            sums = {name: value * 0 for name, value in sums.items()}
         # Lightning divides by the accumulation and DDP by the ranks: undo both, then divide by all tokens of the step
         accumulate = self.trainer.accumulate_grad_batches
-        # not every data module says how much of an optimiser step carries loss
-        step_tokens = batch.get("step_tokens") or over_ranks([count], "sum")[0] * accumulate
-        means = {name: value * (self.trainer.world_size * accumulate / step_tokens) for name, value in sums.items()}
-        task = means["train_loss"]
-        for name, value in means.items():
-            share = value.detach() / accumulate
+        copies = self.trainer.world_size * accumulate
+        balance_weight = accumulate / batch.get("micro_steps", accumulate)
+        tokens = batch.get("step_tokens")
+        if self._captured and tokens and not batch.get("filler"):
+            loss, passed = self._captured(batch, {"weight": copies / tokens, "balance_weight": balance_weight})
+        else:
+            passed = forward(self.model, self.objective, batch)
+            # not every data module says how much of an optimiser step carries loss
+            tokens = tokens or over_ranks([passed.count], "sum")[0] * accumulate
+            loss = passed.loss(copies / tokens, balance_weight)
+        self.routing = passed.routing
+        self.adapter.count_loads(self.routing)
+        for name, value in passed.each.items():
+            self.log(f"balance/{name}", value, batch_size=1)
+        for name, value in passed.sums.items():
+            share = value.detach() * (self.trainer.world_size / tokens)
             self._step_sums[name] = self._step_sums[name] + share if name in self._step_sums else share
         if step_ends(self.trainer):
             # their mean over ranks is the mean over all tokens of the step, however they are spread
@@ -341,19 +353,16 @@ class FineTuner(AdapterModule):
                 mean = value / self.trainer.world_size
                 self.log(name, mean, prog_bar=shown and name == "train_loss", batch_size=1)
             self._step_sums = {}
-        return task + self.balance_loss() * (accumulate / batch.get("micro_steps", accumulate))
-
-    def _collector(self, batch: dict[str, Any]) -> RoutingCollector:
-        return RoutingCollector(self.model, batch["attention_mask"], batch.get("task_types"), packed_rows(batch))
+        return loss
 
     def _compare_compiled(self, layers: CompiledLayers, batch: dict[str, Any]) -> None:
         """On the first batch: what compiled layers learn is what they would learn as they are, or they are left so."""
         self._compared = True
 
         def loss() -> Tensor:
-            with self._collector(batch) as collector:
+            with collector(self.model, batch) as collected:
                 task, count, *_ = self.objective.loss(self.model, batch)
-            routing = [r.routing.probs_TE.square().mean() for r in collector.records]
+            routing = [r.routing.probs_TE.square().mean() for r in collected.records]
             return task / max(count, 1) + sum(routing)
 
         layers.on = not (reason := layers.why_not_trusted(list(self.trained().values()), loss))
@@ -376,13 +385,6 @@ class FineTuner(AdapterModule):
         """The step, then routers that balance themselves; a checkpoint of this step is written after both."""
         super().optimizer_step(*args, **kwargs)
         self.adapter.after_optimizer_step()
-
-    def balance_loss(self) -> Tensor:
-        """Weighted sum of the balance losses of the newest micro-step, each logged by name."""
-        total, each = balance_losses(self.adapter, self.routing)
-        for name, value in each.items():
-            self.log(f"balance/{name}", value.detach(), batch_size=1)
-        return total
 
     def on_train_batch_end(self, *args: Any) -> None:
         """After all callbacks, and before Lightning reads one by one what they and the step have logged."""

@@ -35,10 +35,13 @@ class Routing(NamedTuple):
 
 
 class PackedRows(NamedTuple):
-    """Which row of a packed batch every token belongs to: ``row_T`` from 0, of ``rows`` rows."""
+    """Which row of a packed batch every token belongs to: ``row_T`` from 0, of ``rows`` rows.
+
+    In a step that is recorded (:mod:`talklora_pl.captured`) nobody knows how many rows those that replay it will have.
+    """
 
     row_T: Tensor
-    rows: int
+    rows: int | None
 
 
 @dataclass
@@ -61,10 +64,16 @@ class RoutingRecord:
     packed: PackedRows | None = None
 
     def sum_by_row(self, values_TE: Tensor) -> Tensor:
-        """Sums over the real tokens of every row of the batch, (B,E)."""
+        """Sums over the real tokens of every row of the batch, (B,E).
+
+        Raises:
+            UserError: of a packed batch in a step that is recorded.
+        """
         values_TE = values_TE * self.mask_T.unsqueeze(-1)
         if self.packed is None:
             return values_TE.view(self.shape[0], -1, values_TE.shape[-1]).sum(1)
+        if self.packed.rows is None:
+            raise UserError("a balance loss asks for the rows of a packed batch, whose number changes")
         sums_BE = values_TE.new_zeros(self.packed.rows, values_TE.shape[-1])
         return sums_BE.index_add(0, self.packed.row_T, values_TE)
 
