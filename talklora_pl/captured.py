@@ -242,7 +242,7 @@ def _owners(of: Any) -> Iterator[dict[str, Any]]:
     yield vars(of)
     for value in vars(of).values():
         for each in value if isinstance(value, list) else (value,):
-            if is_dataclass(each) and not isinstance(each, type):
+            if is_dataclass(type(each)):
                 yield from _owners(each)
 
 

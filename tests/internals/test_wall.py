@@ -32,6 +32,7 @@ STABLE = {
         "_backward_pre_hooks",
         "_buffers",
         "_foreach_copy_",
+        "_foreach_mul",
         "_foreach_norm",
         "_forward_hooks",
         "_forward_pre_hooks",

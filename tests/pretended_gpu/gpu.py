@@ -13,6 +13,8 @@ import ctypes
 import os
 import sys
 import traceback
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -94,6 +96,8 @@ class PretendedGPU(TorchDispatchMode):
         return out
 
     def wait(self, name: str) -> None:
+        if _CUDAGraph.recording:
+            raise RuntimeError(f"operation not permitted when stream is capturing: {name}")
         frames = [
             f for f in traceback.extract_stack() if f.filename.startswith((f"{ROOT}/talklora", f"{ROOT}/callbacks"))
         ]
@@ -126,7 +130,8 @@ class PretendedGPU(TorchDispatchMode):
     ) -> Tensor:
         dtype = dtype or source.dtype
         if source.device.type != "cuda":
-            if source.device.type == "cpu" and not non_blocking:
+            # a graph would read this memory of the host again when it is long gone
+            if source.device.type == "cpu" and (not non_blocking or _CUDAGraph.recording):
                 self.wait("to the GPU")
             return self._made(source, dtype)  # type: ignore[no-any-return]
         if torch.device(device).type == "meta":
@@ -145,7 +150,7 @@ class PretendedGPU(TorchDispatchMode):
                 self.wait("to the host")
             numbers = getattr(source, "numbers", None)
             return target.fill_(_guess(source)) if numbers is None else target.copy_(numbers)
-        if not non_blocking:
+        if not non_blocking or _CUDAGraph.recording:
             self.wait("to the GPU")
         known = _counts(target) and _counts(source)
         target.numbers = source.to(target.dtype).expand(target.shape).clone() if known else None  # type: ignore[attr-defined]
@@ -207,6 +212,23 @@ class _Event:
     def synchronize(self) -> None: ...
 
 
+class _CUDAGraph:
+    """Has recorded nothing; while it does, what the host waits for is an error."""
+
+    recording = False
+
+    def replay(self) -> None: ...
+
+
+@contextmanager
+def _recorded(graph: _CUDAGraph, **options: Any) -> Iterator[None]:
+    _CUDAGraph.recording = True
+    try:
+        yield
+    finally:
+        _CUDAGraph.recording = False
+
+
 def _swapped(a: Tensor, b: Tensor) -> None:
     if (a.device, a.dtype) != (b.device, b.dtype):  # Module.to() of what is there already
         _swap(a, b)
@@ -216,6 +238,10 @@ _swap, torch.utils.swap_tensors = torch.utils.swap_tensors, _swapped
 FakeTensor.data_ptr = lambda self: self.untyped_storage()._cdata
 torch.cuda._lazy_init = lambda: None
 torch.cuda.Event = _Event  # type: ignore[assignment,misc]
+torch.cuda.CUDAGraph = _CUDAGraph  # type: ignore[misc]
+torch.cuda.graph = _recorded  # type: ignore[assignment,misc]
+torch.cuda.graph_pool_handle = lambda: None  # type: ignore[assignment]
+torch.cuda.is_current_stream_capturing = lambda: _CUDAGraph.recording
 torch.cuda.current_stream = lambda *args: None  # type: ignore[assignment,return-value]
 torch.cuda.get_device_capability = lambda *args: (9, 0)
 torch.cuda.get_rng_state = lambda *args: torch.zeros(0)

@@ -80,6 +80,12 @@ QUESTIONS = {
     "train": [lines("questions", lambda i: {"question": text(i), "choices": [str(i % 5), "no"], "label": 0})],
     "rows": "choice",
 }
+EQUAL = {
+    "train": [lines("equal", lambda i: {"question": "1234", "choices": [str(i % 5), "no"], "label": 0})],
+    "rows": "choice",
+    "val_size": 0,
+}
+"""Batches of one shape."""
 PAIRS = {
     "train": [lines("pairs", lambda i: {"prompt": text(i), "chosen": "ab", "rejected": "cde"})],
     "rows": "preference",
@@ -133,7 +139,8 @@ def fit(adapter: AdapterConfig, *callbacks: L.Callback, data: Any = None, module
     with steps_of(gpu) as waits, gpu:
         L.Trainer(**defaults | trainer, callbacks=[*callbacks, *watchers]).fit(model, TextData(**options))
     assert model.base.head.classifies or trials.reads_back_only(model.model)
-    return {"waits": waits, "operators": len(gpu.operators)}
+    replays = model._captured.turn if model._captured else 0
+    return {"waits": waits, "operators": len(gpu.operators), "replays": replays}
 
 
 def of_rows() -> Any:
@@ -204,12 +211,19 @@ RUNS: dict[str, Callable[[], Any]] = {
         config_of("mixlora"), RoutingSensitivity(), SampleOutputs(), limit_val_batches=1.0, val_check_interval=1
     ),
 }
+RECORDED = {"max_steps": 6, "log_every_n_steps": 6}
 for _method in METHODS:
     if "alphalora" in _method:  # without its allocation it is another one
         continue
     RUNS[f"{_method} packed"] = lambda m=_method: fit(
         config_of(m), data=PACKED, module={"base": ONE_LAYER, "gradient_checkpointing": "full"}
     )
+    RUNS[f"{_method} captured"] = lambda m=_method: fit(
+        config_of(m), data=EQUAL | PACKED, module={"base": ONE_LAYER, "cuda_graph": True}, **RECORDED
+    )
+RUNS["padded captured"] = lambda: fit(
+    config_of("talklora"), data=EQUAL, module={"base": ONE_LAYER, "cuda_graph": True}, **RECORDED
+)
 
 
 def main(names: list[str]) -> None:

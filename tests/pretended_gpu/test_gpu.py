@@ -71,8 +71,16 @@ def check_fit(found: dict[str, Any]) -> None:
     assert places(logging) == LOGGED, found
 
 
+def check_captured(found: dict[str, Any]) -> None:
+    """From the third step on it is a replay: nothing in it waits, or was a transfer while it was recorded."""
+    first, second, recording, *replays, logging = found["waits"]
+    assert recording and not any([first, second, *replays]), found
+    assert found["replays"] == len(replays) + 2 and places(logging) == LOGGED, found
+
+
 def test_a_fit_of_packed_rows_and_decoding(library: Path, tmp_path: Path) -> None:
-    found = run(library, tmp_path, "rows", "talklora packed")
+    found = run(library, tmp_path, "rows", "talklora packed", "talklora captured")
+    check_captured(found["talklora captured"])
     check_fit(found["talklora packed"])
     # where the rows of each of two adapters are; nothing for a token without them
     assert places(found["rows"]["waits"][0]) == [["to the GPU", "talklora_pl/adapter/active.py"]] * 2
@@ -81,9 +89,10 @@ def test_a_fit_of_packed_rows_and_decoding(library: Path, tmp_path: Path) -> Non
 @pytest.mark.slow
 def test_all_methods_objectives_and_balance_losses(library: Path, tmp_path: Path) -> None:
     found = run(library, tmp_path)
-    assert {f"{method} packed" for method in METHODS if "alphalora" not in method} <= set(found)
+    methods = [method for method in METHODS if "alphalora" not in method]
+    assert {f"{method} {how}" for method in methods for how in ("packed", "captured")} <= set(found)
     # PyTorch has one kernel for grouped products in bfloat16 alone, and reads the sizes of the groups back for others
     waits = found.pop("float32")["waits"]
     assert {name for step in waits for name, _ in step} == {"_grouped_mm one after the other", "to the host"}
     for name in set(found) - {"rows"}:
-        check_fit(found[name])
+        (check_captured if name.endswith("captured") else check_fit)(found[name])
