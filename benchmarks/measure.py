@@ -118,7 +118,7 @@ def alternate(
                 _count(row, variants[name], device)
             except Exception as e:  # the profiler's, say: the times are there
                 row.note = f"not counted: {type(e).__name__}: {(str(e).splitlines() or [''])[0][:120]}"
-        if "compile" in name:
+        if "compile" in name or "graph" in name:
             row.note = f"first: {first[name]:.1f} s. {row.note}".strip()
     return list(rows.values())
 

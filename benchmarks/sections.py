@@ -19,6 +19,7 @@ from torch import Tensor
 from benchmarks.measure import Row, alternate
 from benchmarks.models import Base, One, adapted, peft_lora
 from talklora_pl.adapter import RoutingCollector
+from talklora_pl.captured import CapturedSteps
 from talklora_pl.compiled import CompiledLayers
 from talklora_pl.distributed.fsdp import decoder_layers
 from talklora_pl.inputs import NO_LOSS, labelled, packed, to_device, token_logits
@@ -131,6 +132,8 @@ def steps(s: Sizes) -> Iterator[Row]:
             runs[name] = _step(model.to(s.device), batch, ours=False, autocast="autocast" in name)
         if s.compiles:
             runs |= _compiled(base, batch)
+        if s.device != "cpu":
+            runs |= captured(base, batch, peers=shape == "SmolLM2-135M")  # a graph keeps its activations
         label = f"{shape}{f', {depth} layers' if depth else ''}, {rows} x {length}"
         del base
         yield from alternate("step", label, runs, tokens, s.device, s.rounds, until=s.until)
@@ -157,6 +160,17 @@ def _compiled(base: Base, batch: dict[str, Any]) -> dict[str, Callable[[], Any]]
     return runs
 
 
+def captured(base: Base, batch: dict[str, Any], peers: bool) -> dict[str, Callable[[], Any]]:
+    """Forward and backward passes as one CUDA graph, ours and the best of the others alike."""
+    runs = {
+        "talklora, model.cuda_graph": _step(adapted(base.copy(), "talklora").to(base.device), batch, True, graph=True)
+    }
+    others = _peers(base.copy) if peers else {}
+    if model := others.get("PEFT LoRA, autocast"):
+        runs["PEFT LoRA, autocast, cuda_graph"] = _step(model.to(base.device), batch, False, autocast=True, graph=True)
+    return runs
+
+
 def _between(first: int, last: int, rows: int) -> list[int]:
     return [int(n) for n in torch.linspace(first, last, rows)]
 
@@ -168,24 +182,34 @@ def _rows(lengths: list[int], base: Base, device: str) -> dict[str, Any]:
     return to_device(labelled(ids, labels, 0), device)
 
 
-def _step(model: Any, batch: dict[str, Any], ours: bool, autocast: bool = False) -> Callable[[], None]:
+def _step(
+    model: Any, batch: dict[str, Any], ours: bool, autocast: bool = False, graph: bool = False
+) -> Callable[[], None]:
     trained = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(trained, lr=1e-4) if trained else None
 
-    def run() -> None:
+    def loss_of(batch: dict[str, Any]) -> tuple[Tensor, None]:
         if ours:
             with RoutingCollector(model, batch["attention_mask"]):
-                loss, _ = summed_nll(model, batch)
-        else:
-            with torch.autocast(batch["input_ids"].device.type, torch.bfloat16, enabled=autocast):
-                logits_NV, targets_N, _ = token_logits(model, batch)
-            loss = F.cross_entropy(logits_NV.float(), targets_N, reduction="sum")
+                return summed_nll(model, batch)[0], None
+        with torch.autocast(batch["input_ids"].device.type, torch.bfloat16, enabled=autocast):
+            logits_NV, targets_N, _ = token_logits(model, batch)
+        return F.cross_entropy(logits_NV.float(), targets_N, reduction="sum"), None
+
+    steps = CapturedSteps(model, loss_of, _fail, plain=0) if graph else None
+
+    def run() -> None:
+        loss, _ = loss_of(batch) if steps is None else steps(batch, {})
         loss.backward()
         if optimizer is not None:
             optimizer.step()
             optimizer.zero_grad()
 
     return run
+
+
+def _fail(reason: str) -> None:
+    raise RuntimeError(reason)
 
 
 def packing(s: Sizes) -> Iterator[Row]:

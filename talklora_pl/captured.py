@@ -36,7 +36,7 @@ Record = Callable[[Callable[[], Any]], Callable[[], None]]
 
 KIND = "cuda"  # of a device
 MOST = 8  # graphs; each keeps its gradients and what else the step gives
-PLAIN = 2  # steps of a shape that are computed as they are before it is recorded
+PLAIN = 2  # of a shape that does not return often nothing need be recorded
 CHANGES = 3  # so often all is recorded anew
 
 
@@ -49,6 +49,7 @@ class CapturedSteps:
             tensors and ``numbers`` alone, the latter without a gradient.
         say: told once why steps are not recorded.
         record: runs a function and gives what runs its operators again, on the same memory.
+        plain: steps of a shape that are computed as they are before it is recorded.
     """
 
     def __init__(
@@ -57,10 +58,11 @@ class CapturedSteps:
         compute: Compute,
         say: Callable[[str], None],
         record: Record | None = None,
+        plain: int = PLAIN,
     ) -> None:
         self.compute, self.say = compute, say
         self._dtype = next(p.dtype for p in model.parameters() if p.is_floating_point())  # of the base
-        self.record = record or cuda_graphs()
+        self.record, self.plain = record or cuda_graphs(), plain
         self.trained = [p for p in model.parameters() if p.requires_grad]
         self._watched = _Watched(model)
         self._state: list[Any] = []
@@ -99,7 +101,7 @@ class CapturedSteps:
                 return None
         if key not in self._graphs:
             self._met[key] += 1
-            if self._met[key] <= PLAIN or len(self._graphs) == MOST:
+            if self._met[key] <= self.plain or len(self._graphs) == MOST:
                 return None
             try:
                 self._graphs[key] = self._recorded(batch, given, numbers)

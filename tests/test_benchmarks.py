@@ -6,8 +6,14 @@ import json
 from pathlib import Path
 
 import pytest
+import torch
 
+from benchmarks import sections
 from benchmarks.__main__ import BEGIN, END, main
+from benchmarks.models import Base, adapted, peft_lora
+from talklora_pl import captured
+from talklora_pl.inputs import labelled
+from tests import tape
 
 
 def test_one_section(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -35,3 +41,19 @@ def test_a_variant_that_fails_has_its_reason_for_a_row() -> None:
 
     floor, bad = alternate("s", "t", {"floor": lambda: sum(range(1000)), "bad": broken}, 1, "cpu", 2)
     assert floor.ratio == [1, 1, 1] and bad.note == "failed: ValueError: no such thing" and not bad.ratio
+
+
+@pytest.mark.parametrize("ours", [True, False])
+def test_a_recorded_step_trains_as_another(ours: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("peft")
+    monkeypatch.setattr(captured, "cuda_graphs", lambda: tape.record)
+    base, trained = Base("tiny", "cpu"), []
+    batch = labelled([list(range(5, 20)), list(range(3, 14))], [list(range(5, 20)), list(range(3, 14))], 0)
+    for graph in (False, True):
+        torch.manual_seed(0)
+        model = adapted(base.copy(), "talklora") if ours else peft_lora(base.copy())
+        run = sections._step(model, batch, ours, autocast=not ours, graph=graph)
+        for _ in range(3):
+            run()
+        trained.append(torch.cat([p.detach().flatten() for p in model.parameters() if p.requires_grad]))
+    torch.testing.assert_close(trained[1], trained[0], rtol=0, atol=1e-6)

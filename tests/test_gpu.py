@@ -20,6 +20,7 @@ from talklora_pl.adapter import inject
 from talklora_pl.adapter.host import Adapted
 from talklora_pl.base import BaseModel
 from talklora_pl.callbacks import FiniteGuard
+from talklora_pl.captured import PLAIN
 from talklora_pl.inputs import labelled, packed, to_device
 from talklora_pl.memory.checkpointing import checkpoint_layers
 from talklora_pl.memory.estimate import Placement
@@ -28,6 +29,7 @@ from talklora_pl.pieces import summed_nll
 from talklora_pl.shipped import methods
 from talklora_pl.trials import prepare_for_packed_rows
 from tests.data.tiny import llama, save_model
+from tests.test_captured import batches as steps_of_one_shape
 
 pytestmark = pytest.mark.gpu
 DEVICE = "cuda"
@@ -63,7 +65,7 @@ class NoWaits(L.Callback):
     on_exception = on_train_batch_end
 
 
-def fit(tuner: FineTuner, *callbacks: L.Callback, pack: bool = False) -> None:
+def fit(tuner: FineTuner, *callbacks: L.Callback, pack: bool = False, made: Any = None) -> None:
     trainer = L.Trainer(
         accelerator="gpu",
         devices=1,
@@ -76,7 +78,7 @@ def fit(tuner: FineTuner, *callbacks: L.Callback, pack: bool = False) -> None:
         enable_progress_bar=False,
         enable_model_summary=False,
     )
-    trainer.fit(tuner, DataLoader(list(batches(pack)), batch_size=None))  # type: ignore[arg-type]
+    trainer.fit(tuner, DataLoader(made or list(batches(pack)), batch_size=None))  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("checkpointing", ["off", "full"])
@@ -108,16 +110,59 @@ def test_compiled_layers(method: str, checkpointing: Any, base: BaseModel) -> No
     assert graphs[0] > 0 and len(set(graphs[1:])) == 1
 
 
+class Prepare(L.Callback):
+    """As the data module does that packs rows."""
+
+    def on_fit_start(self, trainer: L.Trainer, pl_module: Any) -> None:
+        attention, reason = prepare_for_packed_rows(pl_module.model)
+        assert (attention, reason) == ("the variable-length kernel of torch", "")
+
+
+class Losses(L.Callback):
+    """Those of all steps; after the third batch, in which a step is recorded, every wait is an error."""
+
+    def __init__(self) -> None:
+        self.losses: list[torch.Tensor] = []
+
+    def on_train_batch_start(self, trainer: L.Trainer, pl_module: Any, batch: Any, batch_idx: int) -> None:
+        if trainer.global_step > PLAIN:
+            torch.cuda.set_sync_debug_mode("error")
+
+    def on_train_batch_end(self, trainer: L.Trainer, pl_module: Any, outputs: Any, *args: Any) -> None:
+        torch.cuda.set_sync_debug_mode("default")
+        self.losses.append(outputs["loss"].detach().clone())
+
+    def on_exception(self, *args: Any) -> None:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+@pytest.mark.filterwarnings("error:model.cuda_graph")
+@pytest.mark.filterwarnings("error:model.compile")
+@pytest.mark.parametrize("pack", [False, True], ids=["padded", "packed"])
+@pytest.mark.parametrize(
+    ("method", "compile"), [*((method, "off") for method in methods()), ("talklora", "layers"), ("graphlora", "layers")]
+)
+def test_recorded_steps(method: str, compile: Any, pack: bool, base: BaseModel) -> None:
+    """They train as the steps themselves do, and draw their random numbers anew."""
+    found = []
+    for cuda_graph, dropout in ((False, 0.0), (True, 0.0), (True, 0.2)):
+        L.seed_everything(0)
+        seen = Losses()
+        config = talklora_pl.method(method, dropout_input=dropout)
+        tuner = FineTuner(base, config, compile=compile, cuda_graph=cuda_graph)
+        made = [b | {"step_tokens": 40, "micro_steps": 1} for b in steps_of_one_shape(pack)] * 2
+        fit(tuner, seen, FiniteGuard(), *([Prepare()] if pack else []), made=made)
+        found.append(torch.stack(seen.losses).float().cpu())
+        if cuda_graph:
+            assert tuner._captured is not None and tuner._captured.turn == len(made) - PLAIN
+    plain, recorded, dropped = found
+    assert ((recorded - plain).abs() <= 0.02 * plain.abs()).all(), (plain, recorded)
+    assert not torch.equal(dropped, recorded)
+
+
 @pytest.mark.parametrize("compile", ["off", "layers"])
 def test_packed_rows_go_through_the_kernel_for_them(compile: Any, base: BaseModel) -> None:
-    tuner = FineTuner(base, talklora_pl.method("talklora"), compile=compile)
-
-    class Prepare(L.Callback):
-        def on_fit_start(self, trainer: L.Trainer, pl_module: Any) -> None:
-            attention, reason = prepare_for_packed_rows(pl_module.model)
-            assert (attention, reason) == ("the variable-length kernel of torch", "")
-
-    fit(tuner, Prepare(), NoWaits(), pack=True)
+    fit(FineTuner(base, talklora_pl.method("talklora"), compile=compile), Prepare(), NoWaits(), pack=True)
 
 
 @pytest.mark.parametrize("method", ["graphlora", "mixlora"])
