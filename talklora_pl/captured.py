@@ -27,7 +27,7 @@ from torch.autograd.graph import increment_version
 
 from talklora_pl.errors import UserError
 from talklora_pl.inputs import filled
-from talklora_pl.internals.torch import version
+from talklora_pl.internals.torch import ReadFromOutside, version
 from talklora_pl.names import ADAPTERS
 from talklora_pl.same_gradients import difference
 
@@ -122,6 +122,9 @@ class CapturedSteps:
         try:
             with torch.random.fork_rng([p.device for p in self.trained if p.is_cuda][:1]):
                 graph.run_once()  # what is made at a first call is made, and not recorded
+                with torch.compiler.set_stance("force_eager"), ReadFromOutside() as read:
+                    graph.run_once()
+                graph.memory = list(read.memory.values())
                 graph.written = [b for b, _, at in before if version(b) != at]
                 graph.replay = self.record(graph.run_once)
 
@@ -163,6 +166,7 @@ class _Graph:
         self.given = {n: v.clone() if isinstance(v, Tensor) else v for n, v in batch.items()}
         self.given |= {n: torch.full((), v, dtype=torch.float64, device=device) for n, v in numbers.items()}
         self.written: list[Tensor] = []  # buffers
+        self.memory: list[Any] = []  # that is read: it stays, whoever forgets what lies there
         self.replay: Callable[[], None] = lambda: None
 
     def run_once(self) -> None:

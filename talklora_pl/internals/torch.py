@@ -17,6 +17,7 @@ __all__ = [
     "FUSED",
     "PRODUCTS",
     "STAMP",
+    "ReadFromOutside",
     "ShapesOnly",
     "TorchDispatchMode",
     "across",
@@ -109,6 +110,31 @@ def step_unless(optimizer: torch.optim.Optimizer, bad: Tensor) -> bool:
         return False
     optimizer.found_inf = bad  # type: ignore[attr-defined]
     return True
+
+
+class ReadFromOutside(TorchDispatchMode):
+    """Memory that operators inside of the context read and have not made themselves.
+
+    Attributes:
+        memory: by an address, which torch 2.0 to 2.13 have under a private name; the public one fake tensors lack.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.memory: dict[int, torch.UntypedStorage] = {}
+        self._made: set[int] = set()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        for memory in self._memory_of((args, kwargs)):
+            if memory._cdata not in self._made:
+                self.memory[memory._cdata] = memory
+        out = func(*args, **(kwargs or {}))
+        self._made.update(m._cdata for m in self._memory_of(out) if m._cdata not in self.memory)
+        return out
+
+    @staticmethod
+    def _memory_of(values: Any) -> list[torch.UntypedStorage]:
+        return [t.untyped_storage() for t in tree_leaves(values) if isinstance(t, Tensor)]
 
 
 def version(tensor: torch.Tensor) -> int:

@@ -17,7 +17,8 @@ import lightning as L
 import torch
 import torch.distributed as dist
 
-from talklora_pl import ranks
+from talklora_pl import captured, ranks
+from tests import tape
 
 
 class SignalAt(L.Callback):
@@ -177,3 +178,16 @@ class Metrics(L.Callback):
     def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         if trainer.is_global_zero:
             self.file.write_text(json.dumps({name: float(v) for name, v in trainer.callback_metrics.items()}))
+
+
+class Recorder(L.Callback):
+    """CUDA graphs on a CPU, by :mod:`tests.tape`; leaves the number of steps that were replayed in `file`.<rank>."""
+
+    def __init__(self, file: str) -> None:
+        self.file = file
+
+    def setup(self, *args: Any, **kwargs: Any) -> None:
+        captured.KIND, captured.cuda_graphs = "cpu", lambda: tape.record
+
+    def on_train_end(self, trainer: L.Trainer, pl_module: Any) -> None:
+        Path(f"{self.file}.{trainer.global_rank}").write_text(str(pl_module._captured.turn))
