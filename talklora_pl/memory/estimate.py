@@ -82,6 +82,7 @@ class Estimator:
         batch: of real tensors in main memory.
         state_ratio: bytes of the optimiser's states per byte that is trained.
         accumulates: whether gradients of earlier micro-batches are there during a step.
+        recorded: whether steps are recorded; graphs keep the memory of one, beside that of a step that is not replayed.
         stored: bytes of frozen parameters that are kept in few bits, by their id. (Activations are those of the base
             in full.)
     """
@@ -93,10 +94,11 @@ class Estimator:
         batch: Mapping[str, Any],
         state_ratio: float,
         accumulates: bool = False,
+        recorded: bool = False,
         stored: Mapping[int, int] = MappingProxyType({}),
     ) -> None:
         self.model, self.loss, self.batch = model.train(), loss, batch
-        self.accumulates = accumulates
+        self.accumulates, self.recorded = accumulates, recorded
         self.blocks = _blocks(model)
         layers = [layer for blocks in self.blocks for layer in blocks]
         self.frozen = _frozen_bytes(model, stored)
@@ -113,6 +115,8 @@ class Estimator:
     def need(self, mode: Checkpointing, placement: Placement) -> Need:
         """What a step takes."""
         step = self.step(mode)
+        if self.recorded and mode == "off":
+            step = Step(2 * step.kept, 2 * step.peak)
         weights = self.frozen + self.buffers
         copies = 0 if placement.kind == "one" else self.trained  # gradients that are sent
         if placement.kind == "fsdp":

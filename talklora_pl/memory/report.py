@@ -46,7 +46,7 @@ def estimator(tuner: Any, batch: Mapping[str, Any], accumulates: bool = False) -
 
     model = tuner.meta_model()
     stored = stored_bytes(model, tuner.base.quantization or quantization_of(model.config))
-    return Estimator(model, loss, batch, state_ratio(tuner.optimizer), accumulates, stored)
+    return Estimator(model, loss, batch, state_ratio(tuner.optimizer), accumulates, tuner.cuda_graph, stored)
 
 
 def say(tuner: Any, data: Any, device: torch.device) -> None:
@@ -126,11 +126,14 @@ def line(need: Need, batch: Mapping[str, Any], where: Placement, mode: str, free
 def knobs(made: Estimator, mode: str, where: Placement, need: Need, rows: int) -> list[tuple[int, str]]:
     """What would take less, and how much less in bytes, the most first."""
     out = []
+    if made.recorded:
+        out.append((made.step(mode).peak, "model.cuda_graph: false"))  # type: ignore[arg-type]
     for other in MODES:
         gain = need.total - made.need(other, where).total
         if other != mode and gain > 0:
             slower = {"full": "every layer is computed twice", "selective": "all but products is computed twice"}
-            out.append((gain, f"model.gradient_checkpointing: {other} ({slower[other]})"))
+            also = ", model.cuda_graph: false" if made.recorded else ""
+            out.append((gain, f"model.gradient_checkpointing: {other}{also} ({slower[other]})"))
     if rows > 1:
         gain = (need.activations + need.logits) * (rows - rows // 2) // rows
         out.append((gain, f"data.batch_size: {rows // 2} with trainer.accumulate_grad_batches doubled: the same steps"))

@@ -142,6 +142,19 @@ def test_what_is_said() -> None:
     assert table(made).row_count == 5
 
 
+def test_recorded_steps_keep_their_memory() -> None:
+    plain, made = (
+        Estimator(model_of("llama", "meta"), loss, BATCH, 2.0, recorded=recorded) for recorded in (False, True)
+    )
+    step, one = made.step("off"), Placement()
+    assert made.need("off", one).activations == 2 * plain.need("off", one).activations
+    assert made.need("off", one).total - plain.need("off", one).total == step.peak
+    assert made.need("full", one).total == plain.need("full", one).total  # in which nothing is recorded
+    found = dict((text, gain) for gain, text in knobs(made, "off", one, made.need("off", one), 4))
+    assert found["model.cuda_graph: false"] == step.peak
+    assert "model.gradient_checkpointing: full, model.cuda_graph: false (every layer is computed twice)" in found
+
+
 def test_errors_of_memory() -> None:
     assert is_out_of_memory(torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB"))
     with pytest.raises(RuntimeError) as caught:
