@@ -17,6 +17,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import is_dataclass
 from typing import Any
 
@@ -63,8 +64,8 @@ class CapturedSteps:
         self.compute, self.say = compute, say
         self._dtype = next(p.dtype for p in model.parameters() if p.is_floating_point())  # of the base
         self.record, self.plain = record or cuda_graphs(), plain
-        self.trained = [p for p in model.parameters() if p.requires_grad]
-        self._watched = _Watched(model)
+        self.watched = _Watched(model)
+        self.trained = self.watched.trained
         self._state: list[Any] = []
         self._changes, self._turn, self._why_not = 0, 0, ""
         self._met: Counter[Hashable] = Counter()
@@ -93,7 +94,7 @@ class CapturedSteps:
     def _graph(self, batch: Mapping[str, Any], numbers: Mapping[str, float]) -> tuple[_Graph, dict[str, Any]] | None:
         given = filled(batch)
         key = tuple((n, (*v.shape, v.dtype) if isinstance(v, Tensor) else v) for n, v in sorted(given.items()))
-        if (state := self._watched.state()) != self._state:
+        if (state := self.watched.state()) != self._state:
             self._changes += bool(self._graphs)
             self._state, self._graphs = state, {}
             if self._changes > CHANGES:
@@ -117,7 +118,7 @@ class CapturedSteps:
 
     def _recorded(self, batch: Mapping[str, Any], given: dict[str, Any], numbers: Mapping[str, float]) -> _Graph:
         """Raises: UserError: it gives other gradients; any error of recording."""
-        before = [(b, b.clone(), version(b)) for b in self._watched.buffers]
+        before = [(b, b.clone(), version(b)) for b in self.watched.buffers]
         graph = _Graph(self, given, numbers)
         try:
             with torch.random.fork_rng([p.device for p in self.trained if p.is_cuda][:1]):
@@ -150,7 +151,7 @@ class CapturedSteps:
         self.say(f"steps are not recorded: {reason}.")
 
     def _is_hooked(self) -> bool:
-        if not (name := self._watched.hooked()):
+        if not (name := self.watched.hooked()):
             return False
         self.say(f"steps are computed as they are while {name} has a hook, which a recorded step would not call.")
         self.say = lambda text: None
@@ -173,9 +174,12 @@ class _Graph:
         """The step itself, computed on the tensors that it reads."""
         kind = self.given["input_ids"].device.type
         # casts that autocast keeps would be those of the weights as they are now
-        with torch.autocast(kind, enabled=torch.is_autocast_enabled(kind), cache_enabled=False):
+        with (
+            torch.autocast(kind, enabled=torch.is_autocast_enabled(kind), cache_enabled=False),
+            self.steps.watched.leaves() as trained,
+        ):
             loss, self.rest = self.steps.compute(self.given)
-            gradients = torch.autograd.grad(loss, self.steps.trained, allow_unused=True)
+            gradients = torch.autograd.grad(loss, trained, allow_unused=True)
         self.loss, self.gradients = loss.detach(), gradients
 
     def run(self, batch: Mapping[str, Any], numbers: Mapping[str, float]) -> None:
@@ -226,6 +230,24 @@ class _Watched:
             for hooks in (m._forward_hooks, m._forward_pre_hooks, m._backward_hooks, m._backward_pre_hooks)
         ]
         self.buffers: list[Tensor] = list(adapters.buffers())
+        self.trained = [p for p in model.parameters() if p.requires_grad]
+
+    @contextmanager
+    def leaves(self) -> Iterator[list[nn.Parameter]]:
+        """Inside, the model has other parameters on the memory of the trained ones: these, in their order.
+
+        To a parameter belongs a node of autograd as long as anybody holds a graph with it, as DDP does, and that node
+        waits for the stream of its first use. A step that is being recorded may wait for no other than its own.
+        """
+        own = {id(p): nn.Parameter(p.detach()) for p in self.trained}
+        places: list[tuple[Any, str, Any]] = [(*at, p) for at in self._tensors if id(p := at[0].get(at[1])) in own]
+        for place, name, p in places:
+            place[name] = own[id(p)]
+        try:
+            yield list(own.values())
+        finally:
+            for place, name, p in places:
+                place[name] = p
 
     def state(self) -> list[Any]:
         """Equal as long as a graph reads the right memory and computes with the right numbers."""

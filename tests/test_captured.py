@@ -211,6 +211,26 @@ def test_gradients_of_a_step_that_is_gone() -> None:
         torch.autograd.grad(loss, steps.trained)
 
 
+def test_a_recording_has_parameters_of_its_own() -> None:
+    """On the memory of the others, whose nodes of autograd may belong to another stream."""
+    model, seen = model_with(whole(config_of("talklora"))), list[list[Tensor]]()
+    steps = steps_of(model)
+    compute = steps.compute
+
+    def watched(batch: dict[str, Any]) -> tuple[Tensor, Passed]:
+        if isinstance(batch["weight"], Tensor):
+            seen.append([p for p in model.parameters() if p.requires_grad])
+        return compute(batch)
+
+    steps.compute = watched
+    for batch in batches(True):
+        results(steps, batch)
+    assert seen and {id(p) for p in steps.trained} == {id(p) for p in model.parameters() if p.requires_grad}
+    for own in seen:
+        assert not {id(p) for p in own} & {id(p) for p in steps.trained}
+        assert [p.data_ptr() for p in own] == [p.data_ptr() for p in steps.trained]
+
+
 def test_shapes_beyond_the_most_are_computed_as_they_are(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(captured, "MOST", 1)
     steps = steps_of(model_with(whole(config_of("talklora"))))
