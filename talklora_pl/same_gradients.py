@@ -39,12 +39,14 @@ def difference(trained: Sequence[nn.Parameter], plain: Gradients, fast: Gradient
             with torch.no_grad():
                 for p in trained:
                     p.add_(torch.randn_like(p), alpha=0.02)
+            torch.clear_autocast_cache()  # which knows tensors, and not whether they were written to
             want, other = (gradients(plain, seed) for seed in (1, 2))
             got = gradients(fast, 1)
     finally:
         with torch.no_grad():
             for p, value in zip(trained, before, strict=True):
                 p.copy_(value)
+        torch.clear_autocast_cache()
     # in half precision rounding alone moves gradients of single small tensors by a seventh (30 layers, bfloat16):
     # those of compiled layers are then as near to float32's as those of layers as they are
     tolerance = {torch.float64: 1e-6, torch.float32: 1e-2}.get(dtype, 0.5)
