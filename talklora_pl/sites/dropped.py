@@ -1,4 +1,4 @@
-"""Dropout of which only the mask is kept, a byte per number.
+"""Dropout of which only the mask is kept, a byte per number; compiled, a seed.
 
 T tokens, D input width.
 """
@@ -36,14 +36,10 @@ def dropped(v_TD: Tensor, mask_TD: Tensor, scale: float) -> Tensor:
 
 
 def plain_drop(v_TD: Tensor, p: float) -> Tensor:
-    """Dropout that autograd differentiates.
-
-    Compiled for a CPU it has the masks of :func:`drop`, as operators: the compiler's own random numbers are computed
-    there one by one, which takes four times as long (1,712 x 576 numbers: 21 ms, not 5).
-    """
-    if v_TD.device.type != "cpu" or not torch.compiler.is_compiling():
-        return F.dropout(v_TD, p)
-    return v_TD.where(_mask(v_TD.shape, p), 0) * (1 / (1 - p))
+    """Dropout that autograd differentiates."""
+    if v_TD.device.type == "cpu" and torch.compiler.is_compiling():
+        return v_TD.where(_mask_from_seed(v_TD.shape, p), 0) * (1 / (1 - p))
+    return F.dropout(v_TD, p)
 
 
 def _mask(shape: torch.Size, p: float) -> Tensor:
@@ -53,19 +49,31 @@ def _mask(shape: torch.Size, p: float) -> Tensor:
     """
     bits, kind = (16, torch.int16) if 0.01 < p < 0.99 else (32, torch.int32)
     words = torch.empty(*shape[:-1], -(-shape[-1] // (64 // bits)), dtype=torch.int64)
-    fill = _fill_compiled if torch.compiler.is_compiling() else _fill
-    fill(words)
-    mask_TD: Tensor = words.view(kind)[..., : shape[-1]] >= round(p * 2**bits) - 2 ** (bits - 1)
+    words.random_(torch.iinfo(torch.int64).min, None)
+    mask_TD: Tensor = words.view(kind)[..., : shape[-1]] >= _below(p, bits)
     return mask_TD
 
 
-def _fill(words: Tensor) -> None:
-    """Random bits."""
-    words.random_(torch.iinfo(torch.int64).min, None)
+def _mask_from_seed(shape: torch.Size, p: float) -> Tensor:
+    """The same as a function of 64 random bits and of every number's place.
+
+    A compiler fuses it with what it is for, forward and backward, and keeps no mask; its own random numbers it computes
+    one by one on a CPU, which takes ten times as long (1,712 x 576 numbers).
+    """
+    seed_2 = torch.randint(-(2**31), 2**31, (2,)).to(torch.int32)
+    D = shape[-1]
+    row, column = (torch.arange(n, dtype=torch.int32) for n in (shape.numel() // D, D))
+    place = (row.unsqueeze(1) * D + column).view(shape)
+    return _stirred(_stirred(place ^ seed_2[0]) + seed_2[1]) >= _below(p, 32)
 
 
-# the compiler cannot trace random_, and takes an operator as it is; outside of it this would import the compiler
-_fill_compiled = torch.library.custom_op(
-    "talklora_pl::fill_with_bits", _fill, mutates_args=["words"], tags=[torch.Tag.nondeterministic_seeded]
-)
-_fill_compiled.register_fake(lambda words: None)
+def _stirred(h: Tensor) -> Tensor:
+    """32 bits, each of which depends on all that were there, one to one: MurmurHash3's last step."""
+    for shift, factor in ((16, -0x7A143595), (13, -0x3D4D51CB), (16, 1)):
+        h = (h ^ ((h >> shift) & (2 ** (32 - shift) - 1))) * factor  # zeros come in from the left, not the sign
+    return h
+
+
+def _below(p: float, bits: int) -> int:
+    """The number that a share p of all signed ones with so many bits is below."""
+    return round(p * (1 << bits)) - (1 << (bits - 1))

@@ -19,7 +19,7 @@ from talklora_pl.distributed.fsdp import shard_frozen
 from talklora_pl.errors import UserError
 from talklora_pl.inputs import labelled, packed, packed_rows
 from talklora_pl.objectives.sft import SFT
-from talklora_pl.sites.dropped import drop, plain_drop
+from talklora_pl.sites.dropped import plain_drop
 from talklora_pl.sites.ffn import AdaptedFFN
 from tests.conftest import tiny_llama
 from tests.data.tiny import save_model
@@ -291,10 +291,20 @@ def test_dropout_of_compiled_code_draws_each_mask_once(backend: str, counters: A
     assert counters["stats"]["unique_graphs"] == 1
 
 
-def test_compiled_code_has_the_masks_of_code_as_it_is() -> None:
-    x_TD = torch.rand(30, 66) + 1
-    torch.manual_seed(3)
-    want = drop(x_TD, 0.05)[0]
-    torch.manual_seed(3)
-    got = torch.compile(plain_drop, backend="aot_eager", fullgraph=True)(x_TD, 0.05)
-    torch.testing.assert_close(got, want)
+@pytest.mark.parametrize("p", [0.001, 0.05, 0.5])
+def test_masks_of_compiled_code_drop_each_number_by_itself(p: float) -> None:
+    """As many as they should on the whole, in every row and column, beside each other and from mask to mask."""
+    compiled = torch.compile(plain_drop, backend="aot_eager", fullgraph=True)
+    torch.manual_seed(0)
+    dropped_TD, other_TD, next_TD = ((compiled(torch.ones(2048, 384), p) == 0).double() - p for _ in range(3))
+    variance, n = p * (1 - p), dropped_TD.numel()
+    for pairs in (dropped_TD, dropped_TD[1:] * dropped_TD[:-1], dropped_TD[:, 1:] * dropped_TD[:, :-1]):
+        deviation = (variance if pairs is dropped_TD else variance**2) ** 0.5
+        assert abs(float(pairs.mean())) < 4.5 * deviation / n**0.5
+    for other in (other_TD, next_TD):
+        assert abs(float((dropped_TD * other).mean())) < 4.5 * variance / n**0.5
+    for dim in (0, 1):
+        spread = dropped_TD.mean(dim).std() * (dropped_TD.shape[dim] / variance) ** 0.5
+        assert 0.85 < float(spread) < 1.15
+    torch.manual_seed(0)
+    assert torch.equal((compiled(torch.ones(2048, 384), p) == 0).double() - p, dropped_TD)
