@@ -106,12 +106,9 @@ class CapturedSteps:
                 return None
             try:
                 self._graphs[key] = self._recorded(batch, given, numbers)
-            except (
-                RuntimeError,
-                UserError,
-                ValueError,
-                LookupError,
-            ) as e:  # what cannot be recorded says so in any way
+            except Exception as e:  # what cannot be recorded says so in ways of its own
+                while isinstance(e.__context__, Exception):  # of which the end of the recording says less
+                    e = e.__context__
                 self._give_up(f"{type(e).__name__}: {next(iter(str(e).splitlines()), '')}")
                 return None
         return self._graphs[key], given
@@ -223,10 +220,10 @@ class _Watched:
             for name, value in owner.items()
             if isinstance(value, bool | int | float | str) and (name == "training" or name not in _OF_EVERY_MODULE)
         ]
+        self._own_hooks = {hook.id for hook in getattr(adapters, "hooks", ())}
         self._hooks = [
             (name, hooks)
             for name, m in model.named_modules()
-            if m is not model  # whose hooks are those of the adapter
             for hooks in (m._forward_hooks, m._forward_pre_hooks, m._backward_hooks, m._backward_pre_hooks)
         ]
         self.buffers: list[Tensor] = list(adapters.buffers())
@@ -258,8 +255,9 @@ class _Watched:
         ]
 
     def hooked(self) -> str:
-        """A module with a hook, if there is one."""
-        return next((name for name, hooks in self._hooks if hooks), "")
+        """A module with a hook that is not the adapters' own, if there is one."""
+        found = (name for name, hooks in self._hooks if hooks and not self._own_hooks.issuperset(hooks))
+        return next((name or "the model" for name in found), "")
 
 
 _OF_EVERY_MODULE = vars(nn.Module()).keys()

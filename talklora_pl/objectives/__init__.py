@@ -39,7 +39,8 @@ class Objective(registry.Component):
         loss_per: what the loss is averaged over: labelled tokens (of the right answer), or rows of the data.
         base_has_score: whether the base without an adapter is worth comparing with.
         packs: whether the rows of a training batch of :meth:`collate` may be packed
-            (:func:`~talklora_pl.inputs.packed`): each stands for itself, and :meth:`loss` asks ``token_logits``.
+            (:func:`~talklora_pl.inputs.packed`): each stands for itself, and :meth:`loss` asks ``token_logits``. A
+            step may then be recorded too (:mod:`talklora_pl.captured`), for which :meth:`loss` looks at tensors alone.
     """
 
     family = "objective"
