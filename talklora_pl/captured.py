@@ -68,6 +68,7 @@ class CapturedSteps:
         self.trained = self.watched.trained
         self._state: list[Any] = []
         self._changes, self._turn, self._why_not = 0, 0, ""
+        self._told_of_hook = False
         self._met: Counter[Hashable] = Counter()
         self._graphs: dict[Hashable, _Graph] = {}
 
@@ -153,8 +154,9 @@ class CapturedSteps:
     def _is_hooked(self) -> bool:
         if not (name := self.watched.hooked()):
             return False
-        self.say(f"steps are computed as they are while {name} has a hook, which a recorded step would not call.")
-        self.say = lambda text: None
+        if not self._told_of_hook:
+            self.say(f"steps are computed as they are while {name} has a hook, which a recorded step would not call.")
+        self._told_of_hook = True
         return True
 
 

@@ -184,7 +184,7 @@ def test_what_changes_is_recorded_anew() -> None:
 
 
 def test_a_hook_is_called() -> None:
-    model, said, calls = model_with(config_of("talklora")), list[str](), list[int]()
+    model, said, calls = model_with(whole(config_of("talklora"))), list[str](), list[int]()
     steps = steps_of(model, said)
     first, *_ = batches(False)
     for _ in range(PLAIN + 1):
@@ -198,6 +198,11 @@ def test_a_hook_is_called() -> None:
     assert said == [
         "steps are computed as they are while model.layers.1 has a hook, which a recorded step would not call."
     ]
+    router = next(m for m in model.modules() if getattr(m, "temperature", None))
+    for _ in range(captured.CHANGES + 1):
+        router.temperature += 1
+        results(steps, first)
+    assert len(said) == 2 and "again and again" in said[1]
 
 
 def test_gradients_of_a_step_that_is_gone() -> None:
