@@ -65,7 +65,7 @@ class CapturedSteps:
         self._dtype = next(p.dtype for p in model.parameters() if p.is_floating_point())  # of the base
         self.record, self.plain = record or cuda_graphs(), plain
         self.watched = _Watched(model)
-        self.trained = self.watched.trained
+        self.trained = self.watched.trained()
         self._state: list[Any] = []
         self._changes, self._turn, self._why_not = 0, 0, ""
         self._told_of_hook = False
@@ -98,6 +98,7 @@ class CapturedSteps:
         if (state := self.watched.state()) != self._state:
             self._changes += bool(self._graphs)
             self._state, self._graphs = state, {}
+            self.trained = self.watched.trained()
             if self._changes > CHANGES:
                 self._give_up("numbers or tensors of the model change again and again")
                 return None
@@ -178,7 +179,7 @@ class _Graph:
         # casts that autocast keeps would be those of the weights as they are now
         with (
             torch.autocast(kind, enabled=torch.is_autocast_enabled(kind), cache_enabled=False),
-            self.steps.watched.leaves() as trained,
+            self.steps.watched.leaves(self.steps.trained) as trained,
         ):
             loss, self.rest = self.steps.compute(self.given)
             gradients = torch.autograd.grad(loss, trained, allow_unused=True)
@@ -217,31 +218,38 @@ class _Watched:
 
     def __init__(self, model: nn.Module) -> None:
         adapters: Any = getattr(model, ADAPTERS, nn.Module())
+        self._model = model
         self._tensors = [(place, n) for m in model.modules() for place in (m._parameters, m._buffers) for n in place]
         self._numbers = [
             (owner, name)
             for m in adapters.modules()
             for owner in _owners(m)
             for name, value in owner.items()
-            if isinstance(value, bool | int | float | str) and (name == "training" or name not in _OF_EVERY_MODULE)
+            if isinstance(value, bool | int | float | str) and name not in _OF_EVERY_MODULE
         ]
+        self._numbers += [(vars(m), "training") for m in model.modules()]
+        if switch := getattr(adapters, "switch", None):
+            self._numbers.append((vars(switch), "_active"))  # the adapter that is on
+        self._own_hooks = {hook.id for hook in getattr(adapters, "hooks", ())}
         self._hooks = [
-            (name, hooks)
+            (name or type(model).__name__, hooks)
             for name, m in model.named_modules()
-            if m is not model  # whose hooks are those of the adapter
             for hooks in (m._forward_hooks, m._forward_pre_hooks, m._backward_hooks, m._backward_pre_hooks)
         ]
         self.buffers: list[Tensor] = list(adapters.buffers())
-        self.trained = [p for p in model.parameters() if p.requires_grad]
+
+    def trained(self) -> list[nn.Parameter]:
+        """What is trained now; a callback may freeze or free parameters amid a run."""
+        return [p for p in self._model.parameters() if p.requires_grad]
 
     @contextmanager
-    def leaves(self) -> Iterator[list[nn.Parameter]]:
+    def leaves(self, trained: Sequence[nn.Parameter]) -> Iterator[list[nn.Parameter]]:
         """Inside, the model has other parameters on the memory of the trained ones: these, in their order.
 
         To a parameter belongs a node of autograd as long as anybody holds a graph with it, as DDP does, and that node
         waits for the stream of its first use. A step that is being recorded may wait for no other than its own.
         """
-        own = {id(p): nn.Parameter(p.detach()) for p in self.trained}
+        own = {id(p): nn.Parameter(p.detach()) for p in trained}
         places: list[tuple[Any, str, Any]] = [(*at, p) for at in self._tensors if id(p := at[0].get(at[1])) in own]
         for place, name, p in places:
             place[name] = own[id(p)]
@@ -255,13 +263,13 @@ class _Watched:
         """Equal as long as a graph reads the right memory and computes with the right numbers."""
         tensors = (place.get(name) for place, name in self._tensors)
         return [
-            *(None if t is None else t.data_ptr() for t in tensors),
+            *(None if t is None else (t.data_ptr(), t.requires_grad) for t in tensors),
             *(place.get(name) for place, name in self._numbers),
         ]
 
     def hooked(self) -> str:
-        """A module with a hook, if there is one."""
-        return next((name for name, hooks in self._hooks if hooks), "")
+        """A module with a hook that is not one of the adapters', if there is one."""
+        return next((name for name, hooks in self._hooks if hooks and hooks.keys() - self._own_hooks), "")
 
 
 _OF_EVERY_MODULE = vars(nn.Module()).keys()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -17,6 +18,7 @@ from torch.utils.data import DataLoader
 
 from talklora_pl import FineTuner, UserError, captured
 from talklora_pl.adapter import AdapterConfig, inject
+from talklora_pl.adapter.adapters import disable_adapter
 from talklora_pl.base import BaseModel
 from talklora_pl.callbacks import FiniteGuard, LoadBalance, RunMetrics
 from talklora_pl.captured import PLAIN, CapturedSteps
@@ -183,20 +185,48 @@ def test_what_changes_is_recorded_anew() -> None:
     assert not recorded(steps)
 
 
-def test_a_hook_is_called() -> None:
+@pytest.mark.parametrize("what", ["frozen", "freed", "off", "without its dropout"])
+def test_a_change_that_is_no_number_is_seen(what: str) -> None:
+    model = model_with(whole(config_of("talklora")))
+    last = [p for p in model.parameters() if p.requires_grad][-1]
+    last.requires_grad_(what != "freed")
+    for module in model.modules():
+        if hasattr(module, "attention_dropout"):
+            module.attention_dropout = 0.5
+            module.train(what == "without its dropout")
+    steps = steps_of(model)
+    first, *_ = batches(False)
+    for _ in range(PLAIN + 1):
+        results(steps, first)
+    assert recorded(steps)
+    last.requires_grad_(what != "frozen")
+    if what == "without its dropout":
+        model.model.eval()
+    with disable_adapter(model) if what == "off" else nullcontext():
+        loss, _ = steps(first, NUMBERS)
+        same([loss], [steps.compute({**first, **NUMBERS})[0]], 1e-10)
+    if what == "freed":
+        loss.backward()
+        assert last.grad is not None
+    assert any(p is last for p in steps.trained) == (what != "frozen")
+
+
+@pytest.mark.parametrize("place", ["model.layers.1", ""])
+def test_a_hook_is_called(place: str) -> None:
     model, said, calls = model_with(whole(config_of("talklora"))), list[str](), list[int]()
     steps = steps_of(model, said)
     first, *_ = batches(False)
     for _ in range(PLAIN + 1):
         results(steps, first)
-    hook = model.model.layers[1].register_forward_hook(lambda *args: calls.append(1))
+    hook = model.get_submodule(place).register_forward_hook(lambda *args: calls.append(1))
     for _ in range(2):
         results(steps, first)
     hook.remove()
     results(steps, first)
     assert len(calls) == 2 and recorded(steps)
     assert said == [
-        "steps are computed as they are while model.layers.1 has a hook, which a recorded step would not call."
+        f"steps are computed as they are while {place or 'LlamaForCausalLM'} has a hook, which a recorded step would "
+        "not call."
     ]
     router = next(m for m in model.modules() if getattr(m, "temperature", None))
     for _ in range(captured.CHANGES + 1):
