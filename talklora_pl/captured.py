@@ -26,6 +26,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.autograd.graph import increment_version
 
+from talklora_pl.base.description import context_length
 from talklora_pl.errors import UserError
 from talklora_pl.inputs import filled
 from talklora_pl.internals.torch import ReadFromOutside, version
@@ -63,11 +64,13 @@ class CapturedSteps:
     ) -> None:
         self.compute, self.say = compute, say
         self._dtype = next(p.dtype for p in model.parameters() if p.is_floating_point())  # of the base
+        self._longest = context_length(getattr(model, "config"))  # noqa: B009 (of a Hugging Face model)
         self.record, self.plain = record or cuda_graphs(), plain
         self.watched = _Watched(model)
-        self.trained = self.watched.trained
+        self.trained = self.watched.trained()
         self._state: list[Any] = []
         self._changes, self._turn, self._why_not = 0, 0, ""
+        self._told_of_hook = False
         self._met: Counter[Hashable] = Counter()
         self._graphs: dict[Hashable, _Graph] = {}
 
@@ -92,11 +95,12 @@ class CapturedSteps:
         return self._turn
 
     def _graph(self, batch: Mapping[str, Any], numbers: Mapping[str, float]) -> tuple[_Graph, dict[str, Any]] | None:
-        given = filled(batch)
+        given = filled(batch, self._longest)
         key = tuple((n, (*v.shape, v.dtype) if isinstance(v, Tensor) else v) for n, v in sorted(given.items()))
         if (state := self.watched.state()) != self._state:
             self._changes += bool(self._graphs)
             self._state, self._graphs = state, {}
+            self.trained = self.watched.trained()
             if self._changes > CHANGES:
                 self._give_up("numbers or tensors of the model change again and again")
                 return None
@@ -105,7 +109,7 @@ class CapturedSteps:
             if self._met[key] <= self.plain or len(self._graphs) == MOST:
                 return None
             try:
-                self._graphs[key] = self._recorded(batch, given, numbers)
+                self._graphs[key] = self._recorded(given, numbers)
             except Exception as e:  # what cannot be recorded says so in ways of its own
                 while isinstance(e.__context__, Exception):  # of which the end of the recording says less
                     e = e.__context__
@@ -113,7 +117,7 @@ class CapturedSteps:
                 return None
         return self._graphs[key], given
 
-    def _recorded(self, batch: Mapping[str, Any], given: dict[str, Any], numbers: Mapping[str, float]) -> _Graph:
+    def _recorded(self, given: dict[str, Any], numbers: Mapping[str, float]) -> _Graph:
         """Raises: UserError: it gives other gradients; any error of recording."""
         before = [(b, b.clone(), version(b)) for b in self.watched.buffers]
         graph = _Graph(self, given, numbers)
@@ -126,9 +130,9 @@ class CapturedSteps:
                 graph.written = [b for b, _, at in before if version(b) != at]
                 graph.replay = self.record(graph.run_once)
 
-            def plain() -> list[Tensor | None]:
-                loss, _ = self.compute({**batch, **numbers})
-                return list(torch.autograd.grad(loss, self.trained, allow_unused=True))
+            def plain() -> Sequence[Tensor | None]:
+                loss, _ = self.compute({**given, **numbers})  # of this shape, which draws the same random numbers
+                return torch.autograd.grad(loss, self.trained, allow_unused=True)
 
             def fast() -> Sequence[Tensor | None]:
                 graph.run(given, numbers)
@@ -150,8 +154,9 @@ class CapturedSteps:
     def _is_hooked(self) -> bool:
         if not (name := self.watched.hooked()):
             return False
-        self.say(f"steps are computed as they are while {name} has a hook, which a recorded step would not call.")
-        self.say = lambda text: None
+        if not self._told_of_hook:
+            self.say(f"steps are computed as they are while {name} has a hook, which a recorded step would not call.")
+        self._told_of_hook = True
         return True
 
 
@@ -173,7 +178,7 @@ class _Graph:
         # casts that autocast keeps would be those of the weights as they are now
         with (
             torch.autocast(kind, enabled=torch.is_autocast_enabled(kind), cache_enabled=False),
-            self.steps.watched.leaves() as trained,
+            self.steps.watched.leaves(self.steps.trained) as trained,
         ):
             loss, self.rest = self.steps.compute(self.given)
             gradients = torch.autograd.grad(loss, trained, allow_unused=True)
@@ -212,31 +217,38 @@ class _Watched:
 
     def __init__(self, model: nn.Module) -> None:
         adapters: Any = getattr(model, ADAPTERS, nn.Module())
+        self._model = model
         self._tensors = [(place, n) for m in model.modules() for place in (m._parameters, m._buffers) for n in place]
         self._numbers = [
             (owner, name)
             for m in adapters.modules()
             for owner in _owners(m)
             for name, value in owner.items()
-            if isinstance(value, bool | int | float | str) and (name == "training" or name not in _OF_EVERY_MODULE)
+            if isinstance(value, bool | int | float | str) and name not in _OF_EVERY_MODULE
         ]
+        self._numbers += [(vars(m), "training") for m in model.modules()]
+        if switch := getattr(adapters, "switch", None):
+            self._numbers.append((vars(switch), "_active"))  # the adapter that is on
         self._own_hooks = {hook.id for hook in getattr(adapters, "hooks", ())}
         self._hooks = [
-            (name, hooks)
+            (name or type(model).__name__, hooks)
             for name, m in model.named_modules()
             for hooks in (m._forward_hooks, m._forward_pre_hooks, m._backward_hooks, m._backward_pre_hooks)
         ]
         self.buffers: list[Tensor] = list(adapters.buffers())
-        self.trained = [p for p in model.parameters() if p.requires_grad]
+
+    def trained(self) -> list[nn.Parameter]:
+        """What is trained now; a callback may freeze or free parameters amid a run."""
+        return [p for p in self._model.parameters() if p.requires_grad]
 
     @contextmanager
-    def leaves(self) -> Iterator[list[nn.Parameter]]:
+    def leaves(self, trained: Sequence[nn.Parameter]) -> Iterator[list[nn.Parameter]]:
         """Inside, the model has other parameters on the memory of the trained ones: these, in their order.
 
         To a parameter belongs a node of autograd as long as anybody holds a graph with it, as DDP does, and that node
         waits for the stream of its first use. A step that is being recorded may wait for no other than its own.
         """
-        own = {id(p): nn.Parameter(p.detach()) for p in self.trained}
+        own = {id(p): nn.Parameter(p.detach()) for p in trained}
         places: list[tuple[Any, str, Any]] = [(*at, p) for at in self._tensors if id(p := at[0].get(at[1])) in own]
         for place, name, p in places:
             place[name] = own[id(p)]
@@ -250,14 +262,13 @@ class _Watched:
         """Equal as long as a graph reads the right memory and computes with the right numbers."""
         tensors = (place.get(name) for place, name in self._tensors)
         return [
-            *(None if t is None else t.data_ptr() for t in tensors),
+            *(None if t is None else (t.data_ptr(), t.requires_grad) for t in tensors),
             *(place.get(name) for place, name in self._numbers),
         ]
 
     def hooked(self) -> str:
-        """A module with a hook that is not the adapters' own, if there is one."""
-        found = (name for name, hooks in self._hooks if hooks and not self._own_hooks.issuperset(hooks))
-        return next((name or "the model" for name in found), "")
+        """A module with a hook that is not one of the adapters', if there is one."""
+        return next((name for name, hooks in self._hooks if hooks and hooks.keys() - self._own_hooks), "")
 
 
 _OF_EVERY_MODULE = vars(nn.Module()).keys()
@@ -279,10 +290,24 @@ def cuda_graphs() -> Record:
     def record(run: Callable[[], Any]) -> Callable[[], None]:
         if not pool:
             pool.append(torch.cuda.graph_pool_handle())
+        before = torch.cuda.get_sync_debug_mode()
+        torch.cuda.set_sync_debug_mode("error")
+        try:
+            run()  # a recording that fails leaves PyTorch in disorder, so what waits is found before it
+        finally:
+            torch.cuda.set_sync_debug_mode(before)
         graph = torch.cuda.CUDAGraph()
-        # other threads, such as those that load data, may go on
-        with torch.cuda.graph(graph, pool=pool[0], capture_error_mode="thread_local"):
-            run()
+        try:
+            # other threads, such as those that load data, may go on
+            with (
+                torch.cuda.stream(torch.cuda.current_stream()),
+                torch.cuda.graph(graph, pool=pool[0], capture_error_mode="thread_local"),
+            ):
+                run()
+        except Exception:
+            generator = torch.cuda.default_generators[torch.cuda.current_device()]
+            generator.graphsafe_set_state(generator.clone_state())  # that one still believes to be recorded
+            raise
         return graph.replay
 
     return record

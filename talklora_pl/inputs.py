@@ -96,12 +96,16 @@ def packed_rows(batch: Mapping[str, Any]) -> PackedRows | None:
     return PackedRows(batch["token_row"], None if batch.get("filled") else len(batch["row_borders"]) - 1)
 
 
-def filled(batch: Mapping[str, Any]) -> dict[str, Any]:
+def filled(batch: Mapping[str, Any], longest: int | None = None) -> dict[str, Any]:
     """The tensors of a batch of :func:`labelled` or :func:`packed` rows, with sizes that many batches have in common.
 
-    Columns are rounded up to one of eight sizes between two powers of two, labels and rows of a packed batch to powers
-    of two. What is added is behind all that is real, masked and without loss, and in a packed batch rows of its own, so
-    nothing real changes by it.
+    Columns are rounded up to one of eight sizes between two powers of two, labels to one of four, rows of a packed
+    batch to powers of two. What is added is behind all that is real, masked and without loss, and in a packed batch
+    rows of its own, so nothing real changes by it.
+
+    Args:
+        batch: of :func:`labelled` or :func:`packed`.
+        longest: tokens of the longest row that the model can read; None: of any.
 
     Returns:
         tensors; ``longest_row`` of a packed batch, a number; ``filled``, which is true.
@@ -109,18 +113,20 @@ def filled(batch: Mapping[str, Any]) -> dict[str, Any]:
     out: dict[str, Any] = {name: value for name, value in batch.items() if isinstance(value, Tensor)}
     B, S = batch["input_ids"].shape
     N, more = len(batch["loss_index"]), _up_to(S, 8) - S
+    if longest is not None and "row_borders" not in batch:
+        more = max(0, min(more, longest - S))
     fill = {"input_ids": 0, "attention_mask": 0, "position_ids": 0, "token_type_ids": 0, "labels": NO_LOSS}
     out |= {name: F.pad(out[name], (0, more), value=value) for name, value in fill.items() if name in out}
     if B > 1:  # the index is into the flattened rows, which have grown
         out["loss_index"] = out["loss_index"] + out["loss_row"] * more
     fill = {"loss_index": 0, "loss_target": NO_LOSS, "loss_row": 0}
-    out |= {name: F.pad(out[name], (0, _up_to(max(N, 8)) - N), value=value) for name, value in fill.items()}
+    out |= {name: F.pad(out[name], (0, _up_to(max(N, 8), 4) - N), value=value) for name, value in fill.items()}
     if "row_borders" in batch:
         out["token_row"] = F.pad(out["token_row"], (0, more))
-        out["longest_row"] = longest = _up_to(batch["longest_row"])
+        out["longest_row"] = row = _up_to(batch["longest_row"])
         borders = out["row_borders"]
-        rows = _up_to(len(borders) + -(-more // longest)) - len(borders)  # the last of them may be empty
-        ends = torch.arange(1, rows + 1, dtype=borders.dtype, device=borders.device) * longest + S
+        rows = _up_to(len(borders) + -(-more // row)) - len(borders)  # the last of them may be empty
+        ends = torch.arange(1, rows + 1, dtype=borders.dtype, device=borders.device) * row + S
         out["row_borders"] = torch.cat([borders, ends.clamp(max=S + more)])
     return out | {"filled": True}
 

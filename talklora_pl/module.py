@@ -329,7 +329,11 @@ class FineTuner(AdapterModule):
         copies = self.trainer.world_size * accumulate
         balance_weight = accumulate / batch.get("micro_steps", accumulate)
         tokens = batch.get("step_tokens")
-        if self._captured and tokens and not batch.get("filler"):
+        if self._captured and "loss_index" not in batch:
+            self._captured = None
+            rank_zero_warn("model.cuda_graph: steps are not recorded: batches have no loss_index (inputs.labelled).")
+        if self._captured and not batch.get("filler"):
+            tokens = tokens or over_ranks([len(batch["loss_index"])], "sum")[0] * accumulate
             loss, passed = self._captured(batch, {"weight": copies / tokens, "balance_weight": balance_weight})
         else:
             passed = forward(self.model, self.objective, batch)
@@ -368,6 +372,9 @@ class FineTuner(AdapterModule):
         layers.on = not (reason := layers.why_not_trusted(list(self.trained().values()), loss))
         if reason:
             rank_zero_warn(f"model.compile: layers: the layers are not compiled: {reason}.")
+
+    def on_train_end(self) -> None:
+        self._captured = None  # its memory is wanted for what follows
 
     def on_after_backward(self) -> None:
         """Tell once, after the first batch, of trained tensors that its loss does not reach."""

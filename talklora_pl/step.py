@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
@@ -75,12 +76,12 @@ def forward(model: Any, objective: Objective, batch: Mapping[str, Any]) -> Passe
 def captured_steps(tuner: Any) -> captured.CapturedSteps | None:
     """The steps of a :class:`~talklora_pl.module.FineTuner` as CUDA graphs; says why not, if they cannot be."""
 
-    def say(reason: str) -> None:
-        rank_zero_warn(f"model.cuda_graph: {reason}")
-
     if obstacle := _obstacle(tuner.trainer, tuner):
-        say(f"steps are not recorded: {obstacle}.")
+        rank_zero_warn(f"model.cuda_graph: steps are not recorded: {obstacle}.")
         return None
+
+    def say(reason: str) -> None:  # each process about its own batches
+        warnings.warn(f"model.cuda_graph: {reason}", stacklevel=2)
 
     def compute(batch: dict[str, Any]) -> tuple[Tensor, Passed]:
         passed = forward(tuner.model, tuner.objective, batch)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -17,6 +18,7 @@ from torch.utils.data import DataLoader
 
 from talklora_pl import FineTuner, UserError, captured
 from talklora_pl.adapter import AdapterConfig, inject
+from talklora_pl.adapter.adapters import disable_adapter
 from talklora_pl.base import BaseModel
 from talklora_pl.callbacks import FiniteGuard, LoadBalance, RunMetrics
 from talklora_pl.captured import PLAIN, CapturedSteps
@@ -147,7 +149,7 @@ def test_filled_rows_change_nothing(pack: bool) -> None:
     for batch in batches(pack):
         more = filled(batch)
         assert more["input_ids"].shape[1] >= batch["input_ids"].shape[1]
-        assert len(more["loss_index"]) > len(batch["loss_index"])
+        assert len(more["loss_index"]) >= len(batch["loss_index"])
         if pack:
             borders = more["row_borders"]
             assert borders[-1] == more["input_ids"].shape[1] and borders.diff().min() >= 0
@@ -159,6 +161,14 @@ def test_filled_rows_change_nothing(pack: bool) -> None:
             b.copy_(value)
         for a, b in zip(results(steps, more, plain=True), want):
             same(a, b, 1e-12)
+
+
+def test_rows_are_not_filled_beyond_what_the_model_can_read() -> None:
+    batch = labelled([list(range(5, 38))] * 2, [list(range(5, 38))] * 2, 0)
+    assert [filled(batch, n)["input_ids"].shape[1] for n in (None, 64, 35, 33, 20)] == [36, 36, 35, 33, 33]
+    pack = packed(batch)
+    assert filled(pack, 20)["input_ids"].shape[1] == 72  # whose positions are those of its rows
+    assert filled(batch, 34)["loss_index"][:64].tolist() == [r * 34 + i for r in range(2) for i in range(32)]
 
 
 def test_what_changes_is_recorded_anew() -> None:
@@ -183,21 +193,54 @@ def test_what_changes_is_recorded_anew() -> None:
     assert not recorded(steps)
 
 
-@pytest.mark.parametrize("where", ["model.layers.1", ""])
-def test_a_hook_is_called(where: str) -> None:
-    model, said, calls = model_with(config_of("talklora")), list[str](), list[int]()
+@pytest.mark.parametrize("what", ["frozen", "freed", "off", "without its dropout"])
+def test_a_change_that_is_no_number_is_seen(what: str) -> None:
+    model = model_with(whole(config_of("talklora")))
+    last = [p for p in model.parameters() if p.requires_grad][-1]
+    last.requires_grad_(what != "freed")
+    for module in model.modules():
+        if hasattr(module, "attention_dropout"):
+            module.attention_dropout = 0.5
+            module.train(what == "without its dropout")
+    steps = steps_of(model)
+    first, *_ = batches(False)
+    for _ in range(PLAIN + 1):
+        results(steps, first)
+    assert recorded(steps)
+    last.requires_grad_(what != "frozen")
+    if what == "without its dropout":
+        model.model.eval()
+    with disable_adapter(model) if what == "off" else nullcontext():
+        loss, _ = steps(first, NUMBERS)
+        same([loss], [steps.compute({**first, **NUMBERS})[0]], 1e-10)
+    if what == "freed":
+        loss.backward()
+        assert last.grad is not None
+    assert any(p is last for p in steps.trained) == (what != "frozen")
+
+
+@pytest.mark.parametrize("place", ["model.layers.1", ""])
+def test_a_hook_is_called(place: str) -> None:
+    model, said, calls = model_with(whole(config_of("talklora"))), list[str](), list[int]()
     steps = steps_of(model, said)
     first, *_ = batches(False)
     for _ in range(PLAIN + 1):
         results(steps, first)
-    hook = model.get_submodule(where).register_forward_hook(lambda *args: calls.append(1))
+    hook = model.get_submodule(place).register_forward_hook(lambda *args: calls.append(1))
     for _ in range(2):
         results(steps, first)
     hook.remove()
     results(steps, first)
     assert len(calls) == 2 and recorded(steps)
-    (line,) = said
-    assert f"while {where or 'the model'} has a hook" in line
+    assert said == [
+        f"steps are computed as they are while {place or 'LlamaForCausalLM'} has a hook, which a recorded step would "
+        "not call."
+    ]
+    router = next(m for m in model.modules() if getattr(m, "temperature", None))
+    for _ in range(captured.CHANGES + 1):
+        router.temperature += 1
+        results(steps, first)
+    assert len(said) == 2 and "again and again" in said[1]
 
 
 def test_gradients_of_a_step_that_is_gone() -> None:

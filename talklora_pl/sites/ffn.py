@@ -81,10 +81,8 @@ class AdaptedFFN(Mixture):
         if not (self.recompute and torch.is_grad_enabled()) or torch.compiler.is_compiling():
             return hidden(*features)
         random = self.training and self.dropout_input > 0
-        if (
-            random and features[0].is_cuda and torch.cuda.is_current_stream_capturing()
-        ):  # which cannot set a generator back
-            return hidden(*features)
+        if random and features[0].is_cuda and torch.cuda.is_current_stream_capturing():
+            return hidden(*features)  # a graph that is being recorded cannot set random numbers back
         out: tuple[Tensor, Tensor] = checkpoint(hidden, *features, use_reentrant=False, preserve_rng_state=random)
         return out
 

@@ -14,7 +14,7 @@ import os
 import sys
 import traceback
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -96,8 +96,8 @@ class PretendedGPU(TorchDispatchMode):
         return out
 
     def wait(self, name: str) -> None:
-        if _CUDAGraph.recording:
-            raise RuntimeError(f"operation not permitted when stream is capturing: {name}")
+        if _CUDAGraph.recording or _CUDAGraph.strict:
+            raise RuntimeError(f"called a synchronizing CUDA operation: {name}")
         frames = [
             f for f in traceback.extract_stack() if f.filename.startswith((f"{ROOT}/talklora", f"{ROOT}/callbacks"))
         ]
@@ -213,9 +213,10 @@ class _Event:
 
 
 class _CUDAGraph:
-    """Has recorded nothing; while it does, what the host waits for is an error."""
+    """Has recorded nothing. While it does, or waits are to be errors, what the host waits for is one."""
 
     recording = False
+    strict = False
 
     def replay(self) -> None: ...
 
@@ -240,6 +241,9 @@ torch.cuda._lazy_init = lambda: None
 torch.cuda.Event = _Event  # type: ignore[assignment,misc]
 torch.cuda.CUDAGraph = _CUDAGraph  # type: ignore[misc]
 torch.cuda.graph = _recorded  # type: ignore[assignment,misc]
+torch.cuda.get_sync_debug_mode = lambda: 0
+torch.cuda.set_sync_debug_mode = lambda mode: setattr(_CUDAGraph, "strict", mode == "error")  # type: ignore[assignment]
+torch.cuda.stream = nullcontext  # type: ignore[assignment]
 torch.cuda.graph_pool_handle = lambda: None  # type: ignore[assignment]
 torch.cuda.is_current_stream_capturing = lambda: _CUDAGraph.recording
 torch.cuda.current_stream = lambda *args: None  # type: ignore[assignment,return-value]

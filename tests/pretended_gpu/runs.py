@@ -66,6 +66,15 @@ class OneGPU(SingleDeviceStrategy):
         pass
 
 
+class Replays(L.Callback):
+    """How many steps were replays."""
+
+    number = 0
+
+    def on_train_end(self, trainer: L.Trainer, pl_module: Any) -> None:
+        self.number = pl_module._captured.turn if pl_module._captured else 0
+
+
 def lines(name: str, make: Callable[[int], dict[str, Any]]) -> Source:
     path = DATA / f"{name}.jsonl"
     path.write_text("".join(json.dumps(make(i)) + "\n" for i in range(12)))
@@ -135,12 +144,12 @@ def fit(adapter: AdapterConfig, *callbacks: L.Callback, data: Any = None, module
         "enable_checkpointing": False,
         "use_distributed_sampler": False,
     }
-    watchers = [FiniteGuard(), RunMetrics(), LoadBalance(figures=False), Preemption()]
+    replays = Replays()
+    watchers = [FiniteGuard(), RunMetrics(), LoadBalance(figures=False), Preemption(), replays]
     with steps_of(gpu) as waits, gpu:
         L.Trainer(**defaults | trainer, callbacks=[*callbacks, *watchers]).fit(model, TextData(**options))
     assert model.base.head.classifies or trials.reads_back_only(model.model)
-    replays = model._captured.turn if model._captured else 0
-    return {"waits": waits, "operators": len(gpu.operators), "replays": replays}
+    return {"waits": waits, "operators": len(gpu.operators), "replays": replays.number}
 
 
 def of_rows() -> Any:
