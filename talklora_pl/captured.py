@@ -227,8 +227,7 @@ class _Watched:
             if isinstance(value, bool | int | float | str) and name not in _OF_EVERY_MODULE
         ]
         self._numbers += [(vars(m), "training") for m in model.modules()]
-        if switch := getattr(adapters, "switch", None):
-            self._numbers.append((vars(switch), "_active"))  # the adapter that is on
+        self._switch = getattr(adapters, "switch", None)
         self._own_hooks = {hook.id for hook in getattr(adapters, "hooks", ())}
         self._hooks = [
             (name or type(model).__name__, hooks)
@@ -262,6 +261,7 @@ class _Watched:
         """Equal as long as a graph reads the right memory and computes with the right numbers."""
         tensors = (place.get(name) for place, name in self._tensors)
         return [
+            self._switch and self._switch.active,  # the adapter that is on
             *(None if t is None else (t.data_ptr(), t.requires_grad) for t in tensors),
             *(place.get(name) for place, name in self._numbers),
         ]

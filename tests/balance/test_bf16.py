@@ -9,8 +9,7 @@ import torch
 from torch import Tensor
 
 from talklora_pl import registry
-from talklora_pl.balance import Balance
-from talklora_pl.module import FineTuner
+from talklora_pl.balance import Balance, balance_losses
 from talklora_pl.routers.top_k import keep_best
 from talklora_pl.routing import Routing, RoutingRecord
 
@@ -18,7 +17,7 @@ T, E = 3000, 8
 
 
 def loss_and_gradient(name: str, x_TE: Tensor, mixed: bool) -> tuple[Tensor, Tensor]:
-    """Of `FineTuner.balance_loss` over two layers with router logits x and -x, a tenth of the tokens being pads."""
+    """Of `balance_losses` over two layers with router logits x and -x, a tenth of the tokens being pads."""
     x_TE = x_TE.clone().requires_grad_()
     mask_T = torch.arange(T) % 10 > 0
     task_types = {"task_types_B": torch.arange(T) % 2, "shape": (T, 1)} if name == "localised" else {}
@@ -30,9 +29,8 @@ def loss_and_gradient(name: str, x_TE: Tensor, mixed: bool) -> tuple[Tensor, Ten
     options = registry.get(Balance, name)()
     loss = options.build({"layers.0": E, "layers.1": E})
     adapter = SimpleNamespace(config=SimpleNamespace(balance=[options]), balance={name: loss})
-    module = SimpleNamespace(routing=records, device=x_TE.device, adapter=adapter, log=lambda *_, **__: None)
     with torch.autocast("cpu", torch.bfloat16, enabled=mixed):
-        value = FineTuner.balance_loss(module)
+        value, _ = balance_losses(adapter, records)
     value.backward()
     return value.detach(), x_TE.grad
 
