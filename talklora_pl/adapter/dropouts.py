@@ -32,5 +32,7 @@ class Dropouts(nn.Dropout):
             setattr(module, name, float(value))
 
     def _shares(self) -> list[tuple[nn.Module, str, float]]:
-        found = ((m, name, vars(m).get(name)) for layers in self._layers for m in layers.modules() for name in SHARES)
+        found = (
+            (m, name, getattr(m, name, None)) for layers in self._layers for m in layers.modules() for name in SHARES
+        )
         return [(m, name, share) for m, name, share in found if isinstance(share, float | int) and share > 0]

@@ -49,7 +49,7 @@ def _mask(shape: torch.Size, p: float) -> Tensor:
     """
     bits, kind = (16, torch.int16) if 0.01 < p < 0.99 else (32, torch.int32)
     words = torch.empty(*shape[:-1], -(-shape[-1] // (64 // bits)), dtype=torch.int64)
-    words.random_(torch.iinfo(torch.int64).min, None)
+    _fill(words)
     mask_TD: Tensor = words.view(kind)[..., : shape[-1]] >= _below(p, bits)
     return mask_TD
 
@@ -60,7 +60,9 @@ def _mask_from_seed(shape: torch.Size, p: float) -> Tensor:
     A compiler fuses it with what it is for, forward and backward, and keeps no mask; its own random numbers it computes
     one by one on a CPU, which takes ten times as long (1,712 x 576 numbers).
     """
-    seed_2 = torch.randint(-(2**31), 2**31, (2,)).to(torch.int32)
+    bits_1 = torch.empty(1, dtype=torch.int64)
+    _fill_compiled(bits_1)
+    seed_2 = bits_1.view(torch.int32)
     D = shape[-1]
     row, column = (torch.arange(n, dtype=torch.int32) for n in (shape.numel() // D, D))
     place = (row.unsqueeze(1) * D + column).view(shape)
@@ -77,3 +79,15 @@ def _stirred(h: Tensor) -> Tensor:
 def _below(p: float, bits: int) -> int:
     """The number that a share p of all signed ones with so many bits is below."""
     return round(p * (1 << bits)) - (1 << (bits - 1))
+
+
+def _fill(words: Tensor) -> None:
+    """Random bits."""
+    words.random_(torch.iinfo(torch.int64).min, None)
+
+
+# the compiler takes an operator as it is; what it knows how to draw it would draw anew for every number of a mask
+_fill_compiled = torch.library.custom_op(
+    "talklora_pl::fill_with_bits", _fill, mutates_args=["words"], tags=[torch.Tag.nondeterministic_seeded]
+)
+_fill_compiled.register_fake(lambda words: None)

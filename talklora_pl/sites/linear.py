@@ -53,6 +53,16 @@ class AdaptedLinear(Mixture):
         if block is None:
             self.build_decision(layer, config, self.experts.features)
 
+    @property
+    def dropout_input(self) -> float:
+        """Share of the adapter's input that is dropped in training."""
+        return self._dropped_of_a_billion / 10**9
+
+    @dropout_input.setter
+    def dropout_input(self, share: float) -> None:
+        # a whole number is a constant to the compiler; a float would be an input of its code, in double precision
+        self._dropped_of_a_billion = round(share * 10**9)
+
     def forward(self, frozen: Any, x: Tensor) -> Tensor:
         """Output (..., O) of the adapted layer for input (..., D)."""
         x_TD = x.reshape(-1, x.shape[-1])

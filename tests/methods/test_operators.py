@@ -141,7 +141,7 @@ def test_dropout_is_that_of_a_plain_product(dtype: torch.dtype) -> None:
         results.append((y, h, x.grad, A.grad))
     for got, want in zip(*results, strict=True):
         rounding = torch.finfo(dtype).eps * want.abs().max().item()
-        torch.testing.assert_close(got, want, rtol=0, atol=2 * rounding)
+        torch.testing.assert_close(got, want, rtol=0, atol=4 * rounding)
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
