@@ -29,8 +29,8 @@ def test_a_fit_with_ddp(config: Path, tmp_path: Path, packs: bool) -> None:
 
 @pytest.mark.slow
 def test_a_run_that_goes_on_is_the_one_that_did_not_stop(config: Path, tmp_path: Path) -> None:
-    whole = fit(config, tmp_path / "whole", *options(tmp_path, "--trainer.max_steps", "12"))
-    first = fit(config, tmp_path / "half", *options(tmp_path, "--trainer.max_steps", "7"))
+    whole = fit(config, tmp_path / "whole", *options(tmp_path, "--trainer.max_steps", "24"))
+    first = fit(config, tmp_path / "half", *options(tmp_path, "--trainer.max_steps", "17"))
     turns = int((tmp_path / "turns.0").read_text())
-    again = options(tmp_path, "--trainer.max_steps", "12", "--ckpt_path", str(first))
+    again = options(tmp_path, "--trainer.max_steps", "24", "--ckpt_path", str(first))
     assert turns > 0 and distance(whole, fit(config, tmp_path / "half", *again)) < 1e-9
