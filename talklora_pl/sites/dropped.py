@@ -86,7 +86,7 @@ def _fill(words: Tensor) -> None:
     words.random_(torch.iinfo(torch.int64).min, None)
 
 
-# the compiler takes an operator as it is; what it knows how to draw it would draw anew for every number of a mask
+# the compiler takes an operator as it is, and can neither trace random_ nor draw a second time what it has drawn
 _fill_compiled = torch.library.custom_op(
     "talklora_pl::fill_with_bits", _fill, mutates_args=["words"], tags=[torch.Tag.nondeterministic_seeded]
 )
