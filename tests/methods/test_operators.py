@@ -126,6 +126,7 @@ def test_dropout_keeps_no_more_than_peft() -> None:
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
 def test_dropout_is_that_of_a_plain_product(dtype: torch.dtype) -> None:
     """Same seed, same mask, same gradients as the masked input times A."""
+    torch.manual_seed(0)
     x_TD, A_PD = torch.randn(40, 64, dtype=dtype), torch.randn(8, 64, dtype=dtype)
     layer = nn.Linear(64, 16, bias=False, dtype=dtype).requires_grad_(False)
     layer.frozen_class = nn.Linear
@@ -141,7 +142,7 @@ def test_dropout_is_that_of_a_plain_product(dtype: torch.dtype) -> None:
         results.append((y, h, x.grad, A.grad))
     for got, want in zip(*results, strict=True):
         rounding = torch.finfo(dtype).eps * want.abs().max().item()
-        torch.testing.assert_close(got, want, rtol=0, atol=4 * rounding)
+        torch.testing.assert_close(got, want, rtol=0, atol=2 * rounding)
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
