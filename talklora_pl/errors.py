@@ -10,3 +10,8 @@ class UserError(Exception):
     def _render_traceback_(self) -> list[str]:
         """What IPython and notebooks show: the message is all that helps."""
         return [f"{type(self).__name__}: {self}"]
+
+
+def in_a_line(error: BaseException) -> str:
+    """The kind of an error of somebody else's code, and the first line of what it says."""
+    return f"{type(error).__name__}: {next(iter(str(error).splitlines()), '')}"

@@ -133,7 +133,7 @@ def filled(batch: Mapping[str, Any], longest: int | None = None) -> dict[str, An
 
 def _up_to(n: int, sizes: int = 1) -> int:
     """``n`` rounded up to the next of so many sizes between two powers of two."""
-    step = max(1, 2 ** (n - 1).bit_length() // (2 * sizes)) if sizes > 1 else 2 ** (n - 1).bit_length()
+    step = max(1, 2 ** (n - 1).bit_length() // (2 * sizes))
     return -(-n // step) * step
 
 

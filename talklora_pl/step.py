@@ -7,7 +7,6 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
-import lightning as L
 from lightning.pytorch.strategies import DDPStrategy, SingleDeviceStrategy
 from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
@@ -76,7 +75,7 @@ def forward(model: Any, objective: Objective, batch: Mapping[str, Any]) -> Passe
 def captured_steps(tuner: Any) -> captured.CapturedSteps | None:
     """The steps of a :class:`~talklora_pl.module.FineTuner` as CUDA graphs; says why not, if they cannot be."""
 
-    if obstacle := _obstacle(tuner.trainer, tuner):
+    if obstacle := _obstacle(tuner):
         rank_zero_warn(f"model.cuda_graph: steps are not recorded: {obstacle}.")
         return None
 
@@ -90,7 +89,8 @@ def captured_steps(tuner: Any) -> captured.CapturedSteps | None:
     return captured.CapturedSteps(tuner.model, compute, say)
 
 
-def _obstacle(trainer: L.Trainer, tuner: Any) -> str:
+def _obstacle(tuner: Any) -> str:
+    trainer = tuner.trainer
     if tuner.device.type != captured.KIND:
         return "there is no GPU"
     if not isinstance(trainer.strategy, SingleDeviceStrategy | DDPStrategy):

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from talklora_pl import varlen
 from talklora_pl.adapter.adapters import base_alone
+from talklora_pl.errors import in_a_line
 from talklora_pl.internals.transformers import attention_of
 
 ROWS = (3, 5)  # tokens of the trial's two rows
@@ -61,7 +62,7 @@ def rows_not_kept_apart(model: Any) -> str:
         if not bool((logits_1TV[:, a:] - alone_1SV).abs().max() <= tolerance * alone_1SV.abs().max()):
             return "the second row does not get the logits that it has alone"
     except Exception as e:
-        return f"{type(e).__name__}: {next(iter(str(e).splitlines()), '')}"
+        return in_a_line(e)
     return ""
 
 

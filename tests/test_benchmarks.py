@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmarks import sections
+from benchmarks import training
 from benchmarks.__main__ import BEGIN, END, main
 from benchmarks.models import Base, adapted, peft_lora
 from talklora_pl import captured
@@ -52,7 +52,7 @@ def test_a_recorded_step_trains_as_another(ours: bool, monkeypatch: pytest.Monke
     for graph in (False, True):
         torch.manual_seed(0)
         model = adapted(base.copy(), "talklora") if ours else peft_lora(base.copy())
-        run = sections._step(model, batch, ours, autocast=not ours, graph=graph)
+        run = training.step(model, batch, ours, autocast=not ours, graph=graph)
         for _ in range(3):
             run()
         trained.append(torch.cat([p.detach().flatten() for p in model.parameters() if p.requires_grad]))

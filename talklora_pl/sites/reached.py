@@ -22,6 +22,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.initialization import no_init_weights
 from transformers.pytorch_utils import Conv1D
 
+from talklora_pl.errors import in_a_line
 from talklora_pl.internals.transformers import use_eager_attention
 from talklora_pl.sites.targets import is_linear, widths
 
@@ -53,7 +54,7 @@ def unreached(model: nn.Module) -> frozenset[str]:
             with torch.device("cpu"):  # whatever the default device is
                 _known[key] = _try(type(model), model.config)
         except Exception as e:  # model code fails in ways of its own
-            _known[key] = TrialFailed(f"{type(e).__name__}: {next(iter(str(e).splitlines()), '')}")
+            _known[key] = TrialFailed(in_a_line(e))
     known = _known[key]
     if isinstance(known, TrialFailed):
         raise known

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.func import functional_call
 
+from talklora_pl.errors import in_a_line
 from talklora_pl.kept import Kept
 from talklora_pl.sites.linear import AdaptedLinear
 from talklora_pl.sites.matrices import Made, Matrices, Pass, Way
@@ -92,10 +93,10 @@ class _Group:
             raise
         except Exception as e:  # a part that somebody wrote may do what cannot be done for several at once
             self.on = False
-            said = f"{type(e).__name__}: {next(iter(str(e).splitlines()), '')}"
             warnings.warn(
                 f"{self.layers[0].name} and {len(self.layers) - 1} layers like it: their parameters are multiplied "
-                f"layer by layer, which takes longer, because a part cannot do it for several at once ({said}).",
+                "layer by layer, which takes longer, because a part cannot do it for several at once "
+                f"({in_a_line(e)}).",
                 stacklevel=2,
             )
             return False
