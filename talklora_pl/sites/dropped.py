@@ -8,6 +8,7 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.utils.checkpoint import checkpoint
 
 _INTEGERS = {2: torch.int16, 4: torch.int32, 8: torch.int64}  # by bytes
 
@@ -38,7 +39,12 @@ def dropped(v_TD: Tensor, mask_TD: Tensor, scale: float) -> Tensor:
 def plain_drop(v_TD: Tensor, p: float) -> Tensor:
     """Dropout that autograd differentiates."""
     if v_TD.device.type == "cpu" and torch.compiler.is_compiling():
-        return v_TD.where(_mask_from_seed(v_TD.shape, p), 0) * (1 / (1 - p))
+        bits_1 = torch.empty(1, dtype=torch.int64)
+        _fill_compiled(bits_1)
+        # for the backward pass again: left to itself the compiler keeps masks, and a CPU stores one in ten times the
+        # time in which it makes one
+        out_TD: Tensor = checkpoint(_drop_by, v_TD, bits_1, p, use_reentrant=False, preserve_rng_state=False)
+        return out_TD
     return F.dropout(v_TD, p)
 
 
@@ -54,19 +60,17 @@ def _mask(shape: torch.Size, p: float) -> Tensor:
     return mask_TD
 
 
-def _mask_from_seed(shape: torch.Size, p: float) -> Tensor:
-    """The same as a function of 64 random bits and of every number's place.
+def _drop_by(v_TD: Tensor, bits_1: Tensor, p: float) -> Tensor:
+    """Dropout whose mask is a function of 64 random bits and of every number's place.
 
-    A compiler fuses it with what it is for, forward and backward, and keeps no mask; its own random numbers it computes
-    one by one on a CPU, which takes ten times as long (1,712 x 576 numbers).
+    A compiler fuses that with what it is for; its own random numbers it computes one by one on a CPU, which takes ten
+    times as long (1,712 x 576 numbers).
     """
-    bits_1 = torch.empty(1, dtype=torch.int64)
-    _fill_compiled(bits_1)
-    seed_2 = bits_1.view(torch.int32)
-    D = shape[-1]
-    row, column = (torch.arange(n, dtype=torch.int32) for n in (shape.numel() // D, D))
-    place = (row.unsqueeze(1) * D + column).view(shape)
-    return _stirred(_stirred(place ^ seed_2[0]) + seed_2[1]) >= _below(p, 32)
+    seed_2, D = bits_1.view(torch.int32), v_TD.shape[-1]
+    row, column = (torch.arange(n, dtype=torch.int32) for n in (v_TD.numel() // D, D))
+    place = (row.unsqueeze(1) * D + column).view(v_TD.shape)
+    kept_TD = _stirred(_stirred(place ^ seed_2[0]) + seed_2[1]) >= _below(p, 32)
+    return v_TD.where(kept_TD, 0) * (1 / (1 - p))
 
 
 def _stirred(h: Tensor) -> Tensor:

@@ -291,6 +291,19 @@ def test_dropout_of_compiled_code_draws_each_mask_once(backend: str, counters: A
     assert counters["stats"]["unique_graphs"] == 1
 
 
+def test_dropout_of_compiled_code_keeps_no_mask() -> None:
+    """For the backward pass of three Linears with the same input: the input, their weights and seeds."""
+
+    def thrice(x_TD: Tensor, A_DP: Tensor) -> Tensor:
+        return torch.cat([plain_drop(x_TD, 0.25) @ A_DP for _ in range(3)], -1)
+
+    kept: list[Tensor] = []
+    x_TD, A_DP = torch.rand(40, 66, requires_grad=True), torch.rand(66, 8, requires_grad=True)
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: (kept.append(t), t)[1], lambda t: t):
+        torch.compile(thrice, backend="aot_eager_decomp_partition", fullgraph=True)(x_TD, A_DP).sum().backward()
+    assert sorted(t.numel() for t in kept if t.numel() > 1) == [66 * 8, 40 * 66]
+
+
 @pytest.mark.parametrize("p", [0.001, 0.05, 0.5])
 def test_masks_of_compiled_code_drop_each_number_by_itself(p: float) -> None:
     """As many as they should on the whole, in every row and column, beside each other and from mask to mask."""
