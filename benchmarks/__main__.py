@@ -89,7 +89,9 @@ def _machine(device: str) -> str:
     versions = f"torch {torch.__version__}"
     if device != "cpu":
         return f"{torch.cuda.get_device_name()}, {versions}"
-    return f"{os.cpu_count()}-core {platform.machine()} CPU, one thread, {versions}"
+    can = getattr(torch.cpu, "get_capabilities", dict)()  # torch 2.11 has it not
+    bf16 = next((name for name in ("amx_bf16", "avx512_bf16") if can.get(name)), "no bfloat16 products")
+    return f"{os.cpu_count()}-core {platform.machine()} CPU ({bf16}), one thread, {versions}"
 
 
 def _cells(row: dict[str, Any]) -> list[str]:

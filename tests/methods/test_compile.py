@@ -207,6 +207,20 @@ def test_inductor_with_dropout(counters: Any) -> None:
 
 
 @pytest.mark.slow
+def test_dropout_of_compiled_layers_is_the_same_in_both_passes_of_a_checkpoint() -> None:
+    model, adapter = model_with(balanced(dropout_input=0.1, dropout_output=0.1))
+    CompiledLayers(model, backend="aot_eager_decomp_partition")
+    found = []
+    for seed, checkpointing in ((0, False), (0, True), (1, True)):
+        if checkpointing:
+            model.activation_checkpointing_enable()
+        torch.manual_seed(seed)
+        found.append(gradients(model, adapter, BATCHES[0])[0])
+    same(found[1], found[0])
+    assert not torch.equal(found[2]["loss"], found[1]["loss"])
+
+
+@pytest.mark.slow
 def test_sharded(counters: Any) -> None:
     want = [gradients(*model_with(balanced()), b)[0] for b in BATCHES]
     model, adapter = model_with(balanced())
