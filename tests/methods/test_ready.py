@@ -105,6 +105,7 @@ CHANGES: dict[str, Callable[[Any, AdaptedLinear, Any], Any]] = {
     ),
     "a hook on talk": lambda model, layer, frozen: layer.communication.register_forward_hook(lambda m, args, y: 2 * y),
     "a hook on experts": lambda model, layer, frozen: layer.experts.register_forward_hook(lambda m, args, y: 2 * y),
+    "a hook on the layer": lambda model, layer, frozen: layer.register_forward_hook(lambda m, args, y: 2 * y),
     "all in float64": lambda model, layer, frozen: model.double(),
     "training": lambda model, layer, frozen: model.train(),
     "there and back": lambda model, layer, frozen: (model.double(), model.float()),
