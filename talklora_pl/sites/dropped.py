@@ -39,10 +39,9 @@ def dropped(v_TD: Tensor, mask_TD: Tensor, scale: float) -> Tensor:
 def plain_drop(v_TD: Tensor, p: float) -> Tensor:
     """Dropout that autograd differentiates."""
     if v_TD.device.type == "cpu" and torch.compiler.is_compiling():
-        bits_1 = torch.empty(1, dtype=torch.int64)
-        _fill_compiled(bits_1)
         # for the backward pass again: left to itself the compiler keeps masks, and a CPU stores one in ten times the
         # time in which it makes one
+        bits_1 = _compiled_bits(torch.empty(1, dtype=torch.int64))
         out_TD: Tensor = checkpoint(_drop_by, v_TD, bits_1, p, use_reentrant=False, preserve_rng_state=False)
         return out_TD
     return F.dropout(v_TD, p)
@@ -54,8 +53,7 @@ def _mask(shape: torch.Size, p: float) -> Tensor:
     Near 0 and 1 of p, 16 bits would leave less than three digits of it right.
     """
     bits, kind = (16, torch.int16) if 0.01 < p < 0.99 else (32, torch.int32)
-    words = torch.empty(*shape[:-1], -(-shape[-1] // (64 // bits)), dtype=torch.int64)
-    _fill(words)
+    words = _bits(torch.empty(*shape[:-1], -(-shape[-1] // (64 // bits)), dtype=torch.int64))
     mask_TD: Tensor = words.view(kind)[..., : shape[-1]] >= _below(p, bits)
     return mask_TD
 
@@ -68,8 +66,9 @@ def _drop_by(v_TD: Tensor, bits_1: Tensor, p: float) -> Tensor:
     """
     seed_2, D = bits_1.view(torch.int32), v_TD.shape[-1]
     row, column = (torch.arange(n, dtype=torch.int32) for n in (v_TD.numel() // D, D))
-    place = (row.unsqueeze(1) * D + column).view(v_TD.shape)
-    kept_TD = _stirred(_stirred(place ^ seed_2[0]) + seed_2[1]) >= _below(p, 32)
+    # the seed before rows and columns meet: what no seed is in would be the same for all masks, and kept
+    place = ((row * D + seed_2[0]).unsqueeze(1) + column).view(v_TD.shape)
+    kept_TD = _stirred(_stirred(place) + seed_2[1]) >= _below(p, 32)
     return v_TD.where(kept_TD, 0) * (1 / (1 - p))
 
 
@@ -85,13 +84,14 @@ def _below(p: float, bits: int) -> int:
     return round(p * (1 << bits)) - (1 << (bits - 1))
 
 
-def _fill(words: Tensor) -> None:
-    """Random bits."""
-    words.random_(torch.iinfo(torch.int64).min, None)
+def _bits(like: Tensor) -> Tensor:
+    """Random bits, as many as ``like`` has."""
+    return torch.empty_like(like).random_(torch.iinfo(torch.int64).min, None)
 
 
-# the compiler takes an operator as it is, and can neither trace random_ nor draw a second time what it has drawn
-_fill_compiled = torch.library.custom_op(
-    "talklora_pl::fill_with_bits", _fill, mutates_args=["words"], tags=[torch.Tag.nondeterministic_seeded]
+# an operator, since the compiler would compute its own random numbers anew for each number that depends on them; by its
+# tag whoever computes a pass again knows that the same bits are to be drawn
+_compiled_bits = torch.library.custom_op(
+    "talklora_pl::random_bits", _bits, mutates_args=(), tags=[torch.Tag.nondeterministic_seeded]
 )
-_fill_compiled.register_fake(lambda words: None)
+_compiled_bits.register_fake(torch.empty_like)

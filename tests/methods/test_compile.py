@@ -10,6 +10,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
+from torch.utils.checkpoint import checkpoint
 
 from talklora_pl import fit
 from talklora_pl.adapter import AdapterConfig, RoutingCollector, inject
@@ -305,8 +306,9 @@ def test_dropout_of_compiled_code_draws_each_mask_once(backend: str, counters: A
     assert counters["stats"]["unique_graphs"] == 1
 
 
-def test_dropout_of_compiled_code_keeps_no_mask() -> None:
-    """For the backward pass of three Linears with the same input: the input, their weights and seeds."""
+@pytest.mark.parametrize("backend", ["aot_eager_decomp_partition", pytest.param("inductor", marks=pytest.mark.slow)])
+def test_dropout_of_compiled_code_keeps_no_mask(backend: str) -> None:
+    """For the backward pass of three Linears with the same input: the input, their weights, seeds, rows and columns."""
 
     def thrice(x_TD: Tensor, A_DP: Tensor) -> Tensor:
         return torch.cat([plain_drop(x_TD, 0.25) @ A_DP for _ in range(3)], -1)
@@ -314,8 +316,21 @@ def test_dropout_of_compiled_code_keeps_no_mask() -> None:
     kept: list[Tensor] = []
     x_TD, A_DP = torch.rand(40, 66, requires_grad=True), torch.rand(66, 8, requires_grad=True)
     with torch.autograd.graph.saved_tensors_hooks(lambda t: (kept.append(t), t)[1], lambda t: t):
-        torch.compile(thrice, backend="aot_eager_decomp_partition", fullgraph=True)(x_TD, A_DP).sum().backward()
-    assert sorted(t.numel() for t in kept if t.numel() > 1) == [66 * 8, 40 * 66]
+        torch.compile(thrice, backend=backend, fullgraph=True, dynamic=True)(x_TD, A_DP).sum().backward()
+    assert sorted(t.numel() for t in kept if t.numel() > 66) == [66 * 8, 40 * 66]
+
+
+@pytest.mark.parametrize("backend", ["aot_eager_decomp_partition", pytest.param("inductor", marks=pytest.mark.slow)])
+def test_dropout_inside_a_compiled_checkpoint_draws_the_same_twice(backend: str) -> None:
+    x_TD, A_DP = torch.rand(30, 66, dtype=torch.float64), torch.rand(66, 8, dtype=torch.float64, requires_grad=True)
+    compiled = torch.compile(
+        lambda x_TD: checkpoint(lambda x_TD: plain_drop(x_TD, 0.25) @ A_DP, x_TD, use_reentrant=False),
+        backend=backend,
+        fullgraph=True,
+    )
+    y_TP = compiled(x_TD)
+    (dA_DP,) = torch.autograd.grad(y_TP.sum(), A_DP)
+    torch.testing.assert_close((dA_DP * A_DP).sum(), y_TP.sum())  # y is linear in A
 
 
 @pytest.mark.parametrize("p", [0.001, 0.05, 0.5])
