@@ -12,7 +12,6 @@ from contextlib import ExitStack
 from inspect import currentframe
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from talklora_pl.adapter.active import ActiveAdapter
@@ -41,8 +40,6 @@ class Adapted:
         layer = adapters.layers.get(adapters.switch.active) if adapters.switch.active is not None else None
         if layer is None:
             return self.frozen_forward(*args, **kwargs)
-        if not torch.is_grad_enabled() and (ready := vars(layer).get("ready")) is not None and ready.is_unwatched():
-            return layer.forward(self, *args, **kwargs)  # to look for hooks takes as long as a product of one token
         return layer(self, *args, **kwargs)
 
     def frozen_forward(self, *args: Any, **kwargs: Any) -> Any:

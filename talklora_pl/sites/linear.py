@@ -5,7 +5,7 @@ T tokens, D input width, O output width, E experts, R rank per expert, F feature
 
 from __future__ import annotations
 
-from collections.abc import Callable, Container
+from collections.abc import Container
 from typing import Any
 
 import torch
@@ -189,13 +189,6 @@ class AdaptedLinear(Mixture):
         routing = router.route(folding.logits(router, score_TE, m.bias_E))
         w_TE = self.observed(routing, leading_shape).weights_TE
         return weigh(self.experts.split(h_TP), w_TE).flatten(1)
-
-    def folded_parts(self, way: Way, dtype: torch.dtype) -> tuple[Callable[[Tensor], Any], ...]:
-        """What :meth:`_folded` calls of experts, scores and router; nothing where it does more than that."""
-        if way != "folded" or self._block or dtype.itemsize < 4:
-            return ()
-        router: Any = self.router
-        return self.experts.split, router.scores.heated, router.route
 
     def _plain(self, x_TD: Tensor, h_TP: Tensor, way: Way, leading_shape: torch.Size) -> Tensor:
         """z_TQ, one part of the method after the other; in full precision, which selection wants."""

@@ -21,29 +21,30 @@ from talklora_pl.internals.torch import STAMP, is_as_stamped, stamp
 from talklora_pl.sites.folding import is_watched
 from talklora_pl.sites.fused import FEW, plain_weight, used_dtype
 from talklora_pl.sites.matrices import Matrices, Way
+from talklora_pl.sites.mixture import Mixture
 
 
 class Ready(NamedTuple):
     """What a layer needs for tokens of one kind: its way, its matrices and the frozen layer's own tensors.
 
     Attributes:
-        parts: what splits the product, heats logits and routes; of a layer that decides by itself, in the folded way.
+        parts: experts, scores and router, where these are all that decides, in the folded way and in float32 or more.
     """
 
     way: Way
     matrices: Matrices
     W_OD: Tensor
     b_O: Tensor | None
-    parts: tuple[Callable[[Tensor], Any], ...] = ()
+    parts: tuple[Any, ...] = ()
 
     def folded(self, x_TD: Tensor) -> Tensor:
-        """As ``AdaptedLinear.forward`` with such parts while nobody collects: its operators, nothing between them."""
-        split, heated, route = self.parts
+        """As ``AdaptedLinear.forward`` with such parts while nobody collects: its operators, with less between them."""
+        experts, scores, router = self.parts
         m = self.matrices
         y_TO, product_TM = self.frozen_and_down(x_TD)
         h_TP, logits_TE = product_TM.split((product_TM.shape[1] - m.scores, m.scores), 1)
-        w_TE = route(heated(logits_TE if m.bias_E is None else logits_TE + m.bias_E)).weights_TE
-        return self.add_up(y_TO, (split(h_TP) * w_TE.unsqueeze(-1)).flatten(1))
+        w_TE = router.route(scores.heated(logits_TE if m.bias_E is None else logits_TE + m.bias_E)).weights_TE
+        return self.add_up(y_TO, (experts.split(h_TP) * w_TE.unsqueeze(-1)).flatten(1))
 
     def frozen_and_down(self, x_TD: Tensor) -> tuple[Tensor, Tensor]:
         """As the function of this name, for tokens of this kind."""
@@ -132,7 +133,7 @@ class ReadyLayer:
             return None
         dtype = used_dtype(x_TD)
         way = self.layer.way(dtype)
-        ready = Ready(way, self.layer.kept(way, dtype), W_OD, self.frozen.bias, self.layer.folded_parts(way, dtype))
+        ready = Ready(way, self.layer.kept(way, dtype), W_OD, self.frozen.bias, self._parts(way, dtype))
         if not self.found:
             self._stamps, self._memory = [stamp(t) for t in sources], [t.detach() for t in sources]
             self._modules = [(m, type(m), dict(vars(m)), list(m._modules.values())) for m in modules]
@@ -144,9 +145,10 @@ class ReadyLayer:
         self.found[kind] = ready
         return ready
 
-    def is_unwatched(self) -> bool:
-        """Whether the forward pass under way has found that no hook waits for the layer."""
-        return bool(self.found and self.all.under_way)
+    def _parts(self, way: Way, dtype: torch.dtype) -> tuple[Any, ...]:
+        layer = self.layer
+        decides = way == "folded" and layer.decided_by == layer.name and type(layer).observed is Mixture.observed
+        return (layer.experts, layer.router.scores, layer.router) if decides and dtype.itemsize >= 4 else ()
 
     def has_changed(self) -> bool:
         """Whether a tensor, part, option or class is another one, a trained tensor was written to, or somebody watches.

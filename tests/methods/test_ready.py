@@ -55,6 +55,7 @@ def compare(model: Any) -> Tensor:
         ("lora", "linear", torch.float32),
         ("shared_a", "block", torch.float32),
         ("split_lora", "block", torch.bfloat16),
+        ("split_lora", "linear", torch.float64),
     ],
 )
 def test_every_way(experts: str, per: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -75,6 +76,9 @@ def test_every_way(experts: str, per: str, dtype: torch.dtype, monkeypatch: pyte
             assert not asked
         assert all(torch.equal(a, b) for a, b in zip(first, again, strict=True))
         compare(model)
+        found = layer_of(model).ready.found.values()
+        folded = communication != "gnn" and per == "linear"
+        assert any(ready.parts for ready in found) == folded, communication
 
 
 def _exchange(layer: AdaptedLinear) -> None:
