@@ -90,8 +90,8 @@ def _machine(device: str) -> str:
     if device != "cpu":
         return f"{torch.cuda.get_device_name()}, {versions}"
     can = getattr(torch.cpu, "get_capabilities", dict)()  # torch 2.11 has it not
-    bf16 = next((name for name in ("amx_bf16", "avx512_bf16") if can.get(name)), "no bfloat16 products")
-    return f"{os.cpu_count()}-core {platform.machine()} CPU ({bf16}), one thread, {versions}"
+    bf16 = next((f" ({name})" for name in ("amx_bf16", "avx512_bf16") if can.get(name)), "")
+    return f"{os.cpu_count()}-core {platform.machine()} CPU{bf16}, one thread, {versions}"
 
 
 def _cells(row: dict[str, Any]) -> list[str]:
