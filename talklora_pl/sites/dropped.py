@@ -53,7 +53,7 @@ def _mask(shape: torch.Size, p: float) -> Tensor:
     Near 0 and 1 of p, 16 bits would leave less than three digits of it right.
     """
     bits, kind = (16, torch.int16) if 0.01 < p < 0.99 else (32, torch.int32)
-    words = _bits(torch.empty(*shape[:-1], -(-shape[-1] // (64 // bits)), dtype=torch.int64))
+    words = _fill(torch.empty(*shape[:-1], -(-shape[-1] // (64 // bits)), dtype=torch.int64))
     mask_TD: Tensor = words.view(kind)[..., : shape[-1]] >= _below(p, bits)
     return mask_TD
 
@@ -84,13 +84,17 @@ def _below(p: float, bits: int) -> int:
     return round(p * (1 << bits)) - (1 << (bits - 1))
 
 
+def _fill(words: Tensor) -> Tensor:
+    """The same memory, of random bits."""
+    return words.random_(torch.iinfo(torch.int64).min, None)
+
+
 def _bits(like: Tensor) -> Tensor:
-    """Random bits, as many as ``like`` has."""
-    return torch.empty_like(like).random_(torch.iinfo(torch.int64).min, None)
+    return _fill(torch.empty_like(like))
 
 
 # an operator, since the compiler would compute its own random numbers anew for each number that depends on them; by its
-# tag whoever computes a pass again knows that the same bits are to be drawn
+# tag whoever computes a pass again knows that the same bits are to be drawn, and by its argument on which device
 _compiled_bits = torch.library.custom_op(
     "talklora_pl::random_bits", _bits, mutates_args=(), tags=[torch.Tag.nondeterministic_seeded]
 )

@@ -147,8 +147,11 @@ class ReadyLayer:
 
     def _parts(self, way: Way, dtype: torch.dtype) -> tuple[Any, ...]:
         layer = self.layer
+        # no block decides for it, and a routing is only handed on
         decides = way == "folded" and layer.decided_by == layer.name and type(layer).observed is Mixture.observed
-        return (layer.experts, layer.router.scores, layer.router) if decides and dtype.itemsize >= 4 else ()
+        if not decides or dtype.itemsize < 4:  # whose logits would have to be cast
+            return ()
+        return layer.experts, layer.router.scores, layer.router
 
     def has_changed(self) -> bool:
         """Whether a tensor, part, option or class is another one, a trained tensor was written to, or somebody watches.
