@@ -25,6 +25,7 @@ import torch
 
 from benchmarks.measure import Row
 from benchmarks.sections import SECTIONS, Sizes, sizes
+from talklora_pl.errors import in_a_line
 
 BEGIN, END = "<!-- benchmarks: begin -->", "<!-- benchmarks: end -->"
 
@@ -82,7 +83,7 @@ def _tried(name: str, s: Sizes) -> Iterator[Row]:
     try:
         yield from SECTIONS[name](s)
     except Exception as e:
-        yield Row(name, "", name, note=f"failed: {type(e).__name__}: {(str(e).splitlines() or [''])[0][:200]}")
+        yield Row(name, "", name, note=f"failed: {in_a_line(e)[:200]}")
 
 
 def _machine(device: str) -> str:

@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from talklora_pl.errors import in_a_line
 from talklora_pl.memory.live import LiveBytes
 
 WAITS = {"_local_scalar_dense", "nonzero", "masked_select", "bincount", "is_nonzero", "equal"}
@@ -95,7 +96,7 @@ def alternate(
                 try:
                     spent = _seconds(run, device)
                 except Exception as e:  # a peer's, or no memory: the others go on
-                    rows[name].note = f"failed: {type(e).__name__}: {(str(e).splitlines() or [''])[0][:120]}"
+                    rows[name].note = f"failed: {in_a_line(e)[:120]}"
                     _forget(device)
                     continue
                 if round_ == 0:
@@ -117,7 +118,7 @@ def alternate(
             try:
                 _count(row, variants[name], device)
             except Exception as e:  # the profiler's, say: the times are there
-                row.note = f"not counted: {type(e).__name__}: {(str(e).splitlines() or [''])[0][:120]}"
+                row.note = f"not counted: {in_a_line(e)[:120]}"
         if "compile" in name or "graph" in name:
             row.note = f"first: {first[name]:.1f} s. {row.note}".strip()
     return list(rows.values())
